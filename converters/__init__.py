@@ -1,0 +1,1 @@
+"""One artifact in, another out: a file each."""

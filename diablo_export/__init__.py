@@ -1,0 +1,42 @@
+"""diablo-export: train DiaBlo blocks, merge them into int4, export them as ONNX branches, prove that they survived.
+
+One function per command, with the same names as its options. Importing this loads neither torch nor onnx.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+# verb → the module that holds it; loaded on first use
+_VERBS = {
+    "convert": "diablo_export.converters.diablo_chkpt",
+    "demo": "diablo_export.cli.demo",
+    "export": "diablo_export.converters.export",
+    "inspect": "diablo_export.converters.inspection",
+    "merge": "diablo_export.converters.merge",
+    "parity": "diablo_export.measure.parity",
+    "train": "diablo_export.trainer.train",
+}
+
+if TYPE_CHECKING:
+    from diablo_export.converters.diablo_chkpt import convert as convert
+    from diablo_export.converters.export import export as export
+    from diablo_export.converters.inspection import inspect as inspect
+    from diablo_export.converters.merge import merge as merge
+    from diablo_export.measure.parity import parity as parity
+    from diablo_export.trainer.train import train as train
+
+__all__ = ["__version__", "convert", "demo", "export", "inspect", "merge", "parity", "train"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _VERBS:
+        return getattr(importlib.import_module(_VERBS[name]), name)
+    raise AttributeError(f"module 'diablo_export' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,0 +1,43 @@
+"""Options that several commands share, spelled once."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from diablo_export.console import set_verbosity
+
+F = Callable[..., Any]
+
+model_option = click.option(
+    "--model", "-m", required=True, metavar="M", help="Hugging Face model folder or id."
+)
+adapter_option = click.option(
+    "--adapter", "-a", required=True, metavar="A", type=click.Path(path_type=Path), help="DiaBlo adapter folder."
+)
+output_option = click.option(
+    "--output", "-o", required=True, metavar="DIR", type=click.Path(path_type=Path), help="Folder to write."
+)
+overwrite_option = click.option("--overwrite", is_flag=True, help="Replace the output folder if it exists.")
+json_option = click.option("--json", "as_json", is_flag=True, help="Print the report as JSON on standard output.")
+
+
+def verbosity_options(function: F) -> F:
+    """-q and -v set what is said on standard error; the command itself does not see them."""
+
+    def set_level(ctx: click.Context, param: click.Parameter, level: int | None) -> None:
+        if level is not None:
+            set_verbosity(level)
+
+    function = click.option(
+        "-v", "--verbose", "loud", flag_value=logging.DEBUG, type=int, expose_value=False, callback=set_level,
+        help="Say more.",
+    )(function)  # fmt: skip
+    return click.option(
+        "-q", "--quiet", "low", flag_value=logging.ERROR, type=int, expose_value=False, callback=set_level,
+        help="Say only what went wrong.",
+    )(function)  # fmt: skip

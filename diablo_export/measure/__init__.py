@@ -1,0 +1,1 @@
+"""Measuring: what was exported against what was trained."""

@@ -1,0 +1,144 @@
+"""Output folders that are either the old one or the new one, never half of either.
+
+The new folder is filled beside its destination, flushed to the disk and renamed. Replacing an existing folder swaps the two names in one system
+call where Linux offers that.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from diablo_export.errors import OutputError
+
+_AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # <fcntl.h>, <linux/fs.h>
+
+
+@contextlib.contextmanager
+def new_folder(path: str | Path, overwrite: bool = False, needs: int = 0) -> Iterator[Path]:
+    """A folder to fill; it becomes `path` when the block ends, and is removed when the block raises.
+
+    Args:
+        path: the destination.
+        overwrite: replace an existing `path`; without it an existing one is an error.
+        needs: bytes that will be written, checked against the free space before anything is.
+
+    Raises:
+        OutputError: `path` exists, cannot be written, or there is not room enough (also while writing).
+    """
+    target = Path(os.path.abspath(path))
+    check_output(target, overwrite, needs)
+    _remove_abandoned(target)
+    work = Path(tempfile.mkdtemp(prefix=f".{target.name}.partial-{os.getpid()}-", dir=target.parent))
+    work.chmod(0o777 & ~_umask())  # mkdtemp makes private folders
+    try:
+        yield work
+        _flush(work)
+        _move_into_place(work, target)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise OutputError(
+                f"{target}: the disk is full ({_megabytes(shutil.disk_usage(target.parent).free)} free); nothing was left "
+                "behind. Free some room or choose another --output"
+            ) from error
+        raise
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def check_output(path: str | Path, overwrite: bool = False, needs: int = 0) -> None:
+    """Refuse an output folder that cannot be written, before any long work starts.
+
+    Raises:
+        OutputError: it exists and `overwrite` is false, is no folder, its parent is not writable, or the disk
+            has fewer than `needs` bytes free.
+    """
+    target = Path(os.path.abspath(path))
+    if target.exists() and not target.is_dir():
+        raise OutputError(f"{path}: exists and is a file; choose a folder for --output")
+    if target.exists() and any(target.iterdir()) and not overwrite:
+        raise OutputError(f"{path}: exists already; choose another --output, or give --overwrite to replace it")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"{target.parent}: cannot be made: {error.strerror}; choose another --output") from error
+    if not os.access(target.parent, os.W_OK | os.X_OK):
+        raise OutputError(f"{target.parent}: not writable; choose another --output, or change its permissions")
+    free = shutil.disk_usage(target.parent).free
+    if needs > free:
+        raise OutputError(
+            f"{path}: about {_megabytes(needs)} will be written, {_megabytes(free)} are free; free some room or choose "
+            "another --output"
+        )
+
+
+def _megabytes(size: int) -> str:
+    return f"{size / 1e6:,.0f} MB"
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _remove_abandoned(target: Path) -> None:
+    """Remove what killed runs left beside `target`; a run that is still alive keeps its folder."""
+    for folder in target.parent.glob(f".{target.name}.partial-*"):
+        pid = folder.name.split("partial-", 1)[1].partition("-")[0]
+        if pid.isdigit() and not _alive(int(pid)):
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return True
+    return True
+
+
+def _flush(folder: Path) -> None:
+    if os.name != "posix":
+        return
+    for path in [*folder.rglob("*"), folder]:
+        if path.is_symlink():
+            continue
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def _move_into_place(work: Path, target: Path) -> None:
+    if not target.exists():
+        work.rename(target)
+    elif not any(target.iterdir()):
+        target.rmdir()
+        work.rename(target)
+    elif not _exchange(work, target):  # now `work` is the old folder; the caller removes it
+        old = Path(tempfile.mkdtemp(prefix=f".{target.name}.partial-{os.getpid()}-", dir=target.parent))
+        target.rename(old / "old")
+        work.rename(target)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def _exchange(first: Path, second: Path) -> bool:
+    """Swap two names in one step; False where the system cannot."""
+    if not sys.platform.startswith("linux"):
+        return False
+    try:
+        rename = ctypes.CDLL(None, use_errno=True).renameat2
+    except (OSError, AttributeError):
+        return False
+    return bool(rename(_AT_FDCWD, os.fsencode(first), _AT_FDCWD, os.fsencode(second), _RENAME_EXCHANGE) == 0)

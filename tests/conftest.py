@@ -1,0 +1,67 @@
+"""Shared fixtures: tiny real models, made once per test run, and the real ones where they are at hand."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a test that reaches for the network is a broken test
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+from click.testing import CliRunner, Result
+
+from tests import tiny
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """tiny_model("llama") is the folder of a tiny random Llama; see tests/tiny.py for the names. Do not change its files."""
+    made: dict[str, Path] = {}
+
+    def get(architecture: str) -> Path:
+        if architecture not in made:
+            made[architecture] = tiny.make_model(architecture, tmp_path_factory.mktemp(architecture) / "model")
+        return made[architecture]
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def tiny_adapter(tiny_model: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """tiny_adapter("llama") is the folder of a random adapter (4 blocks, every layer) for tiny_model("llama")."""
+    made: dict[str, Path] = {}
+
+    def get(architecture: str) -> Path:
+        if architecture not in made:
+            folder = tmp_path_factory.mktemp(architecture) / "adapter"
+            made[architecture] = tiny.make_adapter(tiny_model(architecture), folder)
+        return made[architecture]
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def real_data() -> Path:
+    """The folder of real models and data that DIABLO_EXPORT_TEST_DATA names; skips where it is not set, except in CI."""
+    value = os.environ.get("DIABLO_EXPORT_TEST_DATA")
+    if not value:
+        if os.environ.get("CI"):
+            pytest.fail("DIABLO_EXPORT_TEST_DATA is not set: CI must run the tests on real models")
+        pytest.skip("set DIABLO_EXPORT_TEST_DATA to a folder with the real models and data sets to run this")
+    folder = Path(value)
+    if not folder.is_dir():
+        pytest.fail(f"DIABLO_EXPORT_TEST_DATA={value} is no folder")
+    return folder
+
+
+@pytest.fixture
+def run() -> Callable[..., Result]:
+    """run("merge", "--model", …) runs the command line in this process and returns its result."""
+    from diablo_export.cli import main
+
+    def call(*arguments: object) -> Result:
+        return CliRunner().invoke(main, [str(argument) for argument in arguments])
+
+    return call

@@ -1,0 +1,111 @@
+"""Tiny instances of every supported architecture, made on the spot with random weights: real models, not mocks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+SIZES: dict[str, Any] = {
+    "vocab_size": 320,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,  # onnxruntime's GroupQueryAttention wants a multiple of 16 on CPU
+    "max_position_embeddings": 256,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "attn_implementation": "eager",
+}
+
+# name → (transformers config class, what differs from SIZES)
+ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("LlamaConfig", {"tie_word_embeddings": False}),
+    "llama-tied": ("LlamaConfig", {"tie_word_embeddings": True}),
+    "qwen2": ("Qwen2Config", {"tie_word_embeddings": True}),
+    "qwen3": ("Qwen3Config", {"tie_word_embeddings": True}),
+    "mistral": ("MistralConfig", {"sliding_window": None}),
+    "gemma2": ("Gemma2Config", {"query_pre_attn_scalar": 16, "sliding_window": 128}),
+    "gemma3": ("Gemma3TextConfig", {"query_pre_attn_scalar": 16, "sliding_window": 128}),
+    "phi3": ("Phi3Config", {"tie_word_embeddings": False}),
+    "gpt2": ("GPT2Config", {}),
+    "bert": ("BertConfig", {}),
+}
+DECODERS = [name for name in ARCHITECTURES if name != "bert"]
+
+
+def make_model(architecture: str, folder: Path, seed: int = 0, **changes: Any) -> Path:
+    """Save a tiny random model with its tokenizer; bert gets a two-class classification head."""
+    import torch
+    import transformers
+
+    kind, differences = ARCHITECTURES[architecture]
+    sizes = {key: value for key, value in SIZES.items() if not (kind in ("GPT2Config", "BertConfig") and key == "head_dim")}
+    config = getattr(transformers, kind)(**{**sizes, **differences, **changes})
+    torch.manual_seed(seed)
+    auto = transformers.AutoModelForSequenceClassification if architecture == "bert" else transformers.AutoModelForCausalLM
+    model = auto.from_config(config, dtype=changes.get("dtype", torch.float32))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim >= 2:  # large enough that the logits differ from one token to the next
+                parameter.normal_(0, 0.15)
+            elif name.endswith("bias"):
+                parameter.normal_(0, 0.05)
+    model.save_pretrained(folder)
+    make_tokenizer(folder)
+    return folder
+
+
+def make_tokenizer(folder: Path) -> None:
+    """A byte-level BPE tokenizer over a few sentences, with the special ids of SIZES."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=SIZES["vocab_size"],
+        special_tokens=["<pad>", "<s>", "</s>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(["the cat sat on the mat and the dog sat on the log"] * 4, trainer)
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>", model_max_length=256
+    ).save_pretrained(folder)
+
+
+def make_adapter(model: Path, folder: Path, num_blocks: int = 4, scale: float = 0.1, seed: int = 0, targets: tuple[str, ...] = ()) -> Path:
+    """Save an adapter with random blocks on every (or the named) linear layer of a model's blocks, fingerprints included."""
+    import numpy as np
+
+    from diablo_export.adapter import AdaptedModule, Adapter, stored_transposed
+    from diablo_export.blockdiag import BlockShape
+    from diablo_export.checkpoint import Checkpoint
+    from diablo_export.fingerprint import fingerprint
+
+    checkpoint = Checkpoint.open(model)
+    random = np.random.default_rng(seed)
+    modules = {}
+    for info in checkpoint:
+        name = info.name.removesuffix(".weight")
+        if len(info.shape) != 2 or not any(part in name for part in ("layer.", "layers.", ".h.", "h.")) or name == info.name:
+            continue
+        leaf = name.rpartition(".")[2]
+        if targets and leaf not in targets:
+            continue
+        weight = info.read().T if stored_transposed(checkpoint.config) else info.read()
+        shape = BlockShape.for_linear(weight.shape[1], weight.shape[0], num_blocks)
+        blocks = random.normal(0, scale, shape.blocks).astype(np.float32)
+        modules[name] = AdaptedModule(name, blocks, weight.shape[1], weight.shape[0], fingerprint(weight))
+    saved, labels, task = {}, [], "CAUSAL_LM"
+    if "classifier.weight" in checkpoint.tensors:
+        saved = {f"classifier.{part}": checkpoint.tensors[f"classifier.{part}"].read() * np.float32(1.5) for part in ("weight", "bias")}
+        labels, task = ["negative", "positive"], "SEQ_CLS"
+    adapter = Adapter(modules, task, str(model), num_blocks, sorted({n.rpartition(".")[2] for n in modules}), saved, labels)
+    folder.mkdir(parents=True)
+    adapter.save(folder)
+    return folder
