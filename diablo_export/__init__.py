@@ -22,6 +22,7 @@ _VERBS = {
 }
 
 if TYPE_CHECKING:
+    from diablo_export.cli.demo import demo as demo
     from diablo_export.converters.diablo_chkpt import convert as convert
     from diablo_export.converters.export import export as export
     from diablo_export.converters.inspection import inspect as inspect

@@ -1,8 +1,9 @@
 """The adapter folder: adapter_config.json and adapter_model.safetensors, in PEFT's conventions.
 
 One tensor per adapted module, `base_model.model.<module path>.diablo_blocks`, shape (num_blocks, block_size_in,
-block_size_out); for classification the trained head beside them, `base_model.model.<module path>.weight` and `.bias`, its module
-listed under `modules_to_save`. The config carries each module's sizes and the fingerprint of its base weight.
+block_size_out); for classification the trained head beside them, `base_model.model.<module path>.weight` and
+`.bias`, its module listed under `modules_to_save`. The config carries each module's sizes and the fingerprint of its
+base weight.
 """
 
 from __future__ import annotations
@@ -175,7 +176,9 @@ def weight_fault(module: AdaptedModule, stored: tuple[int, ...], transposed: boo
     """Why a stored weight of this shape is not the module's, or None."""
     shape = stored[::-1] if transposed else stored
     wanted = (module.out_features, module.in_features)
-    return None if shape == wanted else f"the model's weight is {list(shape)}, the adapter's is {list(wanted)} (out, in)"
+    return (
+        None if shape == wanted else f"the model's weight is {list(shape)}, the adapter's is {list(wanted)} (out, in)"
+    )
 
 
 def file_sha256(file: Path) -> str:
@@ -216,7 +219,9 @@ def _modules(config: dict[str, Any], tensors: dict[str, Array]) -> tuple[dict[st
     """The adapted modules, and what is wrong with those that could not be made."""
     listed: dict[str, Any] = config.get("modules") or {}
     stored = {n.removesuffix(SUFFIX): v for n, v in tensors.items() if n.endswith(SUFFIX)}
-    faults = [f"{name}: listed in {CONFIG}, but {WEIGHTS} has no blocks for it" for name in listed if name not in stored]
+    faults = [
+        f"{name}: listed in {CONFIG}, but {WEIGHTS} has no blocks for it" for name in listed if name not in stored
+    ]
     modules: dict[str, AdaptedModule] = {}
     for name, blocks in stored.items():
         entry = listed.get(name)
@@ -242,5 +247,9 @@ def _modules(config: dict[str, Any], tensors: dict[str, Array]) -> tuple[dict[st
 
 def _saved_faults(saved: dict[str, Array], modules_to_save: list[str]) -> list[str]:
     found = {name.rpartition(".")[0] for name in saved}
-    faults = [f"{name}: under modules_to_save, but {WEIGHTS} does not hold it" for name in modules_to_save if name not in found]
+    faults = [
+        f"{name}: under modules_to_save, but {WEIGHTS} does not hold it"
+        for name in modules_to_save
+        if name not in found
+    ]
     return faults + [f"{name}: stored, but not under modules_to_save" for name in found if name not in modules_to_save]

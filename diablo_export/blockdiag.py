@@ -3,21 +3,22 @@
 `blocks` is D, shape (num_blocks, block_size_in, block_size_out). Block i reads inputs
 [i·block_size_in, (i+1)·block_size_in) and writes outputs [i·block_size_out, (i+1)·block_size_out). Where the
 sizes do not divide, the input is taken as zero-padded at its tail and the output is cropped, as in the
-paper's own layer (DiaBlo, arXiv 2506.03230). This is the slow obvious reference: the torch layer, the ONNX function body and every
-kernel are tested against it.
+paper's own layer (DiaBlo, arXiv 2506.03230). This is the slow obvious reference: the torch layer, the ONNX
+function body and every kernel are tested against it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from diablo_export.errors import InputError
 
-Array = npt.NDArray[np.generic]
+Array = npt.NDArray[Any]
 
 
 @dataclass(frozen=True)
@@ -97,9 +98,7 @@ def shape_of(blocks: Array, in_features: int, out_features: int) -> BlockShape:
         InputError: `blocks` is not 3-D, or does not cover the module.
     """
     if blocks.ndim != 3:
-        raise InputError(
-            f"blocks have shape {blocks.shape}; they must be (num_blocks, block_size_in, block_size_out)"
-        )
+        raise InputError(f"blocks have shape {blocks.shape}; they must be (num_blocks, block_size_in, block_size_out)")
     return BlockShape(in_features, out_features, *blocks.shape)
 
 
@@ -141,6 +140,7 @@ def add_to_weight(weight: Array, blocks: Array, sign: int = 1) -> Array:
     wide = np.float64 if np.float64 in (weight.dtype, blocks.dtype) else np.float32
     for block, (inputs, outputs) in enumerate(shape_of(blocks, in_features, out_features).slices()):
         piece = blocks[block, : inputs.stop - inputs.start, : outputs.stop - outputs.start]
-        total = merged[outputs, inputs].astype(wide) + sign * piece.T.astype(wide)  # (outputs, inputs)
+        total: Array = merged[outputs, inputs].astype(wide)  # (outputs, inputs)
+        total += sign * piece.T.astype(wide)
         merged[outputs, inputs] = total.astype(weight.dtype)
     return merged

@@ -76,9 +76,9 @@ class TensorInfo:
         with self.file.open("rb", buffering=0) as file:
             file.seek(self.start)
             filled = 0
-            buffer = memoryview(values.reshape(-1).view(np.uint8)) if values.size else memoryview(b"")
+            buffer = values.reshape(-1).view(np.uint8).data if values.size else memoryview(b"")
             while filled < self.nbytes:
-                count = file.readinto(buffer[filled:])  # type: ignore[arg-type]
+                count = file.readinto(buffer[filled:])
                 if not count:
                     raise CheckpointError(f"{self.file}: ends inside tensor {self.name!r}; copy the file again")
                 filled += count
@@ -129,7 +129,9 @@ def read_header(file: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
 
 
 def write_safetensors(
-    file: Path, layout: Mapping[str, tuple[str, tuple[int, ...]]], tensors: Iterable[tuple[str, Array]],
+    file: Path,
+    layout: Mapping[str, tuple[str, tuple[int, ...]]],
+    tensors: Iterable[tuple[str, Array]],
     metadata: Mapping[str, str] | None = None,
 ) -> None:
     """Write tensors to `file` as they come, in the order and dtypes of `layout` (name → dtype name, shape)."""
@@ -153,7 +155,7 @@ def write_safetensors(
 def _write_all(stream: Any, values: Array) -> None:
     if not values.size:
         return
-    view = memoryview(np.ascontiguousarray(values).reshape(-1).view(np.uint8))
+    view = np.ascontiguousarray(values).reshape(-1).view(np.uint8).data
     while len(view):
         view = view[stream.write(view) :]
 

@@ -1,8 +1,8 @@
 """Recognising a weight: exactly by its bytes, and approximately by its values.
 
 The hash tells one base from another. The samples tell which weight this is after a change of dtype, name or
-layout, or after int4: 64 values at fixed positions, whose correlation with an int4 copy is about 0.99 and with any other weight
-about 0 ± 0.125.
+layout, or after int4: 64 values at fixed positions, whose correlation with an int4 copy is about 0.99 and with any
+other weight about 0 ± 0.125.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class Fingerprint:
         coarser of the two roundings.
         """
         if DTYPE_NAMES.get(weight.dtype) == self.dtype:
-            return hashlib.sha256(np.ascontiguousarray(weight).view(np.uint8)).hexdigest() == self.sha256
+            return hashlib.sha256(np.ascontiguousarray(weight).view(np.uint8).data).hexdigest() == self.sha256
         # bfloat16 keeps 8 bits: one rounding is at most 2⁻⁸ of the value
         return bool(np.allclose(sample(weight), self.samples, rtol=2**-8, atol=1e-7))
 
@@ -72,7 +72,7 @@ class Fingerprint:
 
 def fingerprint(weight: Array) -> Fingerprint:
     """The fingerprint of a weight (out_features, in_features), in the dtype of its checkpoint."""
-    digest = hashlib.sha256(np.ascontiguousarray(weight).view(np.uint8)).hexdigest()
+    digest = hashlib.sha256(np.ascontiguousarray(weight).view(np.uint8).data).hexdigest()
     return Fingerprint(DTYPE_NAMES[weight.dtype], digest, sample(weight))
 
 

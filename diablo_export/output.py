@@ -1,7 +1,7 @@
 """Output folders that are either the old one or the new one, never half of either.
 
-The new folder is filled beside its destination, flushed to the disk and renamed. Replacing an existing folder swaps the two names in one system
-call where Linux offers that.
+The new folder is filled beside its destination, flushed to the disk and renamed. Replacing an existing folder swaps
+the two names in one system call where Linux offers that.
 """
 
 from __future__ import annotations
@@ -45,8 +45,8 @@ def new_folder(path: str | Path, overwrite: bool = False, needs: int = 0) -> Ite
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise OutputError(
-                f"{target}: the disk is full ({_megabytes(shutil.disk_usage(target.parent).free)} free); nothing was left "
-                "behind. Free some room or choose another --output"
+                f"{target}: the disk is full ({_megabytes(shutil.disk_usage(target.parent).free)} free); nothing was "
+                "left behind. Free some room or choose another --output"
             ) from error
         raise
     finally:

@@ -1,6 +1,7 @@
-"""Group-wise 2, 4 and 8-bit weights in the layout of ONNX Runtime's MatMulNBits (operator spec: com.microsoft, ContribOperators.md).
+"""Group-wise 2, 4 and 8-bit weights in the layout of ONNX Runtime's MatMulNBits.
 
-W[n, k] = (code[n, k] − zero_point[n, g]) · scale[n, g], g = k // group_size. `quantize` gives, bit for bit, what
+W[n, k] = (code[n, k] − zero_point[n, g]) · scale[n, g], g = k // group_size (operator spec:
+com.microsoft in onnxruntime's ContribOperators.md). `quantize` gives, bit for bit, what
 onnxruntime's default quantizer gives (`quantize_matmul_{2,4,8}bits`, MLAS block-wise quantization along the
 input dimension); a test holds that on every run.
 """

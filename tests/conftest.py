@@ -17,7 +17,7 @@ from tests import tiny
 
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """tiny_model("llama") is the folder of a tiny random Llama; see tests/tiny.py for the names. Do not change its files."""
+    """tiny_model("llama") is the folder of a tiny random Llama; names are in tests/tiny.py. Do not change its files."""
     made: dict[str, Path] = {}
 
     def get(architecture: str) -> Path:
@@ -44,7 +44,7 @@ def tiny_adapter(tiny_model: Callable[[str], Path], tmp_path_factory: pytest.Tem
 
 @pytest.fixture(scope="session")
 def real_data() -> Path:
-    """The folder of real models and data that DIABLO_EXPORT_TEST_DATA names; skips where it is not set, except in CI."""
+    """The folder of real models and data that DIABLO_EXPORT_TEST_DATA names; not set, it skips, except in CI."""
     value = os.environ.get("DIABLO_EXPORT_TEST_DATA")
     if not value:
         if os.environ.get("CI"):

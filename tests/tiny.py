@@ -42,10 +42,14 @@ def make_model(architecture: str, folder: Path, seed: int = 0, **changes: Any) -
     import transformers
 
     kind, differences = ARCHITECTURES[architecture]
-    sizes = {key: value for key, value in SIZES.items() if not (kind in ("GPT2Config", "BertConfig") and key == "head_dim")}
+    sizes = {
+        key: value for key, value in SIZES.items() if not (kind in ("GPT2Config", "BertConfig") and key == "head_dim")
+    }
     config = getattr(transformers, kind)(**{**sizes, **differences, **changes})
     torch.manual_seed(seed)
-    auto = transformers.AutoModelForSequenceClassification if architecture == "bert" else transformers.AutoModelForCausalLM
+    auto = (
+        transformers.AutoModelForSequenceClassification if architecture == "bert" else transformers.AutoModelForCausalLM
+    )
     model = auto.from_config(config, dtype=changes.get("dtype", torch.float32))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -78,8 +82,10 @@ def make_tokenizer(folder: Path) -> None:
     ).save_pretrained(folder)
 
 
-def make_adapter(model: Path, folder: Path, num_blocks: int = 4, scale: float = 0.1, seed: int = 0, targets: tuple[str, ...] = ()) -> Path:
-    """Save an adapter with random blocks on every (or the named) linear layer of a model's blocks, fingerprints included."""
+def make_adapter(
+    model: Path, folder: Path, num_blocks: int = 4, scale: float = 0.1, seed: int = 0, targets: tuple[str, ...] = ()
+) -> Path:
+    """Save an adapter with random blocks on every (or the named) linear layer of a model's blocks."""
     import numpy as np
 
     from diablo_export.adapter import AdaptedModule, Adapter, stored_transposed
@@ -92,7 +98,11 @@ def make_adapter(model: Path, folder: Path, num_blocks: int = 4, scale: float = 
     modules = {}
     for info in checkpoint:
         name = info.name.removesuffix(".weight")
-        if len(info.shape) != 2 or not any(part in name for part in ("layer.", "layers.", ".h.", "h.")) or name == info.name:
+        if (
+            len(info.shape) != 2
+            or not any(part in name for part in ("layer.", "layers.", ".h.", "h."))
+            or name == info.name
+        ):
             continue
         leaf = name.rpartition(".")[2]
         if targets and leaf not in targets:
@@ -103,9 +113,14 @@ def make_adapter(model: Path, folder: Path, num_blocks: int = 4, scale: float = 
         modules[name] = AdaptedModule(name, blocks, weight.shape[1], weight.shape[0], fingerprint(weight))
     saved, labels, task = {}, [], "CAUSAL_LM"
     if "classifier.weight" in checkpoint.tensors:
-        saved = {f"classifier.{part}": checkpoint.tensors[f"classifier.{part}"].read() * np.float32(1.5) for part in ("weight", "bias")}
+        saved = {
+            f"classifier.{part}": checkpoint.tensors[f"classifier.{part}"].read() * np.float32(1.5)
+            for part in ("weight", "bias")
+        }
         labels, task = ["negative", "positive"], "SEQ_CLS"
-    adapter = Adapter(modules, task, str(model), num_blocks, sorted({n.rpartition(".")[2] for n in modules}), saved, labels)
+    adapter = Adapter(
+        modules, task, str(model), num_blocks, sorted({n.rpartition(".")[2] for n in modules}), saved, labels
+    )
     folder.mkdir(parents=True)
     adapter.save(folder)
     return folder

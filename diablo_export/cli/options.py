@@ -13,9 +13,7 @@ from diablo_export.console import set_verbosity
 
 F = Callable[..., Any]
 
-model_option = click.option(
-    "--model", "-m", required=True, metavar="M", help="Hugging Face model folder or id."
-)
+model_option = click.option("--model", "-m", required=True, metavar="M", help="Hugging Face model folder or id.")
 adapter_option = click.option(
     "--adapter", "-a", required=True, metavar="A", type=click.Path(path_type=Path), help="DiaBlo adapter folder."
 )
