@@ -82,8 +82,6 @@ def quantize(weight: Float32, bits: int = 4, group_size: int = 32, symmetric: bo
         scales[rows] = scale
         if zeros is not None:
             zeros[rows] = pack(zero.astype(np.uint8), bits, fill=2 ** (bits - 1))
-    if not np.isfinite(scales).all():
-        raise InputError("a weight to be quantized holds NaN or inf; check the model and the adapter")
     return Quantized(codes, scales, zeros, bits, group_size, in_features)
 
 
@@ -135,6 +133,8 @@ def _grid(grouped: Float32, bits: int, symmetric: bool) -> tuple[Float32, Float3
     """Scale, its reciprocal and zero point of each group, in MLAS's order of float32 operations."""
     top = np.float32(2**bits - 1)
     largest, smallest = grouped.max(-1), grouped.min(-1)
+    if not (np.isfinite(largest) & np.isfinite(smallest)).all():
+        raise InputError("a weight to be quantized holds NaN or inf; check the model and the adapter")
     if symmetric:
         middle = np.float32(2 ** (bits - 1))
         extreme = np.where(np.abs(largest) > np.abs(smallest), largest, smallest)

@@ -1,0 +1,152 @@
+"""Reading and writing checkpoints: against the safetensors library, and every way a file can be broken."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from diablo_export import checkpoint
+from diablo_export.checkpoint import Checkpoint, read_header, write_safetensors
+from diablo_export.errors import CheckpointError
+
+DTYPES = [name for name in checkpoint.DTYPES if not name.startswith(("F8", "BF"))]
+
+
+def write(file: Path, tensors: dict[str, np.ndarray], **metadata: str) -> None:
+    layout = {name: (checkpoint.DTYPE_NAMES[value.dtype], value.shape) for name, value in tensors.items()}
+    write_safetensors(file, layout, tensors.items(), metadata or None)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_safetensors_library_reads_what_is_written(dtype: str, tmp_path: Path) -> None:
+    tensors = {
+        "matrix": np.arange(12).reshape(3, 4).astype(checkpoint.DTYPES[dtype]),
+        "scalar": np.array(1).astype(checkpoint.DTYPES[dtype]),
+        "empty": np.zeros((0, 3), checkpoint.DTYPES[dtype]),
+    }
+    write(tmp_path / "a.safetensors", tensors, format="pt")
+    read = safetensors.numpy.load_file(tmp_path / "a.safetensors")
+    for name, value in tensors.items():
+        np.testing.assert_array_equal(read[name], value)
+
+
+def test_reading_what_the_safetensors_library_wrote(tmp_path: Path) -> None:
+    torch = pytest.importorskip("torch")
+    from safetensors.torch import save_file
+
+    tensors = {"bf16": torch.randn(5, 7).bfloat16(), "half": torch.randn(3).half(), "flag": torch.tensor([True, False])}
+    save_file(tensors, tmp_path / "a.safetensors", {"format": "pt"})
+    infos, metadata = read_header(tmp_path / "a.safetensors")
+    assert metadata == {"format": "pt"}
+    assert infos["bf16"].read().dtype == ml_dtypes.bfloat16
+    for name, value in tensors.items():
+        np.testing.assert_array_equal(infos[name].read().astype(np.float64), value.double().numpy())
+
+
+def test_sharded_checkpoint(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    shards = {"model-1.safetensors": "a.weight", "model-2.safetensors": "b.weight"}
+    for file, name in shards.items():
+        write(tmp_path / file, {name: np.ones((2, 2), np.float32)})
+    index = {"weight_map": {name: file for file, name in shards.items()}}
+    (tmp_path / checkpoint.INDEX).write_text(json.dumps(index))
+    opened = Checkpoint.open(tmp_path)
+    assert sorted(opened.tensors) == ["a.weight", "b.weight"]
+    assert [file.name for file in opened.files] == sorted(shards)
+    (tmp_path / "model-2.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=r"names shards that are not there: model-2\.safetensors"):
+        Checkpoint.open(tmp_path)
+
+
+def test_names_are_found_under_another_prefix(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    write(tmp_path / checkpoint.SINGLE, {"encoder.x.weight": np.ones(2), "bert.pooler.weight": np.zeros(3)})
+    opened = Checkpoint.open(tmp_path)
+    assert opened.find("bert.encoder.x.weight") is opened.tensors["encoder.x.weight"]
+    assert opened.find("pooler.weight") is opened.tensors["bert.pooler.weight"]
+    assert opened.find("decoder.x.weight") is None
+
+
+@pytest.mark.parametrize("keep", [0, 4, 8, 40, -1])
+def test_truncated_file(keep: int, tmp_path: Path) -> None:
+    file = tmp_path / "a.safetensors"
+    write(file, {"w": np.ones((8, 8), np.float32)})
+    file.write_bytes(file.read_bytes()[:keep])
+    with pytest.raises(CheckpointError, match=r"a\.safetensors: .*cut short"):
+        read_header(file)
+
+
+def test_a_file_that_shrinks_while_it_is_read(tmp_path: Path) -> None:
+    file = tmp_path / "a.safetensors"
+    write(file, {"w": np.ones((8, 8), np.float32)})
+    info = read_header(file)[0]["w"]
+    file.write_bytes(file.read_bytes()[:-4])
+    with pytest.raises(CheckpointError, match="ends inside tensor 'w'"):
+        info.read()
+
+
+@pytest.mark.parametrize(
+    ("header", "said"),
+    [
+        (b"not json ", "its header is no JSON"),
+        (json.dumps({"w": {"dtype": "F32", "shape": [2]}}).encode(), "tensor 'w' has a broken header entry"),
+        (json.dumps({"w": {"dtype": "F32", "shape": [9], "data_offsets": [0, 8]}}).encode(), "takes 36 bytes"),
+        (json.dumps({"w": {"dtype": "F32", "shape": [2], "data_offsets": [-8, 0]}}).encode(), "gives it 8"),
+    ],
+)
+def test_broken_headers(header: bytes, said: str, tmp_path: Path) -> None:
+    (tmp_path / "a.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + b"\0" * 8)
+    with pytest.raises(CheckpointError, match=said):
+        read_header(tmp_path / "a.safetensors")
+
+
+def test_unknown_dtype(tmp_path: Path) -> None:
+    header = json.dumps({"w": {"dtype": "F4", "shape": [2], "data_offsets": [0, 1]}}).encode()
+    (tmp_path / "a.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + b"\0")
+    with pytest.raises(CheckpointError, match="dtype F4; readable are F64, F32"):
+        read_header(tmp_path / "a.safetensors")[0]["w"].read()
+
+
+def test_folders_that_are_no_model(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="no such model folder"):
+        Checkpoint.open(tmp_path / "nowhere")
+    with pytest.raises(CheckpointError, match=r"config\.json: missing"):
+        Checkpoint.open(tmp_path)
+    (tmp_path / "config.json").write_text("[1]")
+    with pytest.raises(CheckpointError, match="holds a JSON list, not an object"):
+        Checkpoint.open(tmp_path)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(CheckpointError, match="cannot be read as JSON"):
+        Checkpoint.open(tmp_path)
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(CheckpointError, match=r"holds no model\.safetensors"):
+        Checkpoint.open(tmp_path)
+    (tmp_path / "pytorch_model.bin").write_bytes(b"")
+    with pytest.raises(CheckpointError, match=r"only pytorch_model\.bin, which are pickles and are not opened"):
+        Checkpoint.open(tmp_path)
+
+
+def test_an_id_that_cannot_be_had() -> None:
+    pytest.importorskip("huggingface_hub")
+    with pytest.raises(CheckpointError, match="nobody/nothing: no such folder here, and not to be had"):
+        Checkpoint.open("nobody/nothing")
+
+
+def test_announced_and_given_tensors_must_agree(tmp_path: Path) -> None:
+    layout = {"w": ("F32", (2, 2))}
+    with pytest.raises(ValueError, match="was announced as w F32"):
+        write_safetensors(tmp_path / "a.safetensors", layout, [("w", np.ones((2, 3), np.float32))])
+
+
+def test_real_checkpoint(tiny_model: Callable[[str], Path]) -> None:
+    opened = Checkpoint.open(tiny_model("llama"))
+    assert opened.config["model_type"] == "llama"
+    wanted = safetensors.numpy.load_file(tiny_model("llama") / checkpoint.SINGLE)
+    for info in opened:
+        np.testing.assert_array_equal(info.read(), wanted[info.name])

@@ -1,0 +1,124 @@
+"""Output folders are the old one or the new one, whatever happens in between."""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import namedtuple
+from pathlib import Path
+
+import pytest
+
+from diablo_export import output
+from diablo_export.errors import OutputError
+
+
+def write(folder: Path, text: str, overwrite: bool = False) -> None:
+    with output.new_folder(folder, overwrite) as work:
+        (work / "sub").mkdir()
+        (work / "sub" / "file").write_text(text)
+
+
+def test_a_new_folder_appears_whole(tmp_path: Path) -> None:
+    write(tmp_path / "deep" / "out", "one")
+    assert (tmp_path / "deep" / "out" / "sub" / "file").read_text() == "one"
+    assert os.listdir(tmp_path / "deep") == ["out"]
+    assert (tmp_path / "deep" / "out").stat().st_mode & 0o777 == 0o777 & ~output._umask()
+
+
+def test_an_existing_folder_is_kept_without_overwrite(tmp_path: Path) -> None:
+    write(tmp_path / "out", "one")
+    with pytest.raises(OutputError, match=r"out: exists already; .* or give --overwrite"):
+        write(tmp_path / "out", "two")
+    assert (tmp_path / "out" / "sub" / "file").read_text() == "one"
+
+
+@pytest.mark.parametrize("exchange", [True, False])
+def test_overwrite_replaces_all_of_it(exchange: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not exchange:  # systems without renameat2
+        monkeypatch.setattr(output, "_exchange", lambda first, second: False)
+    write(tmp_path / "out", "one")
+    (tmp_path / "out" / "stale").touch()
+    write(tmp_path / "out", "two", overwrite=True)
+    assert (tmp_path / "out" / "sub" / "file").read_text() == "two"
+    assert os.listdir(tmp_path / "out") == ["sub"] and os.listdir(tmp_path) == ["out"]
+
+
+def test_an_empty_folder_may_be_used(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    write(tmp_path / "out", "one")
+    assert (tmp_path / "out" / "sub" / "file").exists()
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_a_failure_leaves_the_old_folder_and_nothing_else(error: type[BaseException], tmp_path: Path) -> None:
+    write(tmp_path / "out", "one")
+    with pytest.raises(error), output.new_folder(tmp_path / "out", overwrite=True) as work:
+        (work / "file").write_text("half")
+        raise error
+    assert (tmp_path / "out" / "sub" / "file").read_text() == "one"
+    assert os.listdir(tmp_path) == ["out"]
+
+
+def test_a_full_disk(tmp_path: Path) -> None:
+    with pytest.raises(OutputError, match="the disk is full"), output.new_folder(tmp_path / "out"):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    assert os.listdir(tmp_path) == []
+
+
+def test_too_little_room_is_said_before_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(output.shutil, "disk_usage", lambda path: usage(10, 5, 5_000_000))
+    with pytest.raises(OutputError, match="about 6 MB will be written, 5 MB are free"):
+        output.check_output(tmp_path / "out", needs=6_000_000)
+
+
+def test_a_file_in_the_way(tmp_path: Path) -> None:
+    (tmp_path / "out").touch()
+    with pytest.raises(OutputError, match="exists and is a file"):
+        write(tmp_path / "out", "one", overwrite=True)
+    with pytest.raises(OutputError, match="cannot be made"):
+        write(tmp_path / "out" / "below", "one")
+
+
+def test_an_unwritable_parent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(output.os, "access", lambda path, mode: False)  # root may write anywhere
+    with pytest.raises(OutputError, match="not writable"):
+        write(tmp_path / "out", "one")
+
+
+KILLED = """
+import sys, time
+from diablo_export import output
+with output.new_folder(sys.argv[1], overwrite=True) as work:
+    (work / "file").write_text("half")
+    print("filling", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_kill_9_leaves_the_old_folder_and_the_next_run_cleans_up(tmp_path: Path) -> None:
+    write(tmp_path / "out", "one")
+    process = subprocess.Popen([sys.executable, "-c", KILLED, tmp_path / "out"], stdout=subprocess.PIPE)
+    assert process.stdout and process.stdout.readline() == b"filling\n"
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert (tmp_path / "out" / "sub" / "file").read_text() == "one"
+    assert len(os.listdir(tmp_path)) == 2  # what was half-written lies beside it
+    write(tmp_path / "out", "two", overwrite=True)
+    assert os.listdir(tmp_path) == ["out"]
+
+
+def test_a_run_that_is_alive_keeps_its_folder(tmp_path: Path) -> None:
+    with output.new_folder(tmp_path / "out") as first:
+        (first / "file").touch()
+        write(tmp_path / "out", "second")
+        assert (first / "file").exists()
+        (tmp_path / "out" / "sub" / "file").unlink()
+        (tmp_path / "out" / "sub").rmdir()
+    assert os.listdir(tmp_path) == ["out"]
+    assert time.time() - (tmp_path / "out").stat().st_mtime < 60
