@@ -128,13 +128,8 @@ def read_header(file: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
     return tensors, metadata
 
 
-def write_safetensors(
-    file: Path,
-    layout: Mapping[str, tuple[str, tuple[int, ...]]],
-    tensors: Iterable[tuple[str, Array]],
-    metadata: Mapping[str, str] | None = None,
-) -> None:
-    """Write tensors to `file` as they come, in the order and dtypes of `layout` (name → dtype name, shape)."""
+def header_bytes(layout: Mapping[str, tuple[str, tuple[int, ...]]], metadata: Mapping[str, str] | None = None) -> bytes:
+    """How a safetensors file of this `layout` (name → dtype name, shape) begins; the tensors follow in its order."""
     header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     offset = 0
     for name, (dtype, shape) in layout.items():
@@ -143,8 +138,18 @@ def write_safetensors(
         offset = end
     encoded = json.dumps(header, separators=(",", ":")).encode()
     encoded += b" " * (-len(encoded) % 8)  # tensors start 8-byte aligned, as the library writes them
+    return len(encoded).to_bytes(8, "little") + encoded
+
+
+def write_safetensors(
+    file: Path,
+    layout: Mapping[str, tuple[str, tuple[int, ...]]],
+    tensors: Iterable[tuple[str, Array]],
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """Write tensors to `file` as they come, in the order and dtypes of `layout` (name → dtype name, shape)."""
     with file.open("wb", buffering=0) as stream:
-        stream.write(len(encoded).to_bytes(8, "little") + encoded)
+        stream.write(header_bytes(layout, metadata))
         for expected, (name, values) in zip(layout, tensors, strict=True):
             dtype, shape = layout[name]
             if name != expected or values.shape != shape or values.dtype != DTYPES[dtype]:

@@ -1,0 +1,75 @@
+"""What lies beside the weights in a Hugging Face folder: config.json, the shard index, tokenizer and the rest."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from diablo_export.adapter import Adapter
+from diablo_export.checkpoint import INDEX, Checkpoint, read_json
+from diablo_export.console import log
+
+# weights of the untuned base in other formats: copied beside the merged ones they would ship the wrong model
+_OTHER_WEIGHTS = (
+    ".bin", ".ckpt", ".gguf", ".h5", ".index.json", ".msgpack", ".onnx", ".onnx_data", ".ot", ".pt", ".pth",
+    ".safetensors",
+)  # fmt: skip
+
+
+def write_config(checkpoint: Checkpoint, adapter: Adapter, folder: Path, untied: bool = False) -> None:
+    """config.json as it was, but for the classes of a new head and an output head that is no longer tied."""
+    config = dict(checkpoint.config)
+    if adapter.task_type == "SEQ_CLS":
+        config |= classifier_config(config, adapter)
+    if untied:
+        config["tie_word_embeddings"] = False  # tied, a loader would put the embeddings over the merged head
+    if config == checkpoint.config:
+        shutil.copyfile(checkpoint.folder / "config.json", folder / "config.json")
+    else:
+        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def classifier_config(config: dict[str, Any], adapter: Adapter) -> dict[str, Any]:
+    """The entries of config.json that make AutoModelForSequenceClassification load the adapter's head."""
+    changes: dict[str, Any] = {}
+    heads = [value.shape[0] for name, value in adapter.saved.items() if name.endswith("weight") and value.ndim == 2]
+    labels = adapter.labels or [f"LABEL_{i}" for i in range(heads[-1] if heads else 0)]
+    if labels:
+        changes["id2label"] = {str(i): label for i, label in enumerate(labels)}
+        changes["label2id"] = {label: i for i, label in enumerate(labels)}
+        changes["num_labels"] = len(labels)
+    family = re.match(r"(.+?)(LMHeadModel|Model|For[A-Z]\w*)$", (config.get("architectures") or [""])[0])
+    if family:
+        changes["architectures"] = [f"{family[1]}ForSequenceClassification"]
+    return changes
+
+
+def write_index(checkpoint: Checkpoint, files: Mapping[str, Mapping[str, int]], folder: Path) -> None:
+    """The shard index of `files` (file name → tensor name → bytes), where the base has one."""
+    if not (checkpoint.folder / INDEX).exists():
+        return
+    index = read_json(checkpoint.folder / INDEX)
+    total = sum(size for tensors in files.values() for size in tensors.values())
+    index["metadata"] = {**(index.get("metadata") or {}), "total_size": total}
+    index["weight_map"] = {tensor: file for file, tensors in files.items() for tensor in tensors}
+    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def copy_others(checkpoint: Checkpoint, folder: Path) -> None:
+    """Copy the tokenizer, the generation config and whatever else is neither a weight nor written anew."""
+    written = {"config.json", INDEX, *checkpoint.metadata}
+
+    def unwanted(directory: str, names: list[str]) -> list[str]:
+        skip = [name for name in names if name.startswith(".")]
+        if Path(directory) == checkpoint.folder:
+            skip += [name for name in names if name in written]
+        others = [name for name in names if name.endswith(_OTHER_WEIGHTS) and name not in skip]
+        if others:
+            log.info("not copied, they hold weights of the base: %s", ", ".join(sorted(others)))
+        return skip + others
+
+    shutil.copytree(checkpoint.folder, folder, ignore=unwanted, dirs_exist_ok=True)
