@@ -1,0 +1,161 @@
+"""The DiaBlo layer in torch: a frozen linear layer plus trainable diagonal blocks, y = base(x) + x · blockdiag(D).
+
+The same maths as `diablo_export.blockdiag`, which is its reference. One batched matrix product computes the
+branch; blockdiag(D) is never built.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers.pytorch_utils import Conv1D
+
+from diablo_export.blockdiag import BlockShape
+from diablo_export.errors import InputError
+
+
+class DiabloLinear(nn.Module):
+    """A frozen linear layer with diagonal blocks beside it.
+
+    Attributes:
+        base: the wrapped nn.Linear or Conv1D; its parameters do not require gradients.
+        blocks: (num_blocks, block_size_in, block_size_out), float32 (float64 beside a float64 base).
+        shape: the sizes of the layer and of its blocks.
+        enabled: False gives the base alone.
+        merged: whether the base weight holds the blocks at the moment.
+    """
+
+    def __init__(self, base: nn.Module, blocks: Tensor, shape: BlockShape) -> None:
+        super().__init__()
+        self.base = base
+        self.blocks = nn.Parameter(blocks)
+        self.shape = shape
+        self.enabled = True
+        self._replaced: list[Tensor] | None = None  # the base's own values under each block, while merged
+
+    @classmethod
+    def from_linear(
+        cls, linear: nn.Module, blocks: Tensor | None = None, num_blocks: int | None = None
+    ) -> DiabloLinear:
+        """Wrap `linear`, freezing it, with the given blocks or with `num_blocks` zero blocks.
+
+        Args:
+            linear: an nn.Linear, weight (out, in), or transformers' Conv1D, weight (in, out).
+            blocks: (num_blocks, block_size_in, block_size_out).
+            num_blocks: how many zero blocks to make, when `blocks` is None.
+
+        Raises:
+            InputError: another kind of layer, or blocks that do not fit it.
+        """
+        in_features, out_features = features(linear)
+        weight = linear.get_parameter("weight")
+        if blocks is None:
+            if num_blocks is None:
+                raise InputError("give either blocks or num_blocks")
+            shape = BlockShape.for_linear(in_features, out_features, num_blocks)
+            blocks = torch.zeros(shape.blocks)
+        elif blocks.ndim != 3:
+            raise InputError(
+                f"blocks have shape {tuple(blocks.shape)}; they must be (num_blocks, block_size_in, block_size_out)"
+            )
+        else:
+            shape = BlockShape(in_features, out_features, *blocks.shape)
+        linear.requires_grad_(False)
+        wide = torch.promote_types(weight.dtype, torch.float32)  # small updates vanish in 16 bits
+        return cls(linear, blocks.detach().to(weight.device, wide, copy=True), shape)
+
+    @property
+    def weight(self) -> Tensor:
+        """The base's weight: some models look at their layers' weights."""
+        return self.base.get_parameter("weight")
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The base's bias."""
+        bias = self.base.bias
+        return bias if isinstance(bias, Tensor) else None
+
+    @property
+    def merged(self) -> bool:
+        """Whether the base weight holds the blocks at the moment."""
+        return self._replaced is not None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(…, in_features) → (…, out_features)."""
+        y: Tensor = self.base(x)
+        if not self.enabled or self.merged:
+            return y
+        branch = self._branch(x)  # (tokens, num_blocks, block_size_out)
+        s = self.shape
+        if s.num_blocks * s.block_size_out == s.out_features:
+            return (y.view(branch.shape) + branch).view(y.shape)  # in place it would copy more, in the backward pass
+        return y + branch.flatten(1)[:, : s.out_features].reshape(y.shape)
+
+    def _branch(self, x: Tensor) -> Tensor:
+        s = self.shape
+        padding = s.num_blocks * s.block_size_in - s.in_features
+        if padding:
+            x = functional.pad(x, (0, padding))
+        x = x.reshape(-1, s.num_blocks, s.block_size_in).transpose(0, 1)  # (num_blocks, tokens, block_size_in)
+        return torch.bmm(x, self.blocks.to(x.dtype)).transpose(0, 1)
+
+    @torch.no_grad()
+    def merge(self) -> None:
+        """Add the blocks to the base weight, rounded once to its dtype; only the entries that they meet change."""
+        if self.merged:
+            return
+        self._replaced = []
+        for entries, block in self._touched():
+            self._replaced.append(entries.clone())
+            entries.copy_(entries.to(block.dtype) + block)
+
+    @torch.no_grad()
+    def unmerge(self) -> None:
+        """Put the base's own values back, bit for bit."""
+        for (entries, _), own in zip(self._touched(), self._replaced or (), strict=False):
+            entries.copy_(own)
+        self._replaced = None
+
+    def _touched(self) -> list[tuple[Tensor, Tensor]]:
+        """Per block, the entries of the base weight that it meets, as a view (in, out), and their share of it."""
+        weight = self.weight if isinstance(self.base, Conv1D) else self.weight.T  # (in, out)
+        return [
+            (weight[i, o], self.blocks[n, : i.stop - i.start, : o.stop - o.start])
+            for n, (i, o) in enumerate(self.shape.slices())
+        ]
+
+    def extra_repr(self) -> str:
+        """The blocks' shape, in the model's printed form."""
+        return "blocks={}×{}×{}".format(*self.shape.blocks)
+
+
+def features(linear: nn.Module) -> tuple[int, int]:
+    """(in_features, out_features) of an nn.Linear or Conv1D with a float weight.
+
+    Raises:
+        InputError: another kind of layer.
+    """
+    if not is_linear(linear):
+        kind = type(linear).__name__
+        raise InputError(f"blocks go beside nn.Linear and Conv1D layers with float weights, not beside {kind}")
+    rows, columns = linear.get_parameter("weight").shape
+    return (rows, columns) if isinstance(linear, Conv1D) else (columns, rows)
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether `module` is a linear layer that blocks can be put beside."""
+    if not isinstance(module, nn.Linear | Conv1D):
+        return False
+    return module.weight.ndim == 2 and module.weight.is_floating_point()  # not a packed 4-bit weight
+
+
+def diablo_layers(model: nn.Module) -> dict[str, DiabloLinear]:
+    """The DiaBlo layers of a model by module path, in the model's order."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, DiabloLinear)}
+
+
+def set_enabled(model: nn.Module, on: bool) -> None:
+    """Switch every branch of a model on, or off to get the base."""
+    for layer in diablo_layers(model).values():
+        layer.enabled = on

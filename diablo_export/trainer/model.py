@@ -1,0 +1,197 @@
+"""Hugging Face models in torch: the base, and the base with an adapter on it."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from torch import Tensor, nn
+
+from diablo_export.adapter import TASKS, Adapter, refuse_base
+from diablo_export.checkpoint import Checkpoint
+from diablo_export.errors import AdapterError, CheckpointError, InputError
+from diablo_export.trainer.layer import DiabloLinear, features, is_linear
+
+_AUTO = {
+    "causal-lm": transformers.AutoModelForCausalLM,
+    "text-classification": transformers.AutoModelForSequenceClassification,
+}
+_DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float64": torch.float64,
+    "stored": "auto",
+}
+
+
+def load_base(
+    model: str | Path,
+    task: str,
+    *,
+    dtype: str = "float32",
+    device: str | torch.device = "cpu",
+    labels: list[str] | None = None,
+) -> tuple[nn.Module, Any]:
+    """A frozen base model in eval mode, and its tokenizer.
+
+    Args:
+        model: Hugging Face folder or id.
+        task: `causal-lm` or `text-classification`.
+        dtype: `float32`, `bfloat16`, `float16`, `float64`, or `stored`: as the checkpoint holds it.
+        device: where the model goes.
+        labels: class names of a classifier; a head of another size is made anew (with torch's random numbers).
+
+    Raises:
+        CheckpointError: the folder is no model, lacks weights, or cannot be loaded for this task.
+    """
+    network, tokenizer, _ = load_with_fresh(model, task, dtype=dtype, device=device, labels=labels)
+    return network, tokenizer
+
+
+def load_with_fresh(
+    model: str | Path,
+    task: str,
+    *,
+    dtype: str = "float32",
+    device: str | torch.device = "cpu",
+    labels: list[str] | None = None,
+) -> tuple[nn.Module, Any, list[str]]:
+    """`load_base`, and the names of parameters that the checkpoint does not hold: a fresh head."""
+    checkpoint = Checkpoint.open(model)
+    _check_loadable(checkpoint, task, dtype)
+    more: dict[str, Any] = {}
+    if task == "text-classification" and labels is not None:
+        names = dict(enumerate(labels))
+        more = {"id2label": names, "label2id": {name: index for index, name in names.items()}}
+        more |= {"num_labels": len(labels), "ignore_mismatched_sizes": True}
+    try:
+        with _quiet():
+            network, info = _AUTO[task].from_pretrained(
+                checkpoint.folder, dtype=_DTYPES[dtype], output_loading_info=True, **more
+            )
+            tokenizer = transformers.AutoTokenizer.from_pretrained(checkpoint.folder)
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, ImportError) as error:
+        raise CheckpointError(
+            f"{model}: transformers cannot load it for {task}: {error}; choose a model for this task, or another --task"
+        ) from error
+    fresh = sorted({*info["missing_keys"], *(key[0] for key in info["mismatched_keys"])})
+    if fresh and task == "causal-lm":
+        raise CheckpointError(f"{model}: lacks weights that a {task} model needs: {', '.join(fresh[:5])}")
+    _set_padding(network, tokenizer)
+    return network.requires_grad_(False).eval().to(device), tokenizer, fresh
+
+
+def attach(model: nn.Module, adapter: Adapter) -> None:
+    """Put an adapter on a base: wrap its modules with their blocks, and take over its saved head.
+
+    Raises:
+        AdapterError: lists every module or parameter that the model lacks or has in another size.
+    """
+    modules, parameters = dict(model.named_modules()), dict(model.named_parameters())
+    faults = [
+        f"{name}: {fault}"
+        for name, module in adapter.modules.items()
+        if (fault := _fault(modules.get(name), module.in_features, module.out_features))
+    ]
+    faults += [
+        f"{name}: the adapter stores {list(value.shape)}, the model has {_shape(parameters.get(name))}"
+        for name, value in adapter.saved.items()
+        if name not in parameters or tuple(parameters[name].shape) != value.shape
+    ]
+    refuse_base(adapter, str(getattr(model, "name_or_path", "")) or type(model).__name__, faults)
+    for name, module in adapter.modules.items():
+        wrap(model, name, blocks=torch.from_numpy(module.blocks.astype(np.float32)))
+    with torch.no_grad():
+        for name, value in adapter.saved.items():
+            parameters[name].copy_(torch.from_numpy(value.astype(np.float32)))
+
+
+def load_tuned(
+    model: str | Path, adapter: Adapter, *, dtype: str = "float32", device: str | torch.device = "cpu"
+) -> tuple[nn.Module, Any]:
+    """A base with its adapter, in eval mode, and its tokenizer.
+
+    Raises:
+        CheckpointError: the model cannot be loaded.
+        AdapterError: the adapter was not trained on this model.
+    """
+    adapter.check_base(Checkpoint.open(model))
+    task = {kind: task for task, kind in TASKS.items()}.get(adapter.task_type)
+    if task is None:
+        raise AdapterError(f"{adapter.path}: task_type is {adapter.task_type!r}; known are {', '.join(TASKS.values())}")
+    network, tokenizer = load_base(model, task, dtype=dtype, device=device, labels=adapter.labels or None)
+    attach(network, adapter)
+    return network, tokenizer
+
+
+def wrap(model: nn.Module, name: str, *, blocks: Tensor | None = None, num_blocks: int | None = None) -> DiabloLinear:
+    """Replace the linear layer at module path `name` by a DiabloLinear around it."""
+    layer = DiabloLinear.from_linear(model.get_submodule(name), blocks, num_blocks)
+    parent, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(parent), leaf, layer)
+    return layer
+
+
+def head_parameters(model: nn.Module, fresh: list[str]) -> list[str]:
+    """Names of the parameters to train whole for classification: all outside the encoder, and all fresh ones."""
+    body = f"{getattr(model, 'base_model_prefix', '')}."
+    return [name for name, _ in model.named_parameters() if not name.startswith(body) or name in fresh]
+
+
+def _check_loadable(checkpoint: Checkpoint, task: str, dtype: str) -> None:
+    if task not in _AUTO:
+        raise InputError(f"task is {task!r}; it must be {' or '.join(_AUTO)}")
+    if dtype not in _DTYPES:
+        raise InputError(f"dtype is {dtype!r}; it must be one of {', '.join(_DTYPES)}")
+    if "quantization_config" in checkpoint.config:
+        raise CheckpointError(
+            f"{checkpoint.folder}: a quantized checkpoint; blocks are trained beside float weights, "
+            "so give the float model that it was made from"
+        )
+
+
+def _set_padding(network: Any, tokenizer: Any) -> None:
+    """Give tokenizer and model the same padding token: decoders classify at the last token that is none."""
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
+    if getattr(network.config, "pad_token_id", None) is None:
+        network.config.pad_token_id = tokenizer.pad_token_id
+
+
+def _fault(module: nn.Module | None, in_features: int, out_features: int) -> str | None:
+    """Why a module cannot take blocks for a layer of these sizes, or None."""
+    if module is None:
+        return "the model has no such module"
+    if isinstance(module, DiabloLinear):
+        return "has blocks already"
+    if not is_linear(module):
+        return f"is a {type(module).__name__}, not a linear layer"
+    if (found := features(module)) == (in_features, out_features):
+        return None
+    return f"the model's layer is {found[0]} → {found[1]}, the adapter's is {in_features} → {out_features}"
+
+
+def _shape(parameter: Tensor | None) -> str:
+    return "no such parameter" if parameter is None else str(list(parameter.shape))
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without transformers' own bars and load reports: what matters of them becomes errors here."""
+    logging: Any = transformers.utils.logging
+    level = logging.get_verbosity()
+    bars = logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
