@@ -1,0 +1,206 @@
+"""How far one set of logits is from another: plain numpy formulas, and the running sums that hold a whole data set.
+
+Logits are (positions, classes); classes are a vocabulary, or a classifier's labels. Everything is computed in
+float64. *Effect* is exported − exported base, *wanted* is tuned − base. Both are centred per position before they
+are compared: adding one number to every logit of a position changes no probability, so it is no survival.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from diablo_export.blockdiag import Array
+
+Float64 = npt.NDArray[np.float64]
+_ENTRIES_AT_ONCE = 1 << 20  # logits per step: a float64 temporary is 8 MB
+
+
+def log_softmax(logits: Array) -> Float64:
+    """Log-probabilities of logits (…, classes)."""
+    shifted = logits.astype(np.float64) - logits.max(-1, keepdims=True)
+    normalised: Float64 = shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
+    return normalised
+
+
+def kl(reference: Array, other: Array) -> Float64:
+    """KL(reference ‖ other) in nats at each position; logits (positions, classes) → (positions,)."""
+    p, q = log_softmax(reference), log_softmax(other)
+    # rounding can leave −1e-16 where both are equal; a divergence is never negative
+    divergence: Float64 = np.maximum((np.exp(p) * (p - q)).sum(-1), 0.0)
+    return divergence
+
+
+def nll(logits: Array, targets: npt.NDArray[np.int64]) -> Float64:
+    """Negative log-likelihood in nats of targets (positions,) under logits (positions, classes)."""
+    picked: Float64 = -log_softmax(logits)[np.arange(len(targets)), targets]
+    return picked
+
+
+def top1(reference: Array, other: Array) -> npt.NDArray[np.bool_]:
+    """Where both have the same first choice: (positions,)."""
+    return np.asarray(reference.argmax(-1) == other.argmax(-1))
+
+
+def cosine(a: Array, b: Array) -> float:
+    """Cosine of two tensors taken as vectors; nan where one is all zeros."""
+    x, y = a.astype(np.float64).ravel(), b.astype(np.float64).ravel()
+    return _ratio(float(x @ y), math.sqrt(float(x @ x) * float(y @ y)))
+
+
+def sqnr_db(reference: Array, other: Array) -> float:
+    """Signal to noise in decibels, 10·log₁₀(‖reference‖² / ‖reference − other‖²); inf where they are equal."""
+    x = reference.astype(np.float64)
+    return decibels(float((x**2).sum()), float(((x - other) ** 2).sum()))
+
+
+def decibels(signal: float, noise: float) -> float:
+    """10·log₁₀(signal / noise); inf without noise."""
+    if noise == 0:
+        return math.inf
+    return 10 * math.log10(signal / noise) if signal > 0 else -math.inf
+
+
+def centred(logits: Array) -> Float64:
+    """Logits less their mean at each position."""
+    wide = logits.astype(np.float64)
+    moved: Float64 = wide - wide.mean(-1, keepdims=True)
+    return moved
+
+
+def survival(effect: Array, wanted: Array) -> tuple[float, float]:
+    """(gain, cosine) of an effect against the wanted one: <effect, wanted> / <wanted, wanted>, and their cosine.
+
+    Gain 1 and cosine 1: all of it arrived. Gain 0: nothing. Both nan where nothing was wanted.
+    """
+    x, y = effect.astype(np.float64).ravel(), wanted.astype(np.float64).ravel()
+    return _ratio(float(x @ y), float(y @ y)), cosine(x, y)
+
+
+@dataclass
+class Comparison:
+    """Running sums over positions of what tuned, base, exported and exported base say.
+
+    `update` takes a few positions at a time; nothing of the size of a vocabulary is kept.
+    """
+
+    positions: int = 0
+    _sums: dict[str, float] = field(default_factory=dict)
+    _max_abs: float = 0.0
+    _largest_wanted: float = 0.0
+    _largest_effect: float = 0.0
+    _kl: list[Float64] = field(default_factory=list)
+
+    def update(
+        self,
+        tuned: Array,
+        base: Array,
+        exported: Array,
+        exported_base: Array,
+        targets: npt.NDArray[np.int64] | None = None,
+    ) -> None:
+        """Add positions: four logits (positions, classes); `targets` (at most positions,) for the first of them."""
+        step = max(1, _ENTRIES_AT_ONCE // tuned.shape[-1])
+        for start in range(0, len(tuned), step):
+            rows = slice(start, start + step)
+            self._update(tuned[rows], base[rows], exported[rows], exported_base[rows])
+            if targets is not None and len(targets[rows]):
+                count = len(targets[rows])
+                self._add("targets", count)
+                for name, logits in (("tuned", tuned), ("exported", exported), ("base", base)):
+                    self._add(f"nll_{name}", nll(logits[rows][:count], targets[rows]).sum())
+
+    def _update(self, tuned: Array, base: Array, exported: Array, exported_base: Array) -> None:
+        t, e = tuned.astype(np.float64), exported.astype(np.float64)
+        difference = np.abs(t - e)
+        # written so that a NaN stays: max() of Python would drop it
+        self._max_abs = float(np.maximum(self._max_abs, difference.max()))
+        self._add("entries", t.size)
+        self._add("abs", difference.sum())
+        self._add("noise", (difference**2).sum())
+        self._add("tt", (t**2).sum())
+        self._add("ee", (e**2).sum())
+        self._add("te", (t * e).sum())
+        effect, wanted = centred(e - exported_base), centred(t - base)
+        self._largest_wanted = float(np.maximum(self._largest_wanted, np.abs(wanted).max()))
+        self._largest_effect = float(np.maximum(self._largest_effect, np.abs(effect).max()))
+        self._add("effect_wanted", (effect * wanted).sum())
+        self._add("wanted_wanted", (wanted**2).sum())
+        self._add("effect_effect", (effect**2).sum())
+        self._kl.append(kl(tuned, exported))
+        self._add("base_kl", kl(base, exported_base).sum())
+        self._add("agree", top1(tuned, exported).sum())
+        self._add("base_agree", top1(base, exported_base).sum())
+        self.positions += len(tuned)
+
+    def _add(self, name: str, value: Any) -> None:
+        self._sums[name] = self._sums.get(name, 0.0) + float(value)
+
+    def logits(self) -> dict[str, float]:
+        """max_abs, mean_abs, cosine and sqnr_db of exported against tuned."""
+        s = self._sums
+        return {
+            "max_abs": self._max_abs,
+            "mean_abs": s["abs"] / s["entries"],
+            "cosine": _ratio(s["te"], math.sqrt(s["tt"] * s["ee"])),
+            "sqnr_db": decibels(s["tt"], s["noise"]),
+        }
+
+    def divergence(self) -> dict[str, float]:
+        """Mean, 99th percentile and maximum of KL(tuned ‖ exported) over positions, in nats."""
+        values = np.concatenate(self._kl)
+        return {
+            "mean": float(values.mean()),
+            "p99": float(np.quantile(values, 0.99)),
+            "max": float(values.max()),
+        }
+
+    @property
+    def base_kl(self) -> float:
+        """Mean KL(base ‖ exported base) in nats: what the export costs without any adapter."""
+        return self._sums["base_kl"] / self.positions
+
+    @property
+    def agreement(self) -> float:
+        """Share of positions where exported and tuned have the same first choice."""
+        return self._sums["agree"] / self.positions
+
+    @property
+    def base_agreement(self) -> float:
+        """The same of exported base and base."""
+        return self._sums["base_agree"] / self.positions
+
+    def perplexity(self) -> dict[str, float] | None:
+        """exp(mean negative log-likelihood) of tuned, exported and base; None without targets."""
+        if not self._sums.get("targets"):
+            return None
+        count = self._sums["targets"]
+        return {name: _exp(self._sums[f"nll_{name}"] / count) for name in ("tuned", "exported", "base")}
+
+    def survival(self) -> tuple[float, float]:
+        """(gain, cosine) over all positions; nan where tuned is base."""
+        s = self._sums
+        gain = _ratio(s["effect_wanted"], s["wanted_wanted"])
+        return gain, _ratio(s["effect_wanted"], math.sqrt(s["wanted_wanted"] * s["effect_effect"]))
+
+    @property
+    def largest_wanted(self) -> float:
+        """The most that the adapter moves any centred logit in torch."""
+        return self._largest_wanted
+
+    @property
+    def largest_effect(self) -> float:
+        """The most that it moves any centred logit of the export."""
+        return self._largest_effect
+
+
+def _ratio(numerator: float, denominator: float) -> float:
+    return numerator / denominator if denominator else math.nan
+
+
+def _exp(value: float) -> float:
+    return math.exp(value) if value < 700 else math.inf  # a double ends at e^709

@@ -1,0 +1,150 @@
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+
+from diablo_export.blockdiag import Array
+from diablo_export.measure import metrics
+
+# float64 sums in another order: a few units in the last place of numbers of order 10
+EXACT = 1e-12
+
+
+@pytest.fixture
+def logits() -> dict[str, Array]:
+    """Four related logits, (9 positions, 7 classes), as float32."""
+    random = np.random.default_rng(0)
+    base = random.normal(0, 3, (9, 7))
+    tuned = base + random.normal(0, 1, (9, 7))
+    exported_base = base + random.normal(0, 0.1, (9, 7))
+    exported = tuned + random.normal(0, 0.1, (9, 7))
+    values = {"tuned": tuned, "base": base, "exported": exported, "exported_base": exported_base}
+    return {name: value.astype(np.float32) for name, value in values.items()}
+
+
+def softmax(row: Array) -> list[float]:
+    """The slow obvious one, in Python floats."""
+    powers = [math.exp(float(value)) for value in row]
+    return [power / sum(powers) for power in powers]
+
+
+def slow_kl(reference: Array, other: Array) -> float:
+    return sum(p * math.log(p / q) for p, q in zip(softmax(reference), softmax(other), strict=True))
+
+
+def test_kl_is_the_sum_over_classes(logits: dict[str, Array]) -> None:
+    slow = [slow_kl(t, e) for t, e in zip(logits["tuned"], logits["exported"], strict=True)]
+    np.testing.assert_allclose(metrics.kl(logits["tuned"], logits["exported"]), slow, rtol=1e-9)
+
+
+def test_kl_of_equals_is_zero_and_of_huge_logits_finite() -> None:
+    huge = np.array([[1e4, 0, -1e4]], np.float32)  # exp() of these overflows without the shift
+    assert metrics.kl(huge, huge) == 0
+    assert metrics.kl(huge, huge[:, ::-1])[0] == pytest.approx(2e4)
+
+
+def test_nll_picks_the_target(logits: dict[str, Array]) -> None:
+    targets = np.array([0, 3, 6, 1, 2, 5, 4, 0, 6])
+    slow = [-math.log(softmax(row)[target]) for row, target in zip(logits["tuned"], targets, strict=True)]
+    np.testing.assert_allclose(metrics.nll(logits["tuned"], targets), slow, rtol=1e-9)
+
+
+def test_sqnr_and_cosine_by_hand() -> None:
+    reference, other = np.array([3.0, 4.0]), np.array([3.0, 3.0])
+    assert metrics.sqnr_db(reference, other) == pytest.approx(10 * math.log10(25 / 1))
+    assert metrics.sqnr_db(reference, reference) == math.inf
+    assert metrics.cosine(reference, other) == pytest.approx(21 / (5 * math.sqrt(18)))
+    assert math.isnan(metrics.cosine(reference, np.zeros(2)))
+
+
+def test_top1_counts_equal_first_choices() -> None:
+    a, b = np.array([[1, 2], [5, 0], [0, 1]]), np.array([[0, 9], [1, 2], [3, 4]])
+    assert metrics.top1(a, b).tolist() == [True, False, True]
+
+
+@pytest.mark.parametrize(("kept", "gain"), [(1.0, 1.0), (0.0, 0.0), (2.0, 2.0), (-1.0, -1.0), (0.5, 0.5)])
+def test_survival_is_the_share_of_the_wanted_effect(kept: float, gain: float) -> None:
+    wanted = np.random.default_rng(1).normal(size=(5, 3))
+    found, cosine = metrics.survival(kept * wanted, wanted)
+    assert found == pytest.approx(gain)
+    if kept:
+        assert cosine == pytest.approx(math.copysign(1, kept))
+    else:
+        assert math.isnan(cosine)
+
+
+def test_survival_of_nothing_wanted_is_undefined() -> None:
+    gain, cosine = metrics.survival(np.ones(3), np.zeros(3))
+    assert math.isnan(gain) and math.isnan(cosine)
+
+
+def test_orthogonal_noise_lowers_the_cosine_but_not_the_gain() -> None:
+    gain, cosine = metrics.survival(np.array([1.0, 1.0]), np.array([1.0, 0.0]))
+    assert gain == pytest.approx(1)
+    assert cosine == pytest.approx(1 / math.sqrt(2))
+
+
+@pytest.mark.parametrize("at_once", [1, 7, 20, 10_000])
+def test_running_sums_equal_the_formulas_whatever_the_step(
+    logits: dict[str, Array], at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(metrics, "_ENTRIES_AT_ONCE", at_once)
+    targets = np.array([0, 3, 6, 1, 2, 5, 4, 0])  # one fewer than positions: the last has no next token
+    running = metrics.Comparison()
+    for rows, wanted in ((slice(0, 4), targets[:4]), (slice(4, 9), targets[4:])):
+        running.update(**{name: value[rows] for name, value in logits.items()}, targets=wanted)
+
+    t, b, e, eb = (logits[n].astype(np.float64) for n in ("tuned", "base", "exported", "exported_base"))
+    assert running.positions == 9
+    assert running.logits() == pytest.approx(
+        {
+            "max_abs": np.abs(t - e).max(),
+            "mean_abs": np.abs(t - e).mean(),
+            "cosine": metrics.cosine(t, e),
+            "sqnr_db": metrics.sqnr_db(t, e),
+        },
+        rel=EXACT,
+    )
+    divergence = metrics.kl(t, e)
+    assert running.divergence() == pytest.approx(
+        {"mean": divergence.mean(), "p99": np.quantile(divergence, 0.99), "max": divergence.max()}, rel=EXACT
+    )
+    assert running.agreement == metrics.top1(t, e).mean()
+    assert running.base_agreement == metrics.top1(b, eb).mean()
+    assert running.base_kl == pytest.approx(metrics.kl(b, eb).mean(), rel=EXACT)
+    wanted_effect = metrics.survival(metrics.centred(e - eb), metrics.centred(t - b))
+    assert running.survival() == pytest.approx(wanted_effect, rel=EXACT)
+    assert running.largest_wanted == pytest.approx(np.abs(metrics.centred(t - b)).max(), rel=EXACT)
+    assert running.largest_effect == pytest.approx(np.abs(metrics.centred(e - eb)).max(), rel=EXACT)
+    slow = {
+        name: math.exp(metrics.nll(logits[name][:8], targets).mean())
+        for name in ("tuned", "exported", "base")
+    }
+    assert running.perplexity() == pytest.approx(slow, rel=EXACT)
+
+
+def test_a_common_shift_of_all_logits_is_no_survival(logits: dict[str, Array]) -> None:
+    """Every probability stays as it was: nothing of the adapter arrived."""
+    shifted = logits["exported_base"] + np.float32(2)
+    running = metrics.Comparison()
+    running.update(logits["tuned"], logits["base"], shifted, logits["exported_base"])
+    assert running.survival()[0] == pytest.approx(0, abs=1e-6)  # float32 rounding of the shift
+
+
+def test_without_targets_there_is_no_perplexity(logits: dict[str, Array]) -> None:
+    running = metrics.Comparison()
+    running.update(**logits)
+    assert running.perplexity() is None
+
+
+def test_nan_is_not_lost_on_the_way(logits: dict[str, Array]) -> None:
+    broken = logits["exported"].copy()
+    broken[2, 2] = np.nan
+    running = metrics.Comparison()
+    running.update(logits["tuned"], logits["base"], broken, logits["exported_base"])
+    running.update(**logits)  # a later good batch must not hide it
+    assert math.isnan(running.logits()["max_abs"])
+    assert math.isnan(running.divergence()["mean"])
+    assert math.isnan(running.survival()[0])

@@ -1,0 +1,182 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnx.numpy_helper
+import onnx.parser
+import onnxruntime as ort
+import pytest
+
+from diablo_export import runtime
+from diablo_export.blockdiag import Array
+from diablo_export.errors import InputError
+
+WEIGHT = np.random.default_rng(0).normal(size=(6, 40)).astype(np.float32)
+X = np.random.default_rng(1).normal(size=(2, 40)).astype(np.float32)
+CLOSE = 1e-5  # float32 sums over 40 products of order 1
+
+# W lies (out, in) behind a Transpose, which onnxruntime folds away before it looks at the session's initializers
+TEXT = """
+<ir_version: 10, opset_import: ["" : 21]>
+graph (float[n, 40] X) => (float[n, 6] Y) {
+    Wt = Transpose <perm = [1, 0]> (W)
+    XW = MatMul (X, Wt)
+    Y = Add (XW, B)
+}
+"""
+# B can be given by an adapter; zeros by default
+SWAP = """
+<ir_version: 10, opset_import: ["" : 21]>
+graph (float[n, 6] X, float[6] B) => (float[n, 6] Y) <float[6] B = {0, 0, 0, 0, 0, 0}> { Y = Add (X, B) }
+"""
+
+
+def save(text: str, path: Path, external: bool, **values: Array) -> Path:
+    model = onnx.parser.parse_model(text)
+    model.graph.initializer.extend(onnx.numpy_helper.from_array(v, name) for name, v in values.items())
+    onnx.save(model, path, save_as_external_data=external, location=path.name + ".data", size_threshold=256)
+    return path
+
+
+@pytest.fixture
+def swap(tmp_path: Path) -> tuple[Path, Path]:
+    """A model whose B can be swapped, and an adapter file that sets it to ones."""
+    adapter = ort.AdapterFormat()
+    adapter.set_parameters({"B": ort.OrtValue.ortvalue_from_numpy(np.ones(6, np.float32))})
+    adapter.export_adapter(str(tmp_path / "ones.onnx_adapter"))
+    return save(SWAP, tmp_path / "swap.onnx", False), tmp_path / "ones.onnx_adapter"
+
+
+@pytest.mark.parametrize("external", [True, False])
+def test_an_override_holds_also_where_the_optimizer_folds_it(tmp_path: Path, external: bool) -> None:
+    """SessionOptions.add_initializer leaves the old weight here, without a word."""
+    path = save(TEXT, tmp_path / "m.onnx", external, W=WEIGHT, B=np.zeros(6, np.float32))
+    new = {
+        "W": WEIGHT + 1,
+        "B": np.ones(6, np.float32),
+    }  # W external, B too small for that: both ways at once
+    before = path.read_bytes()
+    (y,) = runtime.session(path, initializers=new).run(None, {"X": X})
+    np.testing.assert_allclose(y, X @ new["W"].T + 1, atol=CLOSE)
+    (old,) = runtime.session(path).run(None, {"X": X})
+    np.testing.assert_allclose(old, X @ WEIGHT.T, atol=CLOSE)
+    assert path.read_bytes() == before
+
+
+def test_an_override_survives_its_caller_s_arrays(tmp_path: Path) -> None:
+    path = save(TEXT, tmp_path / "m.onnx", True, W=WEIGHT, B=np.zeros(6, np.float32))
+    session = runtime.session(path, initializers={"W": WEIGHT * 2})  # nobody else holds the array
+    clutter = [np.full_like(WEIGHT, 9) for _ in range(50)]
+    np.testing.assert_allclose(session.run(None, {"X": X})[0], X @ WEIGHT.T * 2, atol=CLOSE)
+    assert len(clutter) == 50
+
+
+def test_overrides_that_do_not_fit_are_all_named(tmp_path: Path) -> None:
+    path = save(TEXT, tmp_path / "m.onnx", True, W=WEIGHT, B=np.zeros(6, np.float32))
+    wrong: dict[str, Array] = {"W": WEIGHT.T, "B": np.zeros(6, np.float64), "V": WEIGHT}
+    with pytest.raises(
+        InputError, match=r"(?s)W: given float32 \(40, 6\).*\(6, 40\).*B: given float64.*V: the model"
+    ):
+        runtime.session(path, initializers=wrong)
+
+
+def test_no_file_no_model_no_provider(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"gone\.onnx: no such model file"):
+        runtime.session(tmp_path / "gone.onnx")
+    (tmp_path / "bad.onnx").write_bytes(b"\x00not a model")
+    with pytest.raises(InputError, match=r"bad\.onnx: onnxruntime .* cannot load it"):
+        runtime.session(tmp_path / "bad.onnx")
+    path = save(SWAP, tmp_path / "m.onnx", False)
+    with pytest.raises(InputError, match=r"NoSuchProvider is not in this onnxruntime, which has .*CPU"):
+        runtime.session(path, providers=["NoSuchProvider"])
+
+
+def test_threads_are_set(tmp_path: Path) -> None:
+    session = runtime.session(save(SWAP, tmp_path / "m.onnx", False), threads=1)
+    assert session.get_session_options().intra_op_num_threads == 1
+
+
+def test_loading_overridable_initializers_says_nothing(
+    swap: tuple[Path, Path], capfd: pytest.CaptureFixture[str]
+) -> None:
+    session = runtime.session(swap[0])
+    assert [value.name for value in session.get_overridable_initializers()] == ["B"]
+    assert capfd.readouterr() == ("", "")
+
+
+def test_adapters_swap_in_one_session(swap: tuple[Path, Path]) -> None:
+    session, adapter = runtime.session(swap[0]), runtime.load_adapter(swap[1])
+    x = X[:, :6]
+    assert adapter.names == {"B"}
+    np.testing.assert_array_equal(adapter.values()["B"], np.ones(6))
+    np.testing.assert_array_equal(runtime.run(session, {"X": x})[0], x)
+    np.testing.assert_array_equal(runtime.run(session, {"X": x}, adapter, outputs=["Y"])[0], x + 1)
+    np.testing.assert_array_equal(runtime.run(session, {"X": x})[0], x)
+    assert runtime.run_options(None) is None
+
+
+def test_an_adapter_does_not_silently_win_over_what_is_fed(swap: tuple[Path, Path]) -> None:
+    session, adapter = runtime.session(swap[0]), runtime.load_adapter(swap[1])
+    with pytest.raises(InputError, match=r"ones\.onnx_adapter: sets inputs that are fed as well \(B\)"):
+        runtime.run(session, {"X": X[:, :6], "B": np.zeros(6, np.float32)}, adapter)
+
+
+def test_an_adapter_of_another_model_is_named(swap: tuple[Path, Path], tmp_path: Path) -> None:
+    session = runtime.session(save(TEXT, tmp_path / "m.onnx", True, W=WEIGHT, B=np.zeros(6, np.float32)))
+    with pytest.raises(InputError, match=r"sets 1 inputs that this model does not have \(B"):
+        runtime.run(session, {"X": X}, runtime.load_adapter(swap[1]))
+
+
+def test_adapter_files_that_are_none(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"gone\.onnx_adapter: no such adapter file"):
+        runtime.load_adapter(tmp_path / "gone.onnx_adapter")
+    (tmp_path / "bad.onnx_adapter").write_bytes(b"x" * 64)
+    with pytest.raises(InputError, match=r"bad\.onnx_adapter: not an \.onnx_adapter file"):
+        runtime.load_adapter(tmp_path / "bad.onnx_adapter")
+
+
+def test_library_from_the_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    library = tmp_path / "kernels.so"
+    monkeypatch.setenv(runtime.LIBRARY_VARIABLE, str(library))
+    with pytest.raises(InputError, match=r"kernels\.so: no such file"):
+        runtime.find_library()
+    library.touch()
+    assert runtime.find_library() == library
+
+
+class Options:
+    """The two calls that a registration makes; onnxruntime fails on a second registration of a domain."""
+
+    def __init__(self) -> None:
+        self.libraries: list[str] = []
+        self.entries: dict[str, str] = {}
+
+    def register_custom_ops_library(self, path: str) -> None:
+        assert path not in self.libraries, "Domain already set in registry"
+        self.libraries.append(path)
+
+    def add_session_config_entry(self, key: str, value: str) -> None:
+        self.entries[key] = value
+
+    def get_session_config_entry(self, key: str) -> str:
+        return self.entries[key]
+
+
+def test_a_library_is_registered_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    library = tmp_path / "kernels.so"
+    library.touch()
+    monkeypatch.setenv(runtime.LIBRARY_VARIABLE, str(library))
+    options = Options()
+    assert runtime.register(options) == library
+    assert runtime.register(options) == library
+    assert options.libraries == [str(library)]
+    assert not runtime._is_registered(ort.SessionOptions())
+
+
+def test_no_library_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(runtime.LIBRARY_VARIABLE, raising=False)
+    monkeypatch.setattr(runtime, "_LIBRARY_NAMES", dict.fromkeys(["win32", "darwin", "linux"], "absent"))
+    assert runtime.find_library() is None
+    assert runtime.register(ort.SessionOptions()) is None
