@@ -1,0 +1,199 @@
+"""The onnxruntime-genai road: its model builder lays out the graph on placeholders; the weights come later.
+
+The builder gets a model whose matrices are meta tensors: they have a shape and an identity, and take no memory. It transposes
+and slices them (views, which still know their storage), so each initializer it makes can be traced to the
+parameter and the rows it came from. Vectors (norms, biases) are real: the builder computes with them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+
+from diablo_export.converters.onnx_nodes import Layout, Origin, Weights
+from diablo_export.errors import ExportError, require
+
+# Architectures whose graphs were compared with Hugging Face's own logits; the builder knows more, untried ones
+ARCHITECTURES = (
+    "Gemma2ForCausalLM",
+    "Gemma3ForCausalLM",
+    "LlamaForCausalLM",
+    "MistralForCausalLM",
+    "Phi3ForCausalLM",
+    "Qwen2ForCausalLM",
+    "Qwen3ForCausalLM",
+)
+_HEAD_SIZE_STEP = 16  # GroupQueryAttention on CPU refuses other head sizes, and only when it runs
+
+
+def refusal(config: dict[str, Any]) -> str | None:
+    """Why this road cannot take a model with this config.json; None where it can."""
+    architecture = (config.get("architectures") or ["unnamed"])[0]
+    if architecture not in ARCHITECTURES:
+        return f"onnxruntime-genai's builder is not used for {architecture} (it is for {', '.join(ARCHITECTURES)})"
+    head_size = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+    if head_size % _HEAD_SIZE_STEP:
+        return (
+            f"the head size is {head_size}; onnxruntime-genai's graphs use GroupQueryAttention, which needs a multiple "
+            f"of {_HEAD_SIZE_STEP}"
+        )
+    return None
+
+
+def layout(weights: Weights, folder: Path, *, precision: str = "fp32", share_embeddings: bool = False) -> Layout:
+    """Let the builder lay out the graph; writes genai_config.json and the tokenizer's files into `folder`.
+
+    Args:
+        weights: where the vectors come from.
+        folder: the output folder.
+        precision: fp32 or fp16.
+        share_embeddings: one table for a tied embedding and head.
+
+    Raises:
+        ExportError: the builder refuses the model.
+    """
+    require("onnxruntime_genai", "genai")
+    builder = require("onnxruntime_genai.models.builder", "genai")
+    base: Any = builder.Model
+    model, placeholders = _placeholder_model(weights)
+    made: dict[str, Any] = {}  # initializer name → the tensor it was made of
+    finished: list[ir.Model] = []
+    make_initializer = base.make_initializer
+
+    def record(self: Any, tensor: Any, /, name: str, **how: Any) -> None:
+        made[name] = tensor
+        make_initializer(self, tensor, name, **how)
+
+    patches = {
+        "load_weights": lambda self, path: model,
+        "make_initializer": record,
+        "save_model": lambda self, path: finished.append(self.model),
+    }
+    options = ["fuse_qkv=false", "windowed_kv_cache=false", "hf_token=false", f"shared_embeddings={str(share_embeddings).lower()}"]
+    source, target = str(weights.checkpoint.folder), str(folder)
+    with _patched(base, patches), _fast_linear(), contextlib.redirect_stdout(io.StringIO()), tempfile.TemporaryDirectory() as cache:
+        try:
+            parsed = builder.parse_extra_options(None, source, target, precision, "cpu", cache, options)
+            _adjust(parsed["hf_details"]["hf_config"])
+            builder.create_model(None, source, target, precision, "cpu", cache, **parsed)
+        except Exception as error:  # the builder raises what it likes
+            raise ExportError(f"{source}: onnxruntime-genai's builder refuses it: {type(error).__name__}: {error}") from error
+    graph = finished[0]
+    graph.graph.sort()
+    return Layout(graph, _origins(made, placeholders, graph))
+
+
+def _adjust(config: Any) -> None:
+    """Say in the builder's words what transformers 5 says in its own."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    if "full_attention" in rope:  # Gemma 3: one set of parameters per kind of layer
+        config.rope_local_base_freq = rope["sliding_attention"]["rope_theta"]
+        config.rope_parameters = rope = dict(rope["full_attention"])
+        config.rope_theta = rope["rope_theta"]
+    if config.model_type == "phi3" and rope.get("rope_type") != "longrope":
+        # the builder takes any difference between these two for the long-context variant
+        config.original_max_position_embeddings = config.max_position_embeddings
+
+
+def _placeholder_model(weights: Weights) -> tuple[Any, dict[int, tuple[str, Any]]]:
+    """The Hugging Face model with meta matrices and real vectors, and the matrices' names by storage.
+
+    Tied parameters get a placeholder each, so that embedding and head can be told apart.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.from_pretrained(weights.checkpoint.folder)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    first: dict[int, str] = {}
+    placeholders: dict[int, tuple[str, Any]] = {}
+    for name, parameter in list(model.named_parameters(remove_duplicate=False)):
+        first.setdefault(id(parameter), name)
+        if parameter.ndim >= 2:
+            value = torch.empty(parameter.shape, device="meta")
+        else:
+            value = torch.from_numpy(weights.source(Origin(name)).read().astype("float32"))
+        replaced = torch.nn.Parameter(value, requires_grad=False)
+        model.get_submodule(name.rpartition(".")[0]).register_parameter(name.rpartition(".")[2], replaced)
+        if parameter.ndim >= 2:
+            placeholders[_storage(replaced)] = (name, replaced)  # kept: an address must not be used twice
+    return model.eval(), placeholders
+
+
+def tied(weights: Weights) -> dict[str, str]:
+    """Parameters that share another one's values: name → that one's name."""
+    config = weights.checkpoint.config
+    return {"lm_head.weight": "model.embed_tokens.weight"} if config.get("tie_word_embeddings") else {}
+
+
+def _origins(made: dict[str, Any], placeholders: dict[int, tuple[str, Any]], model: ir.Model) -> dict[str, Origin]:
+    """Trace each initializer made of a meta tensor to its parameter.
+
+    Raises:
+        ExportError: the builder computed with a placeholder, so that its values cannot be had.
+    """
+    import torch
+
+    origins: dict[str, Origin] = {}
+    lost: list[str] = []
+    for name, tensor in made.items():
+        if name not in model.graph.initializers or not isinstance(tensor, torch.Tensor) or not tensor.is_meta:
+            continue
+        parameter, whole = placeholders.get(_storage(tensor), (None, None))
+        origin = None if parameter is None else _view(parameter, whole, tensor)
+        if origin is None:
+            lost.append(name)
+        else:
+            origins[name] = origin
+    if lost:
+        raise ExportError(
+            f"onnxruntime-genai's builder computes {', '.join(lost[:5])} from the weights instead of storing them; "
+            "this architecture must take the torch road"
+        )
+    return origins
+
+
+def _view(parameter: str, whole: Any, view: Any) -> Origin | None:
+    """What part of `whole` (out_features, in_features) a view of it is; None for a view of another kind."""
+    width = whole.shape[-1]
+    transposed = view.ndim == 2 and view.stride() == (1, width) and view.shape[0] == width
+    plain = view.ndim == 2 and view.stride() == (width, 1) and view.shape[1] == width
+    if not (transposed or plain) or view.storage_offset() % width:
+        return None
+    count = view.shape[1] if transposed else view.shape[0]
+    start = view.storage_offset() // width
+    rows = None if count == whole.shape[0] else (start, start + count)
+    return Origin(parameter, transposed=transposed, rows=rows)
+
+
+def _storage(tensor: Any) -> int:
+    return int(tensor.untyped_storage()._cdata)
+
+
+@contextlib.contextmanager
+def _patched(target: Any, replacements: dict[str, Any]) -> Iterator[None]:
+    """Replace methods of a class for a while."""
+    kept = {name: getattr(target, name) for name in replacements}
+    try:
+        for name, method in replacements.items():
+            setattr(target, name, method)
+        yield
+    finally:
+        for name, method in kept.items():
+            setattr(target, name, method)
+
+
+@contextlib.contextmanager
+def _fast_linear() -> Iterator[None]:
+    """No random initial weights: the builder makes nn.Linear layers when it splits fused ones, and replaces their weights."""
+    import torch
+
+    with _patched(torch.nn.Linear, {"reset_parameters": lambda self: None}):
+        yield

@@ -1,0 +1,215 @@
+"""From a graph laid out on placeholders to the finished one: which node is which module, quantized where asked, weights to stream.
+
+Both roads end here. A road hands over the graph and, for each initializer that stands for a parameter, its `Origin`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from diablo_export.adapter import Adapter
+from diablo_export.checkpoint import Checkpoint
+from diablo_export.console import progress
+from diablo_export.converters.onnx_weights import Job, Source, float_job, quantized_job, write
+from diablo_export.errors import ExportError
+
+MODEL = "model.onnx"
+MODULE = "diablo.module"  # node metadata: the Hugging Face module path(s) that the node computes
+ROWS = "diablo.rows"  # node metadata: which output rows of that module, where several nodes share it
+BITS = {"none": 0, "int8": 8, "int4": 4}
+_INLINE = 1024  # bytes; smaller constants stay in model.onnx, where every tool can see them
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Which parameter an initializer stands for, and how it lies there."""
+
+    parameter: str  # of the Hugging Face model, such as model.layers.0.mlp.up_proj.weight
+    transposed: bool = False  # a matrix stored (in_features, out_features)
+    rows: tuple[int, int] | None = None  # these output rows only
+    conv1d: bool = False  # the parameter itself is (in_features, out_features)
+
+    @property
+    def module(self) -> str:
+        """The module that owns the parameter."""
+        return self.parameter.rpartition(".")[0]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A graph without its large weights."""
+
+    model: ir.Model
+    origins: dict[str, Origin]  # by initializer name
+    tied: dict[str, str] = field(default_factory=dict)  # parameter → the parameter whose values it shares
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Where parameters come from: the checkpoint, an adapter's blocks added, its saved head in place."""
+
+    checkpoint: Checkpoint
+    merged: Adapter | None = None
+    saved: Mapping[str, np.ndarray[Any, Any]] = field(default_factory=dict)
+    tied: Mapping[str, str] = field(default_factory=dict)
+
+    def source(self, origin: Origin) -> Source:
+        """The values of one parameter.
+
+        Raises:
+            ExportError: neither the checkpoint nor the adapter has them.
+        """
+        name = origin.parameter
+        module = self.merged.modules.get(origin.module) if self.merged and name.endswith(".weight") else None
+        blocks = None if module is None else module.blocks
+        if name in self.saved:
+            return Source(self.saved[name], origin.conv1d, blocks, origin.rows)
+        stored = self.checkpoint.find(self.tied.get(name, name)) or self.checkpoint.find(name)
+        if stored is None:
+            raise ExportError(
+                f"{self.checkpoint.folder}: has no tensor for the parameter {name}, nor does the adapter bring it; its "
+                "architecture in config.json wants it. Give the model folder that the adapter was trained on"
+            )
+        return Source(stored, origin.conv1d, blocks, origin.rows)
+
+
+def finish(
+    layout: Layout, weights: Weights, folder: Path, *, quantize: str = "none", group_size: int = 32, symmetric: bool = True
+) -> tuple[dict[str, dict[str, Any]], str]:
+    """Mark the modules' nodes, quantize them where asked, stream the weights and write model.onnx.
+
+    Returns:
+        Per module how its weight lies in the graph, and the SHA-256 of the data file.
+    """
+    _drop_unread(layout.model.graph)
+    nodes = list(layout.model.graph.all_nodes())
+    named = {value: origin for name, origin in layout.origins.items() if (value := _initializer(layout, name))}
+    modules: dict[str, list[dict[str, Any]]] = {}
+    jobs: dict[str, Job] = {}
+    for node in nodes:
+        found = linear_weight(node, named)
+        if found is None:
+            continue
+        weight, origin = found
+        source = weights.source(origin)
+        node.metadata_props[MODULE] = origin.module
+        if origin.rows:
+            node.metadata_props[ROWS] = f"{origin.rows[0]}:{origin.rows[1]}"
+        if quantize != "none" and len(weight.consumers()) == 1 and node.op_type == "MatMul":
+            entry, job = _quantize(layout.model.graph, node, weight, source, BITS[quantize], group_size, symmetric)
+        else:
+            entry = _plain(node, weight, origin)
+            job = float_job(weight, source, origin.transposed)
+        modules.setdefault(origin.module, []).append(entry | {"rows": list(origin.rows) if origin.rows else None})
+        jobs[weight.name or ""] = job
+    for value, origin in named.items():
+        if value.name not in jobs and value.is_initializer():
+            jobs[value.name or ""] = float_job(value, weights.source(origin), origin.transposed)
+    ordered = [*jobs.values(), *_constants(layout, jobs)]
+    digest = _write(layout.model, ordered, folder)
+    return {name: parts[0] if len(parts) == 1 else {"parts": parts} for name, parts in modules.items()}, digest
+
+
+def linear_weight(node: ir.Node, named: Mapping[ir.Value, Origin]) -> tuple[ir.Value, Origin] | None:
+    """The weight of a linear layer's node and its origin; None for any other node."""
+    if node.op_type not in ("MatMul", "Gemm") or node.domain != "":
+        return None
+    weight = node.inputs[1]
+    origin = named.get(weight) if weight is not None else None
+    return (weight, origin) if weight is not None and origin is not None else None
+
+
+def _drop_unread(graph: ir.Graph) -> None:
+    """Remove initializers that no node reads, such as the rotary table of a kind of layer that a model has none of."""
+    for name, value in list(graph.initializers.items()):
+        if not value.consumers() and not value.is_graph_output():
+            del graph.initializers[name]
+
+
+def _initializer(layout: Layout, name: str) -> ir.Value | None:
+    return layout.model.graph.initializers.get(name)
+
+
+def _plain(node: ir.Node, weight: ir.Value, origin: Origin) -> dict[str, Any]:
+    return {
+        "node": node.name,
+        "layout": node.op_type,
+        "weight": weight.name,
+        "transposed": origin.transposed,
+    }
+
+
+def _quantize(
+    graph: ir.Graph, node: ir.Node, weight: ir.Value, source: Source, bits: int, group_size: int, symmetric: bool
+) -> tuple[dict[str, Any], Job]:
+    """Turn a MatMul into MatMulNBits, named as onnxruntime's own quantizer names them."""
+    out_features, in_features = source.shape
+    groups = -(-in_features // group_size)
+    name, dtype = weight.name, weight.dtype
+    codes = _new(graph, f"{name}_Q{bits}", ir.DataType.UINT8, (out_features, groups, group_size * bits // 8))
+    scales = _new(graph, f"{name}_scales", dtype, (out_features, groups))
+    shape = (out_features, -(-groups * bits // 8))
+    zeros = None if symmetric else _new(graph, f"{name}_zero_points", ir.DataType.UINT8, shape)
+    node.op_type, node.domain, node.name = "MatMulNBits", "com.microsoft", f"{node.name}_Q{bits}"
+    node.resize_inputs(3 if zeros is None else 4)
+    for index, value in enumerate((codes, scales, zeros)[: 2 if zeros is None else 3], start=1):
+        node.replace_input_with(index, value)
+    # level 4 multiplies in int8, which is how onnxruntime-genai builds for CPU
+    attributes = {"K": in_features, "N": out_features, "bits": bits, "block_size": group_size, "accuracy_level": 4}
+    for key, number in attributes.items():
+        node.attributes.add(ir.AttrInt64(key, number))
+    del graph.initializers[name]
+    graph.opset_imports.setdefault("com.microsoft", 1)
+    entry = {
+        "node": node.name,
+        "layout": "MatMulNBits",
+        "weight": codes.name,
+        "scales": scales.name,
+        **({} if zeros is None else {"zero_points": zeros.name}),
+        "bits": bits,
+        "group_size": group_size,
+        "symmetric": symmetric,
+        "transposed": False,
+    }
+    return entry, quantized_job(codes, scales, zeros, source, bits, group_size)
+
+
+def _new(graph: ir.Graph, name: str, dtype: ir.DataType | None, shape: tuple[int, ...]) -> ir.Value:
+    """An initializer whose values come later."""
+    assert dtype is not None
+    value = ir.Value(name=name, type=ir.TensorType(dtype), shape=ir.Shape(shape))
+    value.const_value = ir.ExternalTensor("", 0, 0, dtype, shape=ir.Shape(shape), name=name)
+    graph.register_initializer(value)
+    return value
+
+
+def _constants(layout: Layout, done: Mapping[str, Job]) -> Iterator[Job]:
+    """The initializers that the graph brought with it, such as rotary tables: large ones go to the data file too."""
+    for value in list(layout.model.graph.initializers.values()):
+        tensor = value.const_value
+        if value.name in done or tensor is None or isinstance(tensor, ir.ExternalTensor):
+            continue
+        if tensor.nbytes < _INLINE:
+            value.const_value = ir.tensor(tensor.numpy(), dtype=tensor.dtype, name=value.name)
+        else:
+            yield float_job(value, Source(tensor.numpy()), transposed=False)
+
+
+def _write(model: ir.Model, jobs: list[Job], folder: Path) -> str:
+    total = sum(_nbytes(value) for job in jobs for value in job.initializers)
+    with progress("writing weights", total) as advance:
+        digest = write(folder, jobs, advance)
+    ir.save(model, folder / MODEL)
+    return digest
+
+
+def _nbytes(value: ir.Value) -> int:
+    assert value.shape is not None and value.dtype is not None
+    return int(np.prod(value.shape.numpy(), dtype=np.int64) * value.dtype.itemsize)
+
