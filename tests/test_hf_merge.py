@@ -18,7 +18,7 @@ from safetensors.numpy import load_file, save_file
 from diablo_export.adapter import AdaptedModule, Adapter
 from diablo_export.blockdiag import BlockShape, dense
 from diablo_export.checkpoint import DTYPE_NAMES, INDEX, SINGLE, Checkpoint, write_safetensors
-from diablo_export.converters import hf_merge as module
+from diablo_export.converters import hf_stream
 from diablo_export.converters.hf_merge import MergeResult, hf_merge
 from diablo_export.errors import AdapterError, CheckpointError
 from diablo_export.fingerprint import fingerprint
@@ -295,6 +295,5 @@ def test_small_chunks_give_the_same_file(
 ) -> None:
     adapter = Adapter.load(tiny_adapter("llama"))
     whole = merge(tiny_model("llama"), adapter, tmp_path / "whole")
-    monkeypatch.setattr(module, "CHUNK", 1000)
-    monkeypatch.setattr(module, "IN_FLIGHT", 3000)
+    monkeypatch.setattr(hf_stream, "CHUNK", 1000)
     assert merge(tiny_model("llama"), adapter, tmp_path / "pieces").hashes == whole.hashes

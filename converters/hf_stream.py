@@ -1,0 +1,224 @@
+"""Tensors from one safetensors file to another through a few small buffers, blocks added on the way.
+
+A thread reads, checks and merges, one hashes, one writes and one waits for the disk. The buffers are
+small enough to stay in the processor's cache and are used over and over: fresh memory for every tensor costs more
+time than the merge itself.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from diablo_export.adapter import AdaptedModule
+from diablo_export.blockdiag import Array
+from diablo_export.checkpoint import DTYPE_NAMES, DTYPES, TensorInfo
+from diablo_export.errors import AdapterError, CheckpointError
+
+CHUNK = 1 << 20  # bytes of a buffer
+BUFFERS = 8
+FLUSH = 128 << 20  # bytes between flushes to the disk
+
+Bytes = npt.NDArray[np.uint8]
+
+
+@dataclass(frozen=True)
+class Part:
+    """One tensor to write: copied from `source`, merged where there is a `module`, or given as `value`."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    source: TensorInfo | None = None
+    module: AdaptedModule | None = None
+    value: Array | None = None
+    transposed: bool = False  # stored (in, out), as GPT-2 does
+
+
+def write_parts(
+    file: Path,
+    header: bytes,
+    parts: Sequence[Part],
+    merged: Callable[[Part, float], None],
+    refuse: Callable[[Part], None],
+    advance: Callable[[float], None],
+) -> str:
+    """Write `header` and `parts` to `file`, flush it to the disk, and return its SHA-256.
+
+    Args:
+        file: the file to write.
+        header: its first bytes.
+        parts: its tensors, in order.
+        merged: called after each merged part with how much of its blocks is left after rounding.
+        refuse: called for a part whose base weight is not the one of its fingerprint; must raise.
+        advance: called with the bytes that are done.
+    """
+    digest = hashlib.sha256(header)
+    ring = [np.empty(_buffer_size(parts), np.uint8) for _ in range(BUFFERS)]
+    under_way: deque[tuple[int, Future[None], Future[None]]] = deque()
+    one = ThreadPoolExecutor
+    with file.open("wb", buffering=0) as out, one(1) as hasher, one(1) as writer, one(1) as flusher:
+        _write_all(out, memoryview(header))
+        written = 0
+        for piece in _pieces(parts, ring, merged, refuse):
+            view = piece.data
+            under_way.append((len(view), hasher.submit(digest.update, view), writer.submit(_write_all, out, view)))
+            written += len(view)
+            if written // FLUSH != (written - len(view)) // FLUSH:  # the disk works while the processor hashes
+                flusher.submit(os.fsync, out.fileno())
+            while len(under_way) >= BUFFERS:  # the next piece takes the buffer of the oldest
+                _finish(under_way.popleft(), advance)
+        while under_way:
+            _finish(under_way.popleft(), advance)
+        flusher.submit(os.fsync, out.fileno()).result()
+    return digest.hexdigest()
+
+
+def _buffer_size(parts: Sequence[Part]) -> int:
+    """CHUNK, or one row of the widest adapted weight."""
+    rows = [part.shape[-1] * DTYPES[part.dtype].itemsize for part in parts if part.module is not None]
+    return max([CHUNK, *rows])
+
+
+def _finish(job: tuple[int, Future[None], Future[None]], advance: Callable[[float], None]) -> None:
+    size, hashed, written = job
+    hashed.result()
+    written.result()
+    advance(size)
+
+
+def _write_all(stream: Any, view: memoryview) -> None:
+    while len(view):
+        view = view[stream.write(view) :]
+
+
+def _pieces(
+    parts: Sequence[Part],
+    ring: list[Bytes],
+    merged: Callable[[Part, float], None],
+    refuse: Callable[[Part], None],
+) -> Iterator[Bytes]:
+    """The bytes of `parts` in order, in pieces that lie in the ring's buffers in turn."""
+    count = 0
+    for part in parts:
+        if part.value is not None:
+            for piece in _given(part.value):
+                count += 1
+                yield piece
+            continue
+        adding = None if part.module is None else _Adding(part, part.module)
+        for piece in _read(part, ring, count):
+            if adding is not None:
+                adding.add(piece)
+            count += 1
+            yield piece
+        if adding is not None:
+            if not adding.matches():
+                refuse(part)
+            merged(part, adding.gain())
+
+
+def _given(value: Array) -> Iterator[Bytes]:
+    flat = np.ascontiguousarray(value).reshape(-1).view(np.uint8)
+    for start in range(0, flat.size, CHUNK):
+        yield flat[start : start + CHUNK]
+
+
+def _read(part: Part, ring: list[Bytes], count: int) -> Iterator[Bytes]:
+    """The stored bytes, whole rows at a time where blocks are to be added; piece i lies in buffer i of the ring."""
+    source = part.source
+    assert source is not None
+    row = part.shape[-1] * DTYPES[part.dtype].itemsize if part.module is not None else 1
+    step = max(1, ring[0].size // row) * row
+    with source.file.open("rb", buffering=0) as stream:
+        stream.seek(source.start)
+        for start in range(0, source.nbytes, step):
+            piece = ring[count % len(ring)][: min(step, source.nbytes - start)]
+            _fill(stream, piece, source)
+            count += 1
+            yield piece
+
+
+def _fill(stream: IO[bytes], piece: Bytes, source: TensorInfo) -> None:
+    filled = 0
+    while filled < piece.size:
+        got: int = stream.readinto(piece[filled:].data)  # type: ignore[attr-defined]
+        if not got:
+            raise CheckpointError(f"{source.file}: ends inside tensor {source.name!r}; copy the file again")
+        filled += got
+
+
+class _Adding:
+    """Blocks being added to one weight as its rows pass by, and the check that it is the right weight.
+
+    The rows are those of the stored weight: outputs, or inputs where it is stored transposed.
+    """
+
+    def __init__(self, part: Part, module: AdaptedModule) -> None:
+        self.part, self.module = part, module
+        # (block, row of the block, column of the block), as stored
+        self.blocks = module.blocks if part.transposed else module.blocks.transpose(0, 2, 1)
+        self.row = 0
+        self.left = self.wanted = 0.0
+        self.digest: Any = None
+        self.known: bool | None = None
+        mark = module.fingerprint
+        if mark is not None and mark.dtype == part.dtype and not part.transposed:
+            self.digest = hashlib.sha256()
+        elif mark is not None:  # rows as they pass are not what was hashed: look at the whole weight beforehand
+            assert part.source is not None
+            weight = part.source.read()
+            self.known = mark.matches(weight.T if part.transposed else weight)
+
+    def matches(self) -> bool:
+        """Whether the rows that passed were the weight of the fingerprint; True where there is none."""
+        if self.digest is None:
+            return self.known is not False
+        mark = self.module.fingerprint
+        return mark is not None and self.digest.hexdigest() == mark.sha256
+
+    def add(self, piece: Bytes) -> None:
+        """Add to the rows in `piece`, in place: float32 sums (float64 where either side is), rounded once."""
+        if self.digest is not None:
+            self.digest.update(piece.data)
+        rows: Array = piece.view(DTYPES[self.part.dtype]).reshape(-1, self.part.shape[-1])
+        wide = np.float64 if np.float64 in (rows.dtype, self.blocks.dtype) else np.float32
+        _, height, width = self.blocks.shape
+        stop = self.row + len(rows)
+        for block in range(self.row // height, min(-(-stop // height), len(self.blocks))):
+            first, last = max(block * height, self.row), min((block + 1) * height, stop)
+            target = rows[first - self.row : last - self.row, block * width : (block + 1) * width]
+            wanted: Array = self.blocks[
+                block, first - block * height : last - block * height, : target.shape[1]
+            ].astype(wide)
+            before: Array = target.astype(wide)
+            with np.errstate(over="ignore"):  # an overflow is an error of its own, see gain
+                target[...] = (before + wanted).astype(rows.dtype)
+            self.left += float(np.vdot(target.astype(wide) - before, wanted))
+            self.wanted += float(np.vdot(wanted, wanted))
+        self.row = stop
+
+    def gain(self) -> float:
+        """<what was added after rounding, blocks> / <blocks, blocks>: 1 when rounding took nothing.
+
+        Raises:
+            AdapterError: base plus blocks is more than the dtype holds.
+        """
+        if not np.isfinite(self.left):
+            name, dtype = self.module.name, self.part.dtype
+            raise AdapterError(f"{name}: base plus blocks overflows {dtype}; merge into a float32 copy of the base")
+        return self.left / self.wanted if self.wanted else 1.0
+
+
+def given(name: str, value: Array) -> Part:
+    """A part that does not come from the base, such as a classification head."""
+    return Part(name, DTYPE_NAMES[value.dtype], value.shape, value=value)
