@@ -1,8 +1,8 @@
 """The paper's adapter.chkpt ↔ an adapter folder.
 
-The file is a state dict that torch.save wrote: `<module path>.block_A` → (num_blocks, block_size_in, block_size_out). It says
-neither num_blocks nor targets nor base: the first two are recovered from it, and all of it is checked against the
-base that is given. Code in the file is never run: torch reads tensors and nothing else from it.
+The file is a state dict that torch.save wrote: `<module path>.block_A` → (num_blocks, block_size_in,
+block_size_out). It says neither num_blocks nor targets nor base: the first two are recovered from it, and all of it
+is checked against the base that is given. Code in the file is never run: torch reads tensors and nothing else.
 """
 
 from __future__ import annotations
@@ -139,17 +139,8 @@ def _as_arrays(file: Path, found: Any) -> dict[str, Array]:
     ]
     if strange:
         raise InputError(f"{file}: every entry must be a float tensor by name; found {', '.join(strange[:5])}")
-    return {
-        name: value
-        .contiguous()
-        .reshape(-1)
-        .view(torch.uint8)
-        .numpy()
-        .copy()
-        .view(known[value.dtype])
-        .reshape(value.shape)
-        for name, value in found.items()
-    }
+    raw = {name: value.contiguous().reshape(-1).view(torch.uint8).numpy().copy() for name, value in found.items()}
+    return {name: raw[name].view(known[value.dtype]).reshape(value.shape) for name, value in found.items()}
 
 
 def _module(path: str, blocks: Array, checkpoint: Checkpoint, faults: list[str]) -> AdaptedModule | None:

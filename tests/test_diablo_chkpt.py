@@ -133,7 +133,7 @@ def test_a_pickle_that_would_run_code_is_refused_and_not_run(zipped: bool, tiny_
         ({}, r"no entry ends in \.block_A; it holds nothing"),
         ({"lm_head.lora_A": torch.ones(2)}, r"no entry ends in \.block_A; it holds lm_head\.lora_A"),
         ([torch.ones(2)], "holds a list"),
-        ({"a.block_A": torch.ones(2, dtype=torch.int64)}, r"must be a float tensor by name; found 'a.block_A': torch\.int64"),
+        ({"a.block_A": torch.ones(2, dtype=torch.int64)}, r"must be a float tensor.*'a.block_A': torch\.int64"),
         ({"a.block_A": 3}, "found 'a.block_A': int"),
         (torch.nn.Linear(2, 2), "would call torch.nn.modules.linear.Linear"),
     ],
@@ -146,7 +146,7 @@ def test_files_that_are_no_adapters_are_refused(value: Any, message: str, tiny_m
 @pytest.mark.parametrize("content", [b"", b"no pickle at all"])
 def test_broken_files_are_refused(content: bytes, tiny_model: Folder, tmp_path: Path) -> None:
     (tmp_path / "adapter.chkpt").write_bytes(content)
-    with pytest.raises(InputError, match="cut short, or torch.save did not write it"):
+    with pytest.raises(InputError, match=r"cut short, or torch\.save did not write it"):
         convert(tmp_path / "adapter.chkpt", tiny_model("llama"), tmp_path / "adapter")
 
 
@@ -163,7 +163,7 @@ def test_writing_back_checks_the_base_and_the_file_name(
     tiny_model: Folder, tiny_adapter: Folder, tmp_path: Path
 ) -> None:
     with pytest.raises(AdapterError, match="does not belong to the model"):
-        convert(tiny_adapter("llama"), tiny_model("qwen3"), tmp_path / "out.chkpt")
+        convert(tiny_adapter("llama"), tiny_model("qwen2"), tmp_path / "out.chkpt")
     convert(tiny_adapter("llama"), tiny_model("llama"), tmp_path / "out.chkpt")
     with pytest.raises(OutputError, match="exists already"):
         convert(tiny_adapter("llama"), tiny_model("llama"), tmp_path / "out.chkpt")
