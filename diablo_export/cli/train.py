@@ -1,0 +1,74 @@
+"""diablo-export train."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+
+from diablo_export.cli.options import json_option, model_option, output_option, overwrite_option, verbosity_options
+from diablo_export.errors import require
+
+_FILE = click.Path(path_type=Path)
+
+
+@click.command("train", context_settings={"show_default": True})
+@model_option
+@click.option("--data", "-d", required=True, type=_FILE, metavar="D", help="Training data: .jsonl or .txt.")
+@output_option
+@click.option("--task", type=click.Choice(["causal-lm", "text-classification"]), default="causal-lm")
+@click.option("--num-blocks", type=int, default=64, help="Blocks per module: weights / N are trained.")
+@click.option(
+    "--target-modules",
+    metavar="NAMES",
+    callback=lambda ctx, option, value: value and value.split(","),
+    help="Ends of module paths, or regular expressions for whole ones, with commas between; or all-linear. "
+    "[default: q,k,v,up,down_proj where the model has them, else all-linear]",
+)
+@click.option("--lr", type=float, default=5e-4, help="Peak learning rate.")
+@click.option("--epochs", type=float, default=1.0, help="Passes over the data.")
+@click.option("--max-steps", type=int, help="Steps in all; wins over --epochs.")
+@click.option("--batch-size", type=int, default=16)
+@click.option("--grad-accumulation", type=int, default=1, help="Batches per step.")
+@click.option("--max-length", type=int, default=512, help="Tokens per item or packed piece.")
+@click.option("--schedule", type=click.Choice(["linear", "cosine", "constant"]), default="linear")
+@click.option("--warmup-steps", type=int, help="Steps of rising learning rate.  [default: a twentieth]")
+@click.option("--weight-decay", type=float, default=0.0)
+@click.option("--clip", type=float, default=1.0, help="Largest norm of the gradient; 0 for none.")
+@click.option(
+    "--dtype",
+    type=click.Choice(["auto", "float32", "bfloat16"]),
+    default="auto",
+    help="Of matrix products; blocks and optimizer are float32.",
+)
+@click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto")
+@click.option("--gradient-checkpointing", is_flag=True, help="Less memory, a third more time.")
+@click.option("--eval-data", type=_FILE, metavar="D", help="Held-out data.")
+@click.option("--eval-fraction", type=float, default=0.0, help="Hold out this share of --data.")
+@click.option("--eval-every", type=int, metavar="STEPS", help="[default: a tenth of the run]")
+@click.option("--checkpoint-every", type=int, metavar="STEPS", help="[default: a tenth of the run, at least 25]")
+@click.option("--seed", type=int, default=0)
+@click.option("--resume", is_flag=True, help="Continue an unfinished run of the same settings.")
+@overwrite_option
+@json_option
+@verbosity_options
+def command(as_json: bool, **options: Any) -> None:
+    """Train DiaBlo blocks on a frozen model.
+
+    Data is JSON Lines of {"text"}, {"prompt", "completion"}, {"messages"} or {"text", "label"}, or a .txt with one
+    document per blank-line paragraph. The adapter folder also gets training.jsonl and loss.png.
+
+    \b
+    Example:
+      diablo-export train --model M --data train.jsonl --eval-fraction 0.1 \\
+        --num-blocks 32 --lr 1e-3 --epochs 3 --output adapter
+    """  # fmt: skip
+    for package in ("torch", "transformers", "matplotlib"):
+        require(package, "train")
+    from diablo_export.trainer.train import train
+
+    done = train(**options)
+    if as_json:
+        click.echo(json.dumps({**vars(done), "output": str(done.output)}))

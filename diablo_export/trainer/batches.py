@@ -1,0 +1,133 @@
+"""Encoded examples into batches: packing of running text, batches of similar length, the order of every epoch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from diablo_export.errors import DataError
+from diablo_export.trainer.data import IGNORED, Encoded, Example, encode
+
+_WINDOW = 50  # batches that are sorted by length together: long enough for little padding, short enough to stay random
+
+
+def pack(documents: Iterable[Encoded], length: int) -> list[Encoded]:
+    """All documents one after the other, cut into pieces of `length` tokens; the last one may be shorter.
+
+    Nothing is lost and nothing padded. A piece's first token is not predicted, its others are, also across
+    a document's end.
+    """
+    ids = np.concatenate([document.ids for document in documents])
+    pieces = [ids[start : start + length] for start in range(0, len(ids), length)]
+    if len(pieces) > 1 and len(pieces[-1]) < 2:
+        pieces.pop()  # a single token predicts nothing
+    return [Encoded(piece, np.ones(len(piece), np.bool_)) for piece in pieces]
+
+
+@dataclass(frozen=True)
+class Batches:
+    """The batches of every step, as a function of the step alone: a resumed run sees what it would have seen.
+
+    Each epoch goes through all items in a new order; batches hold items of similar length.
+    """
+
+    items: Sequence[Encoded]
+    batch_size: int
+    accumulation: int = 1  # batches in a step; the last step of an epoch may have fewer
+    seed: int = 0
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Steps in which every item comes once."""
+        return -(-len(self.items) // (self.batch_size * self.accumulation))
+
+    @cached_property
+    def _orders(self) -> dict[int, list[npt.NDArray[np.int64]]]:
+        return {}
+
+    def __call__(self, step: int) -> list[list[Encoded]]:
+        """The batches of one step, counted from 0."""
+        epoch, within = divmod(step, self.steps_per_epoch)
+        if epoch not in self._orders:
+            self._orders.clear()
+            self._orders[epoch] = self._order(epoch)
+        batches = self._orders[epoch][within * self.accumulation : (within + 1) * self.accumulation]
+        return [[self.items[index] for index in batch] for batch in batches]
+
+    def _order(self, epoch: int) -> list[npt.NDArray[np.int64]]:
+        random = np.random.default_rng([self.seed, epoch])
+        shuffled = random.permutation(len(self.items))
+        lengths = np.array([len(item.ids) for item in self.items])
+        window = self.batch_size * _WINDOW
+        batches: list[npt.NDArray[np.int64]] = []
+        for start in range(0, len(shuffled), window):
+            part = shuffled[start : start + window]
+            part = part[np.argsort(lengths[part], kind="stable")]
+            batches += [part[at : at + self.batch_size] for at in range(0, len(part), self.batch_size)]
+        return [batches[index] for index in random.permutation(len(batches))]
+
+
+def collate(batch: Sequence[Encoded], pad: int, classify: bool) -> dict[str, npt.NDArray[np.int64]]:
+    """One batch as arrays, padded at the right.
+
+    Returns:
+        input_ids and attention_mask (items, tokens); labels (items,) of classes, or (items, tokens) with the token
+        to be predicted at its own position, IGNORED elsewhere.
+    """
+    shape = (len(batch), max(len(item.ids) for item in batch))
+    ids, mask, labels = np.full(shape, pad, np.int64), np.zeros(shape, np.int64), np.full(shape, IGNORED, np.int64)
+    for row, item in enumerate(batch):
+        size = len(item.ids)
+        ids[row, :size], mask[row, :size] = item.ids, 1
+        labels[row, :size] = np.where(item.target, item.ids, IGNORED)
+    if classify:
+        labels = np.array([item.label for item in batch], np.int64)
+    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+
+
+def encode_all(
+    examples: Sequence[Example],
+    tokenizer: Any,
+    *,
+    max_length: int,
+    classes: Sequence[str | int] | None = None,
+    advance: Callable[[float], None] = lambda amount: None,
+) -> tuple[list[Encoded], list[int]]:
+    """Examples ready for `Batches`: packed text, or one item each; and the lines that had nothing to learn from.
+
+    A prompt that fills `max_length` leaves nothing of its completion: such lines are left out and returned.
+
+    Raises:
+        DataError: a label that is not among `classes`, or nothing left at all.
+    """
+    index = {name: position for position, name in enumerate(classes or ())}
+    for example in examples:
+        if classes is not None and example.label not in index:
+            raise DataError(
+                f"line {example.line} has the label {example.label!r}; "
+                f"the training data has {', '.join(map(repr, index))}"
+            )
+    packing = classes is None and examples[0].form == "text"
+    encoded = []
+    for example in examples:
+        limit = None if packing else max_length
+        encoded.append(
+            encode(example, tokenizer, limit, index[example.label] if classes and example.label is not None else None)
+        )
+        advance(1)
+    if packing:
+        pieces = pack(encoded, max_length)
+        if len(pieces[0].ids) < 2:
+            raise DataError("the whole text is a single token, which predicts nothing; give more text")
+        return pieces, []
+    if classes is not None:
+        return encoded, []
+    kept = [item for item in encoded if item.target[1:].any()]
+    if not kept:
+        raise DataError(f"no line has a completion or assistant turn within {max_length} tokens; raise --max-length")
+    return kept, [item.line for item in encoded if not item.target[1:].any()]

@@ -1,0 +1,276 @@
+"""Training data: files into examples, examples into tokens. No torch here.
+
+A file is JSON Lines in one of four forms, or plain text with one document per blank-line paragraph (.txt):
+
+    {"text": …}                     loss on everything
+    {"prompt": …, "completion": …}  loss on the completion
+    {"messages": [{"role": …, "content": …}, …]}  the tokenizer's chat template; loss on what the assistant says
+    {"text": …, "label": …}         classification; labels are strings or integers
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from diablo_export.errors import DataError
+
+IGNORED = -100  # torch's cross entropy skips this target
+FORMS = '{"text"}, {"prompt", "completion"}, {"messages"} or {"text", "label"}'
+_SHOWN = 10  # bad lines that are listed before the rest is counted
+
+
+@dataclass(frozen=True)
+class Example:
+    """One line (or paragraph) of a data file."""
+
+    text: str | None = None
+    prompt: str | None = None
+    completion: str | None = None
+    messages: list[dict[str, Any]] | None = None
+    label: str | int | None = None
+    line: int = 0  # where it starts in its file, from 1
+
+    @property
+    def form(self) -> str:
+        """`text`, `completion` or `messages`."""
+        return "text" if self.text is not None else "completion" if self.prompt is not None else "messages"
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """The tokens of one example, or of one packed piece."""
+
+    ids: npt.NDArray[np.int32]  # (tokens,)
+    target: npt.NDArray[np.bool_]  # (tokens,): whether this token is to be predicted
+    label: int = IGNORED  # class index
+    line: int = 0
+
+    def cut(self, length: int) -> Encoded:
+        """The first `length` tokens."""
+        return Encoded(self.ids[:length], self.target[:length], self.label, self.line)
+
+
+def read_examples(path: str | Path) -> list[Example]:
+    """The examples of a data file, all of one form, and all with a label or none.
+
+    Raises:
+        DataError: cannot be read, empty, or bad lines; each is named by its number with what was found.
+    """
+    path = Path(path)
+    try:
+        content = path.read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror}; give a .jsonl or .txt file") from error
+    except UnicodeDecodeError as error:
+        line = path.read_bytes()[: error.start].count(b"\n") + 1
+        raise DataError(f"{path}: line {line} is not UTF-8 text ({error.reason}); save the file as UTF-8") from error
+    examples = _paragraphs(content) if path.suffix == ".txt" else _json_lines(path, content)
+    if not examples:
+        raise DataError(f"{path}: holds no examples; it needs at least one line of {FORMS}, or text when it is a .txt")
+    _check_alike(path, examples)
+    return examples
+
+
+def _paragraphs(content: str) -> list[Example]:
+    found = re.finditer(r"\S.*?(?=\n[^\S\n]*\n|\Z)", content, re.DOTALL)
+    lines, at, examples = 1, 0, []
+    for match in found:
+        lines, at = lines + content.count("\n", at, match.start()), match.start()
+        examples.append(Example(text=match.group().rstrip(), line=lines))
+    return examples
+
+
+def _json_lines(path: Path, content: str) -> list[Example]:
+    examples: list[Example] = []
+    faults: list[str] = []
+    for number, line in enumerate(content.split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            examples.append(_example(line, number))
+        except ValueError as error:
+            faults.append(f"line {number}: {error}")
+    if faults:
+        more = f"\n  … and {len(faults) - _SHOWN} more" if len(faults) > _SHOWN else ""
+        listed = "\n".join(f"  {fault}" for fault in faults[:_SHOWN])
+        raise DataError(f"{path}: bad lines; each must be a JSON object like {FORMS}:\n{listed}{more}")
+    return examples
+
+
+def _example(line: str, number: int) -> Example:
+    """Raises ValueError saying what is wrong with the line."""
+    try:
+        value = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"not JSON ({error.msg} at column {error.colno}): {_short(line)}") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"a JSON {_kind(value)}, not an object: {_short(line)}")
+    forms = [form for form in (("text",), ("prompt", "completion"), ("messages",)) if all(key in value for key in form)]
+    if not forms:
+        raise ValueError(f"has the keys {', '.join(map(repr, value)) or 'nothing'}; that is none of the forms")
+    if len(forms) > 1:
+        raise ValueError(f"has the keys {', '.join(map(repr, value))}; that is more than one form")
+    if forms[0] == ("messages",):
+        return Example(messages=_messages(value["messages"]), line=number)
+    for key in forms[0]:
+        if not isinstance(value[key], str):
+            raise ValueError(f"{key!r} is a JSON {_kind(value[key])}, it must be a string: {_short(line)}")
+        if not value[key] and key != "prompt":
+            raise ValueError(f"{key!r} is empty")
+    if forms[0] == ("prompt", "completion"):
+        return Example(prompt=value["prompt"], completion=value["completion"], line=number)
+    label = value.get("label")
+    if "label" in value and (isinstance(label, bool) or not isinstance(label, str | int)):
+        raise ValueError(f"'label' is {_short(json.dumps(label))}; it must be a string or an integer")
+    return Example(text=value["text"], label=label, line=number)
+
+
+def _messages(value: Any) -> list[dict[str, Any]]:
+    if not isinstance(value, list) or not value:
+        raise ValueError(f"'messages' is {_short(json.dumps(value))}; it must be a list of messages")
+    for index, message in enumerate(value):
+        parts = (message.get("role"), message.get("content")) if isinstance(message, dict) else (None, None)
+        if not all(isinstance(part, str) for part in parts):
+            raise ValueError(
+                f"message {index + 1} is {_short(json.dumps(message))}; it needs a string role and content"
+            )
+    return value
+
+
+def _check_alike(path: Path, examples: list[Example]) -> None:
+    first = examples[0]
+    for example in examples:
+        if example.form != first.form:
+            raise DataError(
+                f"{path}: line {example.line} is of the form {example.form!r}, line {first.line} of the form "
+                f"{first.form!r}; one file holds one form, so split it"
+            )
+    labelled = [example for example in examples if example.label is not None]
+    if labelled and len(labelled) < len(examples):
+        bare = next(example for example in examples if example.label is None)
+        raise DataError(
+            f"{path}: {len(labelled)} of {len(examples)} lines have a label: line {labelled[0].line} has one "
+            f"({labelled[0].label!r}), line {bare.line} has none; label every line, or none"
+        )
+
+
+def _kind(value: Any) -> str:
+    names = {dict: "object", list: "list", str: "string", bool: "boolean", int: "number", float: "number"}
+    return names.get(type(value), "null")
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= 60 else f"{text[:57]}…"
+
+
+def render(example: Example, tokenizer: Any) -> list[int]:
+    """The token ids of an example as training sees it, whole: special tokens, chat template and end included."""
+    return [int(token) for token in encode(example, tokenizer).ids]
+
+
+def encode(example: Example, tokenizer: Any, max_length: int | None = None, label: int | None = None) -> Encoded:
+    """Tokens of an example and which of them are to be predicted, at most `max_length`.
+
+    A labelled example gets what the tokenizer puts around a text; an unlabelled one also ends with the
+    end-of-sequence token, so that the model learns to stop.
+
+    Raises:
+        DataError: messages for a tokenizer without a (usable) chat template.
+    """
+    if example.messages is not None:
+        ids, target = _chat(example, tokenizer)
+    elif example.completion is not None:
+        prompt = _tokens(tokenizer, example.prompt or "")
+        if prompt and prompt[-1] == tokenizer.eos_token_id:
+            prompt.pop()  # some tokenizers end every text; the prompt is not the end
+        completion = _ended(_tokens(tokenizer, example.completion, special=False), tokenizer)
+        ids, target = prompt + completion, [False] * len(prompt) + [True] * len(completion)
+    elif example.label is not None:
+        cut: dict[str, Any] = (
+            {"truncation": True, "max_length": max_length} if max_length else {}
+        )  # keeps the closing token
+        ids = _tokens(tokenizer, example.text or "", **cut)
+        target = [False] * len(ids)
+    else:
+        ids = _ended(_tokens(tokenizer, example.text or ""), tokenizer)
+        target = [True] * len(ids)
+    whole = Encoded(
+        np.array(ids, np.int32), np.array(target, np.bool_), IGNORED if label is None else label, example.line
+    )
+    return whole.cut(max_length) if max_length else whole
+
+
+def _tokens(tokenizer: Any, text: str, special: bool = True, **cut: Any) -> list[int]:
+    return list(tokenizer(text, add_special_tokens=special, verbose=False, **cut)["input_ids"])
+
+
+def _ended(ids: list[int], tokenizer: Any) -> list[int]:
+    end = tokenizer.eos_token_id
+    return ids if end is None or (ids and ids[-1] == end) else [*ids, end]
+
+
+def _chat(example: Example, tokenizer: Any) -> tuple[list[int], list[bool]]:
+    """The conversation through the chat template; what the assistant says, up to its closing marks, is predicted."""
+    if not getattr(tokenizer, "chat_template", None):
+        raise DataError(
+            f'line {example.line} has "messages", but the model\'s tokenizer has no chat template; '
+            'use {"prompt", "completion"} lines, or a model with one'
+        )
+    messages = example.messages or []
+    spans, full = [], _template(tokenizer, example, messages)
+    for index, message in enumerate(messages):
+        if message["role"] == "assistant":
+            before = _template(tokenizer, example, messages[:index], add_generation_prompt=True)
+            through = _template(tokenizer, example, messages[: index + 1])
+            if not (full.startswith(through) and through.startswith(before)):
+                raise DataError(
+                    f"line {example.line}: this tokenizer's chat template changes earlier turns when later ones "
+                    f"follow, so message {index + 1} cannot be told apart; give each assistant turn a line of its own, "
+                    "as the last message"
+                )
+            spans.append((len(before), len(through)))
+    encoded = tokenizer(full, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    starts = [start for start, _ in encoded["offset_mapping"]]
+    return list(encoded["input_ids"]), [any(a <= start < b for a, b in spans) for start in starts]
+
+
+def _template(tokenizer: Any, example: Example, messages: list[dict[str, Any]], **more: Any) -> str:
+    try:
+        return str(tokenizer.apply_chat_template(messages, tokenize=False, **more)) if messages else ""
+    except Exception as error:  # templates raise their own errors, such as for roles that do not alternate
+        raise DataError(
+            f"line {example.line}: the tokenizer's chat template refuses these messages: {error}"
+        ) from error
+
+
+def class_names(examples: Sequence[Example], path: str | Path) -> list[str | int]:
+    """The labels of a classification set in class order: integers by value, strings by the alphabet.
+
+    Raises:
+        DataError: no labels, integers and strings mixed, or one label only.
+    """
+    first = examples[0]
+    if first.label is None:
+        raise DataError(f'{path}: text-classification needs {{"text", "label"}} lines; line {first.line} has no label')
+    for example in examples:
+        if type(example.label) is not type(first.label):
+            raise DataError(
+                f"{path}: line {example.line} has the label {example.label!r}, line {first.line} {first.label!r}; "
+                "labels must be all strings or all integers"
+            )
+    found = sorted(
+        {example.label for example in examples if example.label is not None}, key=lambda v: (str(type(v)), v)
+    )
+    if len(found) == 1:
+        raise DataError(
+            f"{path}: all {len(examples)} lines have the label {found[0]!r}; a classifier needs two at least"
+        )
+    return found

@@ -1,0 +1,100 @@
+"""The training loop, on one screen: what is learned, from which batches, and what follows a step are functions."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from diablo_export.errors import InputError
+from diablo_export.trainer.data import Encoded
+
+SCHEDULES = ("linear", "cosine", "constant")
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one finished step was like."""
+
+    step: int  # finished steps so far
+    loss: float  # mean over the step's targets
+    lr: float
+    grad_norm: float  # before clipping
+    tokens: int
+    seconds: float
+
+
+def train_loop(
+    optimizer: torch.optim.Optimizer,
+    *,
+    batches: Callable[[int], Sequence[Sequence[Encoded]]],
+    loss: Callable[[Sequence[Encoded]], Tensor],
+    targets: Callable[[Sequence[Encoded]], int],
+    rate: Callable[[int], float],
+    steps: int,
+    start: int = 0,
+    clip: float | None = 1.0,
+    seed: int = 0,
+    after_step: Callable[[Step], None] = lambda step: None,
+) -> None:
+    """Train from step `start` up to `steps`.
+
+    A step depends on its number and on the state of model and optimizer only: its batches and its random numbers
+    (dropout) follow from the number. A run that is resumed therefore ends in the very same weights.
+
+    Args:
+        optimizer: of all that is trained.
+        batches: the batches of a step; their gradients are accumulated.
+        loss: the sum of one batch's losses over its targets.
+        targets: how many targets one batch has.
+        rate: the learning rate of a step.
+        clip: largest norm of the gradient, or None.
+        after_step: sees each finished step, to log, evaluate and save; what it raises ends the training.
+
+    Raises:
+        InputError: loss or gradient is NaN or infinite; the weights are still those of the step before.
+    """
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    for step in range(start, steps):
+        began = time.perf_counter()
+        torch.manual_seed(seed * 1_000_003 + step)
+        for group in optimizer.param_groups:
+            group["lr"] = rate(step)
+        parts = batches(step)
+        count = sum(targets(part) for part in parts)  # so that every target weighs the same, however batches fall
+        total = 0.0
+        for part in parts:
+            share = loss(part) / count
+            share.backward()  # type: ignore[no-untyped-call]
+            total += share.item()
+        norm = nn.utils.clip_grad_norm_(parameters, clip or math.inf).item()
+        _check_finite(step, total, norm, rate(step))
+        optimizer.step()
+        optimizer.zero_grad()
+        tokens = sum(len(item.ids) for part in parts for item in part)
+        after_step(Step(step + 1, total, rate(step), norm, tokens, time.perf_counter() - began))
+
+
+def learning_rate(lr: float, steps: int, warmup: int, schedule: str) -> Callable[[int], float]:
+    """The learning rate of each step: rising over `warmup` steps to `lr`, then falling to zero (or constant)."""
+
+    def rate(step: int) -> float:
+        if step < warmup:
+            return lr * (step + 1) / warmup
+        left = (steps - step) / max(steps - warmup, 1)  # 1 at the end of warm-up, 0 after the last step
+        return lr * {"linear": left, "cosine": (1 - math.cos(math.pi * left)) / 2, "constant": 1.0}[schedule]
+
+    return rate
+
+
+def _check_finite(step: int, loss: float, norm: float, lr: float) -> None:
+    if not math.isfinite(loss) or not math.isfinite(norm):
+        what = f"the loss is {loss}" if not math.isfinite(loss) else f"the gradient's norm is {norm}"
+        raise InputError(
+            f"{what} at step {step + 1} (learning rate {lr:.3g}): training diverged and was stopped; "
+            "lower --lr, lengthen --warmup-steps, or use --dtype float32"
+        )

@@ -1,0 +1,113 @@
+"""Training checkpoints: everything a run needs to go on, in safetensors and JSON, replaced in one step.
+
+`state.safetensors` holds each trained parameter and AdamW's two moments of it; `state.json` the finished steps, the
+settings and the log so far. Batches, learning rate and random numbers are functions of the step: there is nothing else.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from diablo_export.checkpoint import read_header, read_json, write_safetensors
+from diablo_export.errors import CheckpointError, InputError
+from diablo_export.output import new_folder
+
+CHECKPOINT, TENSORS, STATE = "checkpoint", "state.safetensors", "state.json"
+FORMAT_VERSION = 1
+_MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+def save_state(
+    folder: Path,
+    parameters: dict[str, nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+    *,
+    step: int,
+    settings: dict[str, Any],
+    log: list[dict[str, Any]],
+) -> None:
+    """Write a checkpoint after `step` finished steps; a kill leaves either the old one or this one.
+
+    Raises:
+        OutputError: no room, or not writable.
+    """
+    tensors = {name: parameter.detach().cpu().numpy() for name, parameter in parameters.items()}
+    for name, parameter in parameters.items():
+        for moment in _MOMENTS:
+            tensors[f"{name}:{moment}"] = optimizer.state[parameter][moment].cpu().numpy()
+    layout = {name: ("F32", value.shape) for name, value in tensors.items()}
+    with new_folder(folder, overwrite=True, needs=sum(value.nbytes for value in tensors.values())) as work:
+        write_safetensors(work / TENSORS, layout, tensors.items())
+        state = {"format_version": FORMAT_VERSION, "step": step, "settings": settings, "log": log}
+        (work / STATE).write_text(json.dumps(state), encoding="utf-8")
+
+
+def load_state(
+    folder: Path,
+    parameters: dict[str, nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+    settings: dict[str, Any],
+) -> tuple[int, list[dict[str, Any]]]:
+    """Put a checkpoint back into parameters and optimizer.
+
+    Returns:
+        the finished steps and the log so far.
+
+    Raises:
+        InputError: the run was started with other settings; lists each with both values.
+        CheckpointError: files that are missing or broken.
+    """
+    state = read_json(folder / STATE)
+    if state.get("format_version") != FORMAT_VERSION:
+        raise CheckpointError(
+            f"{folder / STATE}: format_version is {state.get('format_version')!r}, not {FORMAT_VERSION}"
+        )
+    _check_settings(folder, state["settings"], settings)
+    infos, _ = read_header(folder / TENSORS)
+    wanted = {f"{name}{part}" for name in parameters for part in ("", *(f":{moment}" for moment in _MOMENTS))}
+    if set(infos) != wanted:
+        raise CheckpointError(f"{folder / TENSORS}: holds other parameters than this run trains; start anew")
+    for name, parameter in parameters.items():
+        with torch.no_grad():
+            parameter.copy_(torch.from_numpy(infos[name].read()))
+        optimizer.state[parameter] = {
+            "step": torch.tensor(float(state["step"])),
+            **{moment: _like(parameter, infos[f"{name}:{moment}"].read()) for moment in _MOMENTS},
+        }
+    return int(state["step"]), list(state["log"])
+
+
+def read_step(folder: Path) -> int:
+    """How many steps the run of a checkpoint has finished."""
+    return int(read_json(folder / STATE).get("step", 0))
+
+
+def _like(parameter: nn.Parameter, value: np.ndarray[Any, Any]) -> torch.Tensor:
+    return torch.from_numpy(value).to(parameter.device, parameter.dtype)
+
+
+def _check_settings(folder: Path, stored: dict[str, Any], given: dict[str, Any]) -> None:
+    # through JSON and back, as the stored ones went
+    given = json.loads(json.dumps(given))
+    different = [
+        f"{name} was {_short(stored.get(name))}, now it is {_short(given.get(name))}"
+        for name in sorted({*stored, *given})
+        if stored.get(name) != given.get(name)
+    ]
+    if different:
+        listed = "\n".join(f"  {line}" for line in different)
+        raise InputError(
+            f"{folder}: the unfinished run was started with other settings, so it cannot go on to the same weights:\n"
+            f"{listed}\nResume with the same settings, or start anew with --overwrite"
+        )
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 60 else f"{text[:57]}…"

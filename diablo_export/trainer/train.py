@@ -1,0 +1,317 @@
+"""The verb `train`: a base model and a data file in, an adapter folder out.
+
+While it runs, its log and its last checkpoint lie in `<output>.training`, from where `resume` continues; the adapter
+folder appears whole when the run is done.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import math
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from diablo_export.adapter import TASKS, AdaptedModule, Adapter, file_sha256, stored_transposed
+from diablo_export.checkpoint import Checkpoint
+from diablo_export.console import log, progress
+from diablo_export.errors import CheckpointError, DataError, InputError, require
+from diablo_export.fingerprint import Fingerprint, fingerprint
+from diablo_export.output import new_folder
+from diablo_export.trainer.batches import Batches, encode_all
+from diablo_export.trainer.data import Encoded, Example, class_names, read_examples
+from diablo_export.trainer.history import LOG, PICTURE, History, draw, training_bar, write_log
+from diablo_export.trainer.layer import diablo_layers
+from diablo_export.trainer.loop import learning_rate, train_loop
+from diablo_export.trainer.model import head_parameters, load_with_fresh
+from diablo_export.trainer.objective import Objective
+from diablo_export.trainer.options import check_options, check_places, choose_device, use_bfloat16, work_folder
+from diablo_export.trainer.state import CHECKPOINT, STATE, load_state, save_state
+from diablo_export.trainer.targets import choose_targets, short_names, wrap_targets
+from diablo_export.trainer.watch import Watch, interrupts, workspace
+
+
+@dataclass(frozen=True)
+class Training:
+    """What a finished run came to."""
+
+    output: Path
+    steps: int
+    parameters: int  # trained
+    loss: float  # of the last step
+    evaluations: list[dict[str, Any]]  # {"step", "eval_loss"} and a classifier's "eval_accuracy", in order
+
+
+def train(
+    model: str | Path,
+    data: str | Path,
+    output: str | Path,
+    *,
+    task: str = "causal-lm",
+    num_blocks: int = 64,
+    target_modules: str | Sequence[str] | None = None,
+    lr: float = 5e-4,
+    epochs: float = 1.0,
+    max_steps: int | None = None,
+    batch_size: int = 16,
+    grad_accumulation: int = 1,
+    max_length: int = 512,
+    schedule: str = "linear",
+    warmup_steps: int | None = None,
+    weight_decay: float = 0.0,
+    clip: float = 1.0,
+    dtype: str = "auto",
+    device: str = "auto",
+    gradient_checkpointing: bool = False,
+    eval_data: str | Path | None = None,
+    eval_fraction: float = 0.0,
+    eval_every: int | None = None,
+    checkpoint_every: int | None = None,
+    seed: int = 0,
+    resume: bool = False,
+    overwrite: bool = False,
+) -> Training:
+    """Train DiaBlo blocks on a frozen model and write them as an adapter folder.
+
+    Args:
+        model: Hugging Face folder or id of the base.
+        data: JSON Lines or .txt, see `diablo_export.trainer.data`.
+        output: the adapter folder; also gets training.jsonl and loss.png.
+        task: `causal-lm` or `text-classification`.
+        num_blocks: diagonal blocks per module; a module of m × n weights gets m · n / num_blocks parameters.
+        target_modules: see `choose_targets`.
+        lr: peak learning rate.
+        epochs: passes over the data, also a fraction; `max_steps` wins over it.
+        max_steps: steps of the optimizer in all.
+        batch_size: items per batch; `grad_accumulation` batches make a step.
+        grad_accumulation: batches per step.
+        max_length: tokens per item, or per packed piece of running text.
+        schedule: `linear` or `cosine` to zero, or `constant`, after `warmup_steps`.
+        warmup_steps: steps in which the learning rate rises; None: a twentieth of all.
+        weight_decay: of AdamW, on blocks and head: pulls the model towards its base.
+        clip: largest norm of the gradient; 0 for none.
+        dtype: `float32`, or `bfloat16`: matrix products in bfloat16 while the base keeps its checkpoint's precision
+            and blocks, head and optimizer are float32. `auto`: bfloat16 on a GPU that has it, else float32.
+        device: `auto`, `cpu` or `cuda`.
+        gradient_checkpointing: compute activations again in the backward pass rather than keep them.
+        eval_data: held-out file.
+        eval_fraction: hold out this share of `data` instead: the end of running text, else lines at random.
+        eval_every: steps between evaluations; None: a tenth of the run.
+        checkpoint_every: steps between checkpoints; None: a tenth of the run, 25 at least.
+        seed: of the fresh head, the order of the data, dropout, and the lines held out.
+        resume: continue an unfinished run of the same settings, to the very weights it would have come to.
+        overwrite: replace an existing output, and drop an unfinished run.
+
+    Raises:
+        InputError: bad options, data, model or output, or a loss that became NaN.
+        KeyboardInterrupt: stopped by Ctrl-C or SIGTERM, after a checkpoint was written.
+    """
+    check_options(locals())
+    require("matplotlib", "train")  # rather now than after hours of training
+    output, work, place = Path(output), work_folder(Path(output)), choose_device(device)
+    autocast = use_bfloat16(dtype, place)
+    check_places(output, work, resume, overwrite)
+
+    checkpoint = Checkpoint.open(model)
+    examples = read_examples(data)
+    classes = _classes(examples, data, checkpoint) if task == "text-classification" else None
+    labels = None if classes is None else [str(name) for name in classes]
+    torch.manual_seed(seed)
+    network, tokenizer, fresh = load_with_fresh(
+        model, task, dtype=_base_dtype(checkpoint, autocast), device=place, labels=labels
+    )
+    _check_length(network, max_length)
+    items, held = _items(
+        examples, eval_data, eval_fraction, seed, tokenizer=tokenizer, max_length=max_length, classes=classes
+    )
+
+    head = [] if classes is None else head_parameters(network, fresh)
+    targets = choose_targets(network, target_modules, exclude={name.rpartition(".")[0] for name in head})
+    names = [target_modules] if isinstance(target_modules, str) else target_modules
+    names = short_names(network, targets) if not names or "all-linear" in names else list(names)
+    marks = _fingerprints(checkpoint, targets)
+    wrap_targets(network, targets, num_blocks)
+    parameters = _trainable(network, head)
+    optimizer = torch.optim.AdamW(parameters.values(), lr=lr, weight_decay=weight_decay)
+    _prepare(network, gradient_checkpointing)
+
+    batches = Batches(items, batch_size, grad_accumulation, seed)
+    steps = max_steps or math.ceil(epochs * batches.steps_per_epoch)
+    warmup = math.ceil(steps / 20) if warmup_steps is None else min(steps, warmup_steps)
+    objective = Objective(network, classes is not None, tokenizer.pad_token_id or 0, place, autocast)
+    settings = {
+        "task": task, "base": _digest(marks), "data": file_sha256(Path(data)), "num_blocks": num_blocks,
+        "targets": targets, "lr": lr, "steps": steps, "batch_size": batch_size, "grad_accumulation": grad_accumulation,
+        "max_length": max_length, "schedule": schedule, "warmup_steps": warmup, "weight_decay": weight_decay,
+        "clip": clip, "dtype": "bfloat16" if autocast else "float32", "labels": labels, "seed": seed,
+        "eval_fraction": eval_fraction,
+    }  # fmt: skip
+    start, records = 0, list[dict[str, Any]]()
+    if resume and (work / CHECKPOINT / STATE).exists():
+        start, records = load_state(work / CHECKPOINT, parameters, optimizer, settings)
+        log.info("continuing after step %d of %d", start, steps)
+    size = sum(parameter.numel() for parameter in parameters.values())
+    log.info(
+        "training %s parameters in %d modules on %s: %s items, %d steps of %d × %d",
+        f"{size:,}", len(targets), place.type, f"{len(items):,}", steps, batch_size, grad_accumulation,
+    )  # fmt: skip
+
+    with workspace(work), _deterministic(place), interrupts() as interrupted, training_bar(steps, start) as show:
+        history = History(work / LOG, records)
+
+        def save(step: int) -> None:
+            save_state(work / CHECKPOINT, parameters, optimizer, step=step, settings=settings, log=history.records)
+
+        watch = Watch(
+            objective, held, batch_size, steps, eval_every or math.ceil(steps / 10),
+            checkpoint_every or max(25, math.ceil(steps / 10)), history, show, save, interrupted,
+        )  # fmt: skip
+        if start == 0:
+            watch.evaluate(0)
+        train_loop(
+            optimizer, batches=batches, loss=objective.loss, targets=objective.targets,
+            rate=learning_rate(lr, steps, warmup, schedule), steps=steps, start=start, clip=clip or None, seed=seed,
+            after_step=watch,
+        )  # fmt: skip
+        adapter = Adapter(
+            _modules(network, marks), TASKS[task], _base_name(model), num_blocks, names,
+            {name: parameters[name].detach().cpu().numpy() for name in head}, labels or [],
+        )  # fmt: skip
+        with new_folder(output, overwrite=overwrite) as folder:
+            adapter.save(folder)
+            write_log(folder / LOG, history.records)
+            draw(history, folder / PICTURE, f"{Path(model).name} on {Path(data).name}, {num_blocks} blocks, lr {lr:g}")
+    log.info("wrote %s", output)
+    evaluations = [record for record in history.records if "eval_loss" in record]
+    return Training(output, steps, size, history.column("loss")[1][-1], evaluations)
+
+
+def _base_name(model: str | Path) -> str:
+    return str(Path(model).resolve()) if Path(model).is_dir() else str(model)
+
+
+def _classes(examples: list[Example], data: str | Path, checkpoint: Checkpoint) -> list[str | int]:
+    """Class labels in class order: the base's own order, where it is a classifier of the same classes."""
+    classes = class_names(examples, data)
+    own = list((checkpoint.config.get("id2label") or {}).values())
+    return sorted(classes, key=own.index) if sorted(map(str, classes)) == sorted(own) else classes
+
+
+def _base_dtype(checkpoint: Checkpoint, autocast: bool) -> str:
+    """Under autocast a bfloat16 base stays as it is; any other is computed from in float32, so no bit of it is lost."""
+    stored = {info.dtype for info in checkpoint if info.dtype.startswith(("F", "BF"))}
+    return "bfloat16" if autocast and stored == {"BF16"} else "float32"
+
+
+def _check_length(network: Any, max_length: int) -> None:
+    limit = getattr(network.config, "max_position_embeddings", None)
+    if limit is not None and max_length > limit:
+        raise InputError(f"--max-length is {max_length}, but the model has {limit} positions; give {limit} or less")
+
+
+def _items(
+    examples: list[Example],
+    eval_data: str | Path | None,
+    eval_fraction: float,
+    seed: int,
+    *,
+    max_length: int,
+    **how: Any,
+) -> tuple[list[Encoded], list[Encoded]]:
+    """Items to train on, and held-out ones."""
+    items = _encode(examples, max_length=max_length, **how)
+    if eval_data:
+        return items, _encode(read_examples(eval_data), max_length=max_length, **how)
+    if not eval_fraction:
+        return items, []
+    count = max(1, round(len(items) * eval_fraction))
+    if count >= len(items):
+        raise DataError(
+            f"--eval-fraction {eval_fraction} of {len(items)} items leaves nothing to train on; give more data"
+        )
+    if examples[0].form == "text" and how["classes"] is None:
+        return items[:-count], items[
+            -count:
+        ]  # the end of running text: neighbours of training pieces would be too easy
+    order = np.random.default_rng(seed).permutation(len(items))
+    return [items[index] for index in sorted(order[count:])], [items[index] for index in sorted(order[:count])]
+
+
+def _encode(examples: list[Example], **how: Any) -> list[Encoded]:
+    with progress("tokenizing", len(examples)) as advance:
+        items, dropped = encode_all(examples, advance=advance, **how)
+    if dropped:
+        log.warning(
+            "left out %d of %d lines, which have nothing to predict within --max-length (the first is line %d)",
+            len(dropped), len(examples), dropped[0],
+        )  # fmt: skip
+    return items
+
+
+def _fingerprints(checkpoint: Checkpoint, targets: Sequence[str]) -> dict[str, Fingerprint]:
+    """The fingerprint of each target's weight as the checkpoint stores it, read one at a time."""
+    found, absent = {}, []
+    for name in targets:
+        info = checkpoint.find(f"{name}.weight")
+        if info is None:
+            absent.append(name)
+            continue
+        weight = info.read()
+        found[name] = fingerprint(weight.T if stored_transposed(checkpoint.config) else weight)
+    if absent:
+        raise CheckpointError(
+            f"{checkpoint.folder}: stores these modules under other names than the loaded model has, so that blocks "
+            f"could not be merged into them: {', '.join(absent[:5])}; choose other --target-modules"
+        )
+    return found
+
+
+def _digest(marks: dict[str, Fingerprint]) -> str:
+    return hashlib.sha256("".join(mark.sha256 for mark in marks.values()).encode()).hexdigest()
+
+
+def _trainable(network: nn.Module, head: Sequence[str]) -> dict[str, nn.Parameter]:
+    """What is trained, by name: blocks and head, in float32."""
+    named = dict(network.named_parameters())
+    for name in head:
+        named[name].data = named[name].data.float()
+        named[name].requires_grad_(True)
+    blocks = {f"{name}.diablo_blocks": layer.blocks for name, layer in diablo_layers(network).items()}
+    return blocks | {name: named[name] for name in head}
+
+
+def _prepare(network: Any, gradient_checkpointing: bool) -> None:
+    network.config.use_cache = False
+    if gradient_checkpointing:
+        # the re-entrant kind needs inputs that require gradients, which frozen embeddings do not give
+        network.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    network.train()
+
+
+def _modules(network: nn.Module, marks: dict[str, Fingerprint]) -> dict[str, AdaptedModule]:
+    return {
+        name: AdaptedModule(
+            name, layer.blocks.detach().cpu().numpy(), layer.shape.in_features, layer.shape.out_features, marks[name]
+        )
+        for name, layer in diablo_layers(network).items()
+    }
+
+
+@contextlib.contextmanager
+def _deterministic(device: torch.device) -> Iterator[None]:
+    """On a GPU, ask for kernels that give the same bits every time: resuming relies on it."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    if device.type == "cuda":
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # as cuBLAS asks for
+        torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
