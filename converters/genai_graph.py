@@ -1,8 +1,8 @@
 """The onnxruntime-genai road: its model builder lays out the graph on placeholders; the weights come later.
 
-The builder gets a model whose matrices are meta tensors: they have a shape and an identity, and take no memory. It transposes
-and slices them (views, which still know their storage), so each initializer it makes can be traced to the
-parameter and the rows it came from. Vectors (norms, biases) are real: the builder computes with them.
+The builder gets a model whose matrices are meta tensors: they have a shape and an identity, and take no memory.
+It transposes and slices them (views, which still know their storage), so each initializer it makes can be traced to
+the parameter and the rows it came from. Vectors (norms, biases) are real: the builder computes with them.
 """
 
 from __future__ import annotations
@@ -37,13 +37,17 @@ def refusal(config: dict[str, Any]) -> str | None:
     architecture = (config.get("architectures") or ["unnamed"])[0]
     if architecture not in ARCHITECTURES:
         return f"onnxruntime-genai's builder is not used for {architecture} (it is for {', '.join(ARCHITECTURES)})"
-    head_size = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
-    if head_size % _HEAD_SIZE_STEP:
+    if head_size(config) % _HEAD_SIZE_STEP:
         return (
-            f"the head size is {head_size}; onnxruntime-genai's graphs use GroupQueryAttention, which needs a multiple "
+            f"the head size is {head_size(config)}; onnxruntime-genai's graphs use GroupQueryAttention, which needs a multiple "
             f"of {_HEAD_SIZE_STEP}"
         )
     return None
+
+
+def head_size(config: dict[str, Any]) -> int:
+    """Width of one attention head."""
+    return int(config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"])
 
 
 def layout(weights: Weights, folder: Path, *, precision: str = "fp32", share_embeddings: bool = False) -> Layout:
@@ -61,7 +65,7 @@ def layout(weights: Weights, folder: Path, *, precision: str = "fp32", share_emb
     require("onnxruntime_genai", "genai")
     builder = require("onnxruntime_genai.models.builder", "genai")
     base: Any = builder.Model
-    model, placeholders = _placeholder_model(weights)
+    model, placeholders, tied = _placeholder_model(weights)
     made: dict[str, Any] = {}  # initializer name → the tensor it was made of
     finished: list[ir.Model] = []
     make_initializer = base.make_initializer
@@ -75,18 +79,22 @@ def layout(weights: Weights, folder: Path, *, precision: str = "fp32", share_emb
         "make_initializer": record,
         "save_model": lambda self, path: finished.append(self.model),
     }
-    options = ["fuse_qkv=false", "windowed_kv_cache=false", "hf_token=false", f"shared_embeddings={str(share_embeddings).lower()}"]
+    share = str(bool(tied) and share_embeddings).lower()
+    options = ["fuse_qkv=false", "windowed_kv_cache=false", "hf_token=false", f"shared_embeddings={share}"]
     source, target = str(weights.checkpoint.folder), str(folder)
-    with _patched(base, patches), _fast_linear(), contextlib.redirect_stdout(io.StringIO()), tempfile.TemporaryDirectory() as cache:
+    with _patched(base, patches), _fast_linear(), _silent(), tempfile.TemporaryDirectory() as cache:
         try:
             parsed = builder.parse_extra_options(None, source, target, precision, "cpu", cache, options)
             _adjust(parsed["hf_details"]["hf_config"])
             builder.create_model(None, source, target, precision, "cpu", cache, **parsed)
         except Exception as error:  # the builder raises what it likes
-            raise ExportError(f"{source}: onnxruntime-genai's builder refuses it: {type(error).__name__}: {error}") from error
+            raise ExportError(
+                f"{source}: onnxruntime-genai's builder refuses it: {type(error).__name__}: {error}"
+            ) from error
     graph = finished[0]
     graph.graph.sort()
-    return Layout(graph, _origins(made, placeholders, graph))
+    _name_cache_dims(graph, weights.checkpoint.config)
+    return Layout(graph, _origins(made, placeholders, graph), tied)
 
 
 def _adjust(config: Any) -> None:
@@ -101,8 +109,8 @@ def _adjust(config: Any) -> None:
         config.original_max_position_embeddings = config.max_position_embeddings
 
 
-def _placeholder_model(weights: Weights) -> tuple[Any, dict[int, tuple[str, Any]]]:
-    """The Hugging Face model with meta matrices and real vectors, and the matrices' names by storage.
+def _placeholder_model(weights: Weights) -> tuple[Any, dict[int, tuple[str, Any]], dict[str, str]]:
+    """The Hugging Face model with meta matrices and real vectors, the matrices' names by storage, and what is tied.
 
     Tied parameters get a placeholder each, so that embedding and head can be told apart.
     """
@@ -113,9 +121,11 @@ def _placeholder_model(weights: Weights) -> tuple[Any, dict[int, tuple[str, Any]
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     first: dict[int, str] = {}
+    tied: dict[str, str] = {}
     placeholders: dict[int, tuple[str, Any]] = {}
     for name, parameter in list(model.named_parameters(remove_duplicate=False)):
-        first.setdefault(id(parameter), name)
+        if first.setdefault(id(parameter), name) != name:
+            tied[name] = first[id(parameter)]
         if parameter.ndim >= 2:
             value = torch.empty(parameter.shape, device="meta")
         else:
@@ -124,13 +134,14 @@ def _placeholder_model(weights: Weights) -> tuple[Any, dict[int, tuple[str, Any]
         model.get_submodule(name.rpartition(".")[0]).register_parameter(name.rpartition(".")[2], replaced)
         if parameter.ndim >= 2:
             placeholders[_storage(replaced)] = (name, replaced)  # kept: an address must not be used twice
-    return model.eval(), placeholders
+    return model.eval(), placeholders, tied
 
 
-def tied(weights: Weights) -> dict[str, str]:
-    """Parameters that share another one's values: name → that one's name."""
-    config = weights.checkpoint.config
-    return {"lm_head.weight": "model.embed_tokens.weight"} if config.get("tie_word_embeddings") else {}
+def _name_cache_dims(model: ir.Model, config: dict[str, Any]) -> None:
+    """Give the caches their head size: the builder leaves it open for quantized caches, which are not used here."""
+    for value in [*model.graph.inputs, *model.graph.outputs]:
+        if value.shape is not None and len(value.shape) == 4 and str(value.shape[3]) == "kv_cache_dim":
+            value.shape = ir.Shape([*value.shape[:3], head_size(config)])
 
 
 def _origins(made: dict[str, Any], placeholders: dict[int, tuple[str, Any]], model: ir.Model) -> dict[str, Origin]:
@@ -191,8 +202,15 @@ def _patched(target: Any, replacements: dict[str, Any]) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def _silent() -> Iterator[None]:
+    """The builder prints its steps."""
+    with contextlib.redirect_stdout(io.StringIO()):
+        yield
+
+
+@contextlib.contextmanager
 def _fast_linear() -> Iterator[None]:
-    """No random initial weights: the builder makes nn.Linear layers when it splits fused ones, and replaces their weights."""
+    """No random initial weights: the builder splits fused layers into new nn.Linear, then replaces their weights."""
     import torch
 
     with _patched(torch.nn.Linear, {"reset_parameters": lambda self: None}):

@@ -45,6 +45,7 @@ def build_graph(
     group_size: int = 32,
     symmetric: bool = True,
     precision: str = "fp32",
+    accuracy_level: int = 4,
     merged: Adapter | None = None,
     head: Adapter | None = None,
 ) -> Graph:
@@ -58,26 +59,38 @@ def build_graph(
         group_size: input positions that share a scale, when quantizing.
         symmetric: no zero points.
         precision: fp32 or fp16, of everything that is not quantized.
+        accuracy_level: MatMulNBits' own: 4 multiplies in int8 (fastest for decoding on CPU, and what
+            onnxruntime-genai builds), 1 in float32 (exact, faster for long prompts).
         merged: its blocks are added to the weights on their way, and its saved head replaces the model's.
         head: only its saved head replaces the model's.
 
     Raises:
         ExportError: no road can take this model, and why.
     """
-    from diablo_export.converters import genai_graph
+    from diablo_export.converters import genai_graph, torch_graph
 
     checkpoint = Checkpoint.open(model)
     saved = {**(head.saved if head else {}), **(merged.saved if merged else {})}
     weights = Weights(checkpoint, merged, saved)
     refusal = genai_graph.refusal(checkpoint.config) if task == "causal-lm" else f"the task is {task}"
-    if refusal is not None:
-        raise ExportError(refusal)
-    weights = replace(weights, tied=genai_graph.tied(weights))
-    share = bool(weights.tied) and quantize == "none" and not (merged and "lm_head" in merged.modules)
-    layout = genai_graph.layout(weights, folder, precision=precision, share_embeddings=share)
-    modules, digest = finish(layout, weights, folder, quantize=quantize, group_size=group_size, symmetric=symmetric)
+    # a head with blocks of its own, or quantized, cannot share the embedding's table
+    share = quantize == "none" and not (merged and "lm_head" in merged.modules)
+    if refusal is None:
+        layout = genai_graph.layout(weights, folder, precision=precision, share_embeddings=share)
+    else:
+        layout = torch_graph.layout(weights, folder, task=task, precision=precision, share_embeddings=share)
+    weights = replace(weights, tied=layout.tied)
+    modules, digest = finish(
+        layout,
+        weights,
+        folder,
+        quantize=quantize,
+        group_size=group_size,
+        symmetric=symmetric,
+        accuracy_level=accuracy_level,
+    )
     for name in ("config.json", "generation_config.json"):
         if (checkpoint.folder / name).exists():
             shutil.copyfile(checkpoint.folder / name, folder / name)
     hashes = {DATA: digest, MODEL: file_sha256(folder / MODEL)}
-    return Graph("genai", "onnxruntime-genai's builder knows this architecture", modules, hashes)
+    return Graph("genai" if refusal is None else "torch", refusal or "onnxruntime-genai's builder knows this architecture", modules, hashes)

@@ -1,4 +1,4 @@
-"""From a graph laid out on placeholders to the finished one: which node is which module, quantized where asked, weights to stream.
+"""From a graph laid out on placeholders to the finished one: nodes marked, quantized, weights streamed.
 
 Both roads end here. A road hands over the graph and, for each initializer that stands for a parameter, its `Origin`.
 """
@@ -70,7 +70,9 @@ class Weights:
         blocks = None if module is None else module.blocks
         if name in self.saved:
             return Source(self.saved[name], origin.conv1d, blocks, origin.rows)
-        stored = self.checkpoint.find(self.tied.get(name, name)) or self.checkpoint.find(name)
+        first = self.tied.get(name, name)  # any one of the names that share values may be the stored one
+        names = [first, name, *(other for other, target in self.tied.items() if target == first)]
+        stored = next((info for each in names if (info := self.checkpoint.find(each))), None)
         if stored is None:
             raise ExportError(
                 f"{self.checkpoint.folder}: has no tensor for the parameter {name}, nor does the adapter bring it; its "
@@ -80,7 +82,14 @@ class Weights:
 
 
 def finish(
-    layout: Layout, weights: Weights, folder: Path, *, quantize: str = "none", group_size: int = 32, symmetric: bool = True
+    layout: Layout,
+    weights: Weights,
+    folder: Path,
+    *,
+    quantize: str = "none",
+    group_size: int = 32,
+    symmetric: bool = True,
+    accuracy_level: int = 4,
 ) -> tuple[dict[str, dict[str, Any]], str]:
     """Mark the modules' nodes, quantize them where asked, stream the weights and write model.onnx.
 
@@ -103,6 +112,7 @@ def finish(
             node.metadata_props[ROWS] = f"{origin.rows[0]}:{origin.rows[1]}"
         if quantize != "none" and len(weight.consumers()) == 1 and node.op_type == "MatMul":
             entry, job = _quantize(layout.model.graph, node, weight, source, BITS[quantize], group_size, symmetric)
+            node.attributes.add(ir.AttrInt64("accuracy_level", accuracy_level))
         else:
             entry = _plain(node, weight, origin)
             job = float_job(weight, source, origin.transposed)
@@ -129,7 +139,7 @@ def _drop_unread(graph: ir.Graph) -> None:
     """Remove initializers that no node reads, such as the rotary table of a kind of layer that a model has none of."""
     for name, value in list(graph.initializers.items()):
         if not value.consumers() and not value.is_graph_output():
-            del graph.initializers[name]
+            del graph.initializers[str(name)]
 
 
 def _initializer(layout: Layout, name: str) -> ir.Value | None:
@@ -160,11 +170,10 @@ def _quantize(
     node.resize_inputs(3 if zeros is None else 4)
     for index, value in enumerate((codes, scales, zeros)[: 2 if zeros is None else 3], start=1):
         node.replace_input_with(index, value)
-    # level 4 multiplies in int8, which is how onnxruntime-genai builds for CPU
-    attributes = {"K": in_features, "N": out_features, "bits": bits, "block_size": group_size, "accuracy_level": 4}
+    attributes = {"K": in_features, "N": out_features, "bits": bits, "block_size": group_size}
     for key, number in attributes.items():
         node.attributes.add(ir.AttrInt64(key, number))
-    del graph.initializers[name]
+    del graph.initializers[str(name)]
     graph.opset_imports.setdefault("com.microsoft", 1)
     entry = {
         "node": node.name,
