@@ -1,0 +1,178 @@
+"""The verb `export`: a model and adapters to an ONNX folder that keeps the blocks as branches to be fed."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+
+from diablo_export import opschema
+from diablo_export.adapter import TASKS, Adapter
+from diablo_export.checkpoint import Checkpoint
+from diablo_export.converters import onnx_file
+from diablo_export.converters.base import hashing
+from diablo_export.converters.onnx_adapters import ENDING, FOLDER, tensors, write_onnx_adapter
+from diablo_export.converters.onnx_branch import add_branches, blocks_dtype
+from diablo_export.converters.onnx_graph import Graph, build_graph
+from diablo_export.converters.onnx_head import feed_parameters
+from diablo_export.converters.onnx_match import Match, match
+from diablo_export.converters.onnx_nodes import MODEL
+from diablo_export.converters.sizes import onnx_bytes
+from diablo_export.errors import AdapterError, InputError, MatchError
+from diablo_export.manifest import adapter_entry, write_manifest
+from diablo_export.output import check_output, new_folder
+
+Given = str | Path | Sequence[str | Path] | Mapping[str, str | Path]
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+
+
+def export(
+    model: str | Path,
+    adapter: Given,
+    output: str | Path,
+    *,
+    quantize: str = "none",
+    group_size: int = 32,
+    precision: str = "fp32",
+    overwrite: bool = False,
+) -> dict[str, Any]:
+    """Write an ONNX folder whose graph is the base and can be fed each adapter's blocks.
+
+    Args:
+        model: Hugging Face folder or id, or an ONNX file or folder (float, or int4 and int8 as MatMulNBits).
+        adapter: one adapter folder, several, or name → folder; also strings NAME=FOLDER. The name of a
+            folder given alone is the folder's.
+        output: the folder to write.
+        quantize: none, int8 or int4: the base's linear layers. The blocks stay float.
+        group_size: input positions that share a scale, when quantizing.
+        precision: fp32 or fp16, of everything that is not quantized.
+        overwrite: replace `output` if it exists.
+
+    Returns:
+        The manifest.
+
+    Raises:
+        AdapterError: an adapter that cannot be read, or belongs to another base.
+        MatchError: adapted modules that the graph does not show. ExportError: a model that no road can take.
+        OutputError: `output` exists, is not writable, or there is no room.
+    """
+    check_output(output, overwrite)
+    adapters = load_adapters(adapter)
+    task = _one_task(adapters)
+    source = onnx_file.find(model) or _checkpoint(model, adapters)
+    needs = sum(4 * one.parameters for one in adapters.values())
+    if isinstance(source, onnx_file.OnnxModel):
+        _check_given(source, quantize, precision)
+        needs += source.size
+    else:
+        needs += onnx_bytes(source, quantize, group_size, precision)
+    with new_folder(output, overwrite, needs) as folder, hashing(model, source.folder, source.files) as base:
+        if isinstance(source, onnx_file.OnnxModel):
+            onnx_file.copy(source, folder)
+            built = Graph("given", f"{source.file.name} is an ONNX model already", {}, {})
+        else:
+            head = next(iter(adapters.values()))
+            built = build_graph(
+                model, folder, task=task, quantize=quantize, group_size=group_size, precision=precision, head=head
+            )
+        modules = _branch(folder, adapters)
+        hashes = {name: value for name, value in built.hashes.items() if name != MODEL}  # that one has changed since
+        folders = {name: str(one.path) for name, one in adapters.items()}
+        options: dict[str, Any] = {"model": str(model), "adapter": folders}
+        options |= {"quantize": quantize, "group_size": group_size, "precision": precision}
+        entries = [_entry(name, one) for name, one in adapters.items()]
+        return write_manifest(
+            folder, "export", options, base(), entries, modules, hashes, task=task, quantize=quantize,
+            precision=precision, exporter=built.exporter, reason=built.reason,
+        )  # fmt: skip
+
+
+def load_adapters(given: Given) -> dict[str, Adapter]:
+    """The adapters by name: a folder alone is named after itself, NAME=FOLDER and mappings say the name.
+
+    Raises:
+        AdapterError: one of them cannot be read. InputError: a name twice, or one that makes no file name.
+    """
+    pairs = _pairs(given)
+    if not pairs:
+        raise InputError("no adapter was given; give at least one adapter folder")
+    names = [name for name, _ in pairs]
+    bad = [name for name in names if not _NAME.fullmatch(name)]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if bad:
+        raise InputError(f"adapter name {bad[0]!r}: use letters, digits, '.', '_' and '-', as it becomes a file name")
+    if twice:
+        raise InputError(f"adapter name {twice[0]!r} was given twice; name them apart with --adapter NAME=FOLDER")
+    return {name: Adapter.load(folder) for name, folder in pairs}
+
+
+def _pairs(given: Given) -> list[tuple[str, Path]]:
+    if isinstance(given, Mapping):
+        return [(name, Path(folder)) for name, folder in given.items()]
+    pairs = []
+    for one in [given] if isinstance(given, str | Path) else given:
+        name, equals, folder = str(one).partition("=")
+        alone = not equals or Path(one).exists()  # a folder may have "=" in its name
+        pairs.append((Path(one).resolve().name, Path(one)) if alone else (name, Path(folder)))
+    return pairs
+
+
+def _one_task(adapters: Mapping[str, Adapter]) -> str:
+    """The task of all the adapters, as the option spells it."""
+    kinds = {one.task_type for one in adapters.values()}
+    spelled = {kind: option for option, kind in TASKS.items()}
+    if len(kinds) > 1 or not kinds <= spelled.keys():
+        shown = ", ".join(f"{name}: {one.task_type}" for name, one in adapters.items())
+        raise AdapterError(f"one folder holds adapters of one task, {' or '.join(spelled)}; given are {shown}")
+    heads = {tuple(sorted((name, value.shape) for name, value in one.saved.items())) for one in adapters.values()}
+    if len(heads) > 1:
+        shown = "; ".join(f"{n}: {[(p, v.shape) for p, v in one.saved.items()]}" for n, one in adapters.items())
+        raise AdapterError(f"adapters in one folder must have heads of the same shapes; given are {shown}")
+    return spelled[kinds.pop()]
+
+
+def _checkpoint(model: str | Path, adapters: Mapping[str, Adapter]) -> Checkpoint:
+    """The base's checkpoint, which every adapter was trained on."""
+    checkpoint = Checkpoint.open(model)
+    for adapter in adapters.values():
+        adapter.check_base(checkpoint)
+    return checkpoint
+
+
+def _check_given(given: onnx_file.OnnxModel, quantize: str, precision: str) -> None:
+    if (quantize, precision) != ("none", "fp32"):
+        raise InputError(
+            f"{given.file}: is ONNX already and is taken as it is; leave out --quantize and --precision, or give "
+            "the Hugging Face folder"
+        )
+    onnx_file.refuse_adapted(given)
+
+
+def _branch(folder: Path, adapters: Mapping[str, Adapter]) -> list[dict[str, Any]]:
+    """Give model.onnx in `folder` its branches, write the adapters beside it; returns the modules' entries."""
+    model = ir.load(folder / MODEL)
+    matches: dict[str, Match] = {}
+    for name, adapter in adapters.items():
+        try:
+            matches |= match(model, adapter.modules)
+        except MatchError as error:
+            raise MatchError(f"adapter {name} ({adapter.path}): {error}") from error
+    entries = [
+        {**one.describe(), "action": "branch", "adapters": [n for n, a in adapters.items() if name in a.modules]}
+        for name, one in matches.items()
+    ]
+    fed = {opschema.input_name(name): blocks_dtype(one) for name, one in matches.items()}
+    add_branches(model, matches)
+    fed |= feed_parameters(model, next(iter(adapters.values())).saved)
+    ir.save(model, folder / MODEL)
+    inputs = {name: dtype.numpy() for name, dtype in fed.items()}
+    for name, adapter in adapters.items():
+        write_onnx_adapter(folder / FOLDER / f"{name}{ENDING}", tensors(adapter, inputs))
+    return entries
+
+
+def _entry(name: str, adapter: Adapter) -> dict[str, Any]:
+    return {**adapter_entry(name, adapter), "file": f"{FOLDER}/{name}{ENDING}"}

@@ -1,0 +1,131 @@
+"""The verb `merge`: an adapter's blocks into the weights of its base, to Hugging Face or to ONNX."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from diablo_export.adapter import TASKS, Adapter
+from diablo_export.checkpoint import Checkpoint
+from diablo_export.converters import onnx_file
+from diablo_export.converters.base import hashing
+from diablo_export.converters.sizes import checkpoint_bytes, onnx_bytes
+from diablo_export.errors import AdapterError, ExportError, InputError
+from diablo_export.manifest import adapter_entry, write_manifest
+from diablo_export.output import check_output, new_folder
+
+FORMATS = ("onnx", "hf")
+
+
+def merge(
+    model: str | Path,
+    adapter: str | Path,
+    output: str | Path,
+    *,
+    quantize: str = "none",
+    format: str | None = None,
+    group_size: int = 32,
+    precision: str = "fp32",
+    overwrite: bool = False,
+) -> dict[str, Any]:
+    """Write `model` with the adapter merged into its weights.
+
+    Args:
+        model: Hugging Face folder or id.
+        adapter: adapter folder.
+        output: the folder to write.
+        quantize: none, int8 or int4, of every linear layer; only ONNX holds quantized weights.
+        format: onnx or hf; None: onnx when quantizing, hf otherwise. hf keeps the checkpoint's dtypes.
+        group_size: input positions that share a scale, when quantizing.
+        precision: fp32 or fp16, of what an ONNX file holds unquantized.
+        overwrite: replace `output` if it exists.
+
+    Returns:
+        The manifest.
+
+    Raises:
+        AdapterError: an adapter that cannot be read, or belongs to another base.
+        ExportError: a model that no road to ONNX can take. InputError: options that do not go together.
+        OutputError: `output` exists, is not writable, or there is no room.
+    """
+    check_output(output, overwrite)
+    chosen = _format(format, quantize, precision)
+    given = Adapter.load(adapter)
+    if given.task_type not in TASKS.values():
+        raise AdapterError(f"{adapter}: task_type is {given.task_type!r}; known are {', '.join(TASKS.values())}")
+    if (source := onnx_file.find(model)) is not None:
+        raise InputError(
+            f"{source.file}: is an ONNX model, and blocks are merged into Hugging Face weights only; give the Hugging "
+            "Face folder that it was made from (--quantize int4 merges and quantizes in one step), or keep the blocks "
+            "as a branch of this very file: diablo-export export"
+        )
+    checkpoint = Checkpoint.open(model)
+    onnx = chosen == "onnx"
+    needs = onnx_bytes(checkpoint, quantize, group_size, precision) if onnx else checkpoint_bytes(checkpoint)
+    said: dict[str, Any] = {"model": str(model), "adapter": str(adapter), "quantize": quantize, "format": chosen}
+    said |= {"group_size": group_size, "precision": precision}
+    with new_folder(output, overwrite, needs) as folder, hashing(model, checkpoint.folder, checkpoint.files) as base:
+        if onnx:
+            given.check_base(checkpoint)
+            modules, more = _to_onnx(model, given, folder, quantize, group_size, precision)
+        else:
+            modules, more = _to_hf(model, given, folder)
+        more |= {"task": _task(given), "format": chosen, "quantize": quantize, "precision": precision}
+        hashes = more.pop("hashes")
+        entries = [adapter_entry(Path(adapter).resolve().name, given)]
+        return write_manifest(folder, "merge", said, base(), entries, modules, hashes, **more)
+
+
+def _format(format: str | None, quantize: str, precision: str) -> str:
+    """The format asked for, or the one that the other options call for."""
+    chosen = format or ("hf" if quantize == "none" else "onnx")
+    if chosen not in FORMATS:
+        raise InputError(f"format is {format!r}; choose one of {', '.join(FORMATS)}")
+    if chosen == "hf" and quantize != "none":
+        raise InputError(
+            f"a Hugging Face checkpoint of {quantize} weights is not written here; --quantize {quantize} needs "
+            "--format onnx, and --format hf needs --quantize none"
+        )
+    if chosen == "hf" and precision != "fp32":
+        raise InputError("--precision is for --format onnx; a Hugging Face checkpoint keeps the dtypes that it has")
+    return chosen
+
+
+def _to_hf(model: str | Path, adapter: Adapter, folder: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Merge into a checkpoint; the modules' entries, and the rest of the manifest."""
+    from diablo_export.converters.hf_merge import hf_merge
+
+    done = hf_merge(model, adapter, folder)
+    reason = "a Hugging Face checkpoint was asked for, or is what an unquantized merge gives"
+    return done.modules, {"hashes": done.hashes, "exporter": "hf", "reason": reason}
+
+
+def _to_onnx(
+    model: str | Path, adapter: Adapter, folder: Path, quantize: str, group_size: int, precision: str
+) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Build the graph while the blocks are added; the modules' entries, and the rest of the manifest."""
+    from diablo_export.converters.onnx_graph import build_graph
+
+    built = build_graph(
+        model, folder, task=_task(adapter), quantize=quantize, group_size=group_size, precision=precision,
+        merged=adapter,
+    )  # fmt: skip
+    lost = [name for name in adapter.modules if name not in built.modules]
+    if lost:
+        raise ExportError(
+            f"{model}: the {built.exporter} exporter's graph has no node for {len(lost)} adapted modules, so their "
+            f"blocks would be lost: {', '.join(lost)}. Merge to Hugging Face (--format hf) instead"
+        )
+    modules = [
+        {"name": name, **built.modules[name], "action": "merged", "why": _why(quantize)} for name in adapter.modules
+    ]
+    more = {"hashes": built.hashes, "exporter": built.exporter, "reason": built.reason}
+    return modules, more
+
+
+def _why(quantize: str) -> str:
+    return "added to the weight" + ("" if quantize == "none" else f", the sum then rounded to {quantize}")
+
+
+def _task(adapter: Adapter) -> str:
+    return next(option for option, kind in TASKS.items() if kind == adapter.task_type)

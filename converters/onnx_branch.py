@@ -1,0 +1,193 @@
+"""Insert the blocks of adapted modules into an ONNX graph as branches that can be fed.
+
+Each module gets one `ai.diablo::BlockDiagMatMul(x, D, y)` between its output and whoever reads it. D is a graph
+input with an initializer of the same name, empty by default, so that the graph as it stands is the base. Where one
+node is several modules the branches stand behind the Split that follows it, or behind one of their own; where a
+module is several nodes their outputs are joined for the branch and split again.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
+
+import numpy as np
+import onnx_ir as ir
+
+from diablo_export import opschema
+from diablo_export.converters.onnx_linears import Linear, attribute
+from diablo_export.converters.onnx_match import Match
+from diablo_export.converters.onnx_nodes import MODULE
+from diablo_export.errors import ExportError
+
+
+def add_branches(model: ir.Model, matches: Mapping[str, Match]) -> None:
+    """Give every matched module its branch, and the model the operator's function.
+
+    Raises:
+        ExportError: the graph has such branches already.
+    """
+    if any(node.domain == opschema.DOMAIN for node in model.graph):
+        raise ExportError("the graph holds DiaBlo branches already; give the model without them")
+    shared: dict[int, list[Match]] = {}  # modules by the node that they are rows of
+    for match in matches.values():
+        if len(match.pieces) > 1:
+            _branch_over_parts(model, match)
+        elif match.pieces[0].whole:
+            _branch(model, match, match.pieces[0].linear.x, output(match.pieces[0].linear))
+        else:
+            shared.setdefault(id(match.pieces[0].linear.node), []).append(match)
+    for group in shared.values():
+        _branches_of_fused(model, group)
+    function = ir.from_proto(opschema.function(model.opset_imports.get("", opschema.MIN_OPSET)))
+    assert isinstance(function, ir.Function)
+    model.functions[function.identifier()] = function
+    model.opset_imports[opschema.DOMAIN] = opschema.VERSION
+    model.graph.sort()  # what joins the parts of a module may stand behind nodes that now read it
+    model.ir_version = max(model.ir_version, opschema.MIN_IR_VERSION)
+
+
+def blocks_dtype(match: Match) -> ir.DataType:
+    """The float type that a module's blocks are fed in: that of the layer."""
+    return match.pieces[0].linear.dtype
+
+
+def output(linear: Linear) -> ir.Value:
+    """Where a branch joins: the node's output, or for MatMulNBits that of the bias behind it.
+
+    onnxruntime pulls a bias into MatMulNBits; a branch between the two would prevent that, and the
+    base would no longer be the same bit for bit. Float layers keep what follows them (bias with Gelu) together.
+    """
+    bias = _only_reader(linear.y)
+    if linear.layout != "MatMulNBits" or bias is None or bias.op_type != "Add":
+        return linear.y
+    vectors = [v.const_value.shape.numpy() for v in bias.inputs if v is not None and v.const_value is not None]
+    return bias.outputs[0] if vectors == [(linear.out_features,)] else linear.y
+
+
+def _only_reader(value: ir.Value) -> ir.Node | None:
+    readers = list(value.uses())
+    return readers[0].node if len(readers) == 1 and not value.is_graph_output() else None
+
+
+def _branch(model: ir.Model, match: Match, x: ir.Value, y: ir.Value) -> ir.Value:
+    """Put the module's branch between `y` and its readers."""
+    name = match.module.name
+    dtype = blocks_dtype(match)
+    sizes = ir.Shape([f"{name}.{size}" for size in ("num_blocks", "block_size_in", "block_size_out")])
+    blocks = ir.Value(name=opschema.input_name(name), shape=sizes, type=ir.TensorType(dtype))
+    blocks.const_value = ir.Tensor(np.zeros((0, 0, 0), dtype.numpy()), name=blocks.name)
+    model.graph.inputs.append(blocks)
+    model.graph.register_initializer(blocks)
+    node = ir.Node(
+        opschema.DOMAIN, opschema.NAME, [x, blocks, y], name=f"{name}/{opschema.NAME}", metadata_props={MODULE: name}
+    )
+    return _insert(model, [node], y, node.outputs[0], dtype)
+
+
+def _insert(model: ir.Model, nodes: Sequence[ir.Node], old: ir.Value, new: ir.Value, dtype: ir.DataType) -> ir.Value:
+    """Insert `nodes` after `old` and let its readers, the graph's outputs among them, read `new` instead."""
+    readers = [use for use in old.uses() if use.node not in nodes]
+    producer = old.producer()
+    assert producer is not None
+    new.name, new.shape, new.type = f"{old.name}/diablo", old.shape, ir.TensorType(dtype)
+    model.graph.insert_after(producer, nodes)
+    for reader, index in readers:
+        reader.replace_input_with(index, new)
+    if old.is_graph_output():  # the output keeps its name
+        old.name, new.name = f"{old.name}/base", old.name
+        for index, output in enumerate(model.graph.outputs):
+            if output is old:
+                model.graph.outputs[index] = new
+    return new
+
+
+def _branches_of_fused(model: ir.Model, matches: Sequence[Match]) -> None:
+    """The branches of modules that are rows of one node."""
+    linear = matches[0].pieces[0].linear
+    rows = {(match.pieces[0].start, match.pieces[0].stop) for match in matches}
+    split = _split_after(linear)
+    if split is None or not rows <= split.keys():
+        split = _own_split(model, linear, rows)
+    for match in matches:
+        _branch(model, match, linear.x, split[match.pieces[0].start, match.pieces[0].stop])
+
+
+def _split_after(linear: Linear) -> dict[tuple[int, int], ir.Value] | None:
+    """The outputs of a Split along the last axis that alone reads the node, or its bias; by the rows they hold."""
+    value = linear.y
+    for _ in range(2):  # the node itself, then a bias
+        node = _only_reader(value)
+        if node is None:
+            return None
+        if node.op_type == "Split":
+            return _rows_of_split(node, linear)
+        if node.op_type != "Add" or not any(v is not None and v.const_value is not None for v in node.inputs):
+            return None
+        value = node.outputs[0]
+    return None
+
+
+def _rows_of_split(node: ir.Node, linear: Linear) -> dict[tuple[int, int], ir.Value] | None:
+    rank = len(linear.y.shape) if linear.y.shape is not None else None
+    if attribute(node, "axis") not in (-1, rank - 1 if rank else -1):
+        return None
+    given = node.inputs[1] if len(node.inputs) > 1 else None
+    if given is not None and given.const_value is not None:
+        sizes = [int(size) for size in given.const_value.numpy()]
+    elif given is None and linear.out_features % len(node.outputs) == 0:
+        sizes = [linear.out_features // len(node.outputs)] * len(node.outputs)
+    else:
+        return None
+    stops = np.cumsum(sizes).tolist()
+    return {(stop - size, stop): output for size, stop, output in zip(sizes, stops, node.outputs, strict=True)}
+
+
+def _own_split(model: ir.Model, linear: Linear, rows: Iterable[tuple[int, int]]) -> dict[tuple[int, int], ir.Value]:
+    """Take the node's output apart where the modules meet and join it again; the parts, by the rows they hold."""
+    edges = sorted({0, linear.out_features, *itertools.chain(*rows)})
+    ranges = list(itertools.pairwise(edges))
+    whole = output(linear)
+    node = _split(model, whole, [stop - start for start, stop in ranges], linear.name, linear.dtype)
+    parts = node.outputs
+    join = ir.Node("", "Concat", parts, [ir.AttrInt64("axis", -1)], name=f"{linear.name}/diablo_join")
+    _insert(model, [node, join], whole, join.outputs[0], linear.dtype)
+    return dict(zip(ranges, parts, strict=True))
+
+
+def _branch_over_parts(model: ir.Model, match: Match) -> None:
+    """The branch of a module whose outputs several nodes make: join them, add, take them apart again."""
+    layers = [piece.linear for piece in match.pieces]
+    outputs = [output(layer) for layer in layers]
+    join = ir.Node("", "Concat", outputs, [ir.AttrInt64("axis", -1)])
+    join.name = f"{match.module.name}/diablo_join"
+    joined = join.outputs[0]
+    joined.name = f"{match.module.name}/diablo_joined"
+    joined.type = ir.TensorType(blocks_dtype(match))
+    joined.shape = _with_width(outputs[0].shape, match.module.out_features)
+    split = _split(model, joined, [layer.out_features for layer in layers], match.module.name, joined.dtype)
+    model.graph.insert_after(layers[-1].node, [join, split])
+    for value, part in zip(outputs, split.outputs, strict=True):
+        for reader, index in list(value.uses()):
+            if reader is not join:
+                reader.replace_input_with(index, part)
+    _branch(model, match, layers[0].x, joined)
+
+
+def _split(model: ir.Model, value: ir.Value, sizes: Sequence[int], name: str, dtype: ir.DataType | None) -> ir.Node:
+    """A Split of `value` along its last axis, not yet in the graph."""
+    tensor = ir.tensor(np.array(sizes, np.int64), name=f"{name}/diablo_sizes")
+    widths = ir.Value(
+        name=tensor.name, shape=ir.Shape([len(sizes)]), type=ir.TensorType(tensor.dtype), const_value=tensor
+    )
+    model.graph.register_initializer(widths)
+    node = ir.Node("", "Split", [value, widths], [ir.AttrInt64("axis", -1)], num_outputs=len(sizes))
+    node.name = f"{name}/diablo_split"
+    for index, (part, size) in enumerate(zip(node.outputs, sizes, strict=True)):
+        part.name, part.shape = f"{name}/diablo_part_{index}", _with_width(value.shape, size)
+        part.type = ir.TensorType(dtype) if dtype is not None else None
+    return node
+
+
+def _with_width(shape: ir.Shape | None, width: int) -> ir.Shape | None:
+    return None if shape is None else ir.Shape([*shape.dims[:-1], width])

@@ -1,0 +1,113 @@
+"""A model given as ONNX, a file or a folder: where it is, what belongs to it, and a copy of all that."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import onnx_ir as ir
+
+from diablo_export.converters.onnx_nodes import MODEL
+from diablo_export.errors import InputError
+from diablo_export.manifest import MANIFEST, PARITY, read_manifest
+
+_NOT_CONFIG = (".onnx", ".onnx_adapter", ".data")
+
+
+@dataclass(frozen=True)
+class OnnxModel:
+    """An ONNX model and the files that make it up."""
+
+    file: Path  # the graph
+    files: list[Path]  # the graph and its external data
+    others: list[Path]  # config, tokenizer and whatever else lies in its folder
+
+    @property
+    def folder(self) -> Path:
+        """Where it lies."""
+        return self.file.parent
+
+    @property
+    def size(self) -> int:
+        """Bytes of all files."""
+        return sum(path.stat().st_size for path in [*self.files, *self.others])
+
+
+def find(model: str | Path) -> OnnxModel | None:
+    """The ONNX model that `model` names, or None where that is a Hugging Face folder or id.
+
+    Raises:
+        InputError: a folder of several ONNX files, none of them model.onnx; a file that is not ONNX; external
+            data that is missing or too short.
+    """
+    file = _graph_file(Path(model))
+    if file is None:
+        return None
+    try:
+        graph = ir.load(file)
+    except Exception as error:  # protobuf raises its own kinds
+        raise InputError(f"{file}: cannot be read as ONNX ({type(error).__name__}); copy or export it again") from error
+    data = _data_files(file, graph)
+    others = [path for path in sorted(file.parent.iterdir()) if path.is_file() and path.suffix not in _NOT_CONFIG]
+    named = {MANIFEST, PARITY, *(path.name for path in data)}
+    return OnnxModel(file, [file, *data], [p for p in others if p.name not in named] if file.name == MODEL else [])
+
+
+def _graph_file(path: Path) -> Path | None:
+    if path.is_file():
+        if path.suffix != ".onnx":
+            raise InputError(f"{path}: is a file; give a Hugging Face folder, an .onnx file, or a folder with one")
+        return path
+    if not path.is_dir() or next(path.glob("*.safetensors"), None):
+        return None
+    found = sorted(path.glob("*.onnx"))
+    if path / MODEL in found:
+        return path / MODEL
+    if len(found) > 1:
+        raise InputError(f"{path}: holds {', '.join(file.name for file in found)}; give one of these files")
+    return found[0] if found else None
+
+
+def _data_files(file: Path, graph: ir.Model) -> list[Path]:
+    ends: dict[Path, int] = {}
+    for tensor in _external(graph):
+        data = file.parent / tensor.location
+        ends[data] = max(ends.get(data, 0), (tensor.offset or 0) + (tensor.length or 0))
+    for data, end in ends.items():
+        size = data.stat().st_size if data.is_file() else None
+        if size is None or size < end:
+            state = "is missing" if size is None else f"has {size} bytes, the graph reads {end}"
+            raise InputError(f"{data}: {state}; it holds weights of {file.name}; copy it again")
+    return sorted(ends)
+
+
+def copy(model: OnnxModel, folder: Path) -> None:
+    """Copy the model's files into `folder`, the graph as model.onnx."""
+    for path in [*model.files, *model.others]:
+        target = folder / (MODEL if path == model.file else path.relative_to(model.folder))
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, target)
+
+
+def refuse_adapted(model: OnnxModel) -> None:
+    """Refuse a model that this program has put an adapter into.
+
+    Raises:
+        InputError: it says which.
+    """
+    if (model.folder / MANIFEST).exists():
+        manifest = read_manifest(model.folder)
+        names = ", ".join(str(entry.get("name")) for entry in manifest.get("adapters", []))
+        raise InputError(
+            f"{model.folder}: was made by diablo-export {manifest.get('command')} with the adapter {names}; "
+            f"give the base that it was made from, {manifest.get('base', {}).get('path')}"
+        )
+
+
+def _external(model: ir.Model) -> Iterator[ir.ExternalTensor]:
+    for graph in model.graphs():
+        for value in graph.initializers.values():
+            if isinstance(value.const_value, ir.ExternalTensor):
+                yield value.const_value
