@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from diablo_export.blockdiag import Array
-from diablo_export.errors import InputError, require
+from diablo_export.errors import ExportError, InputError, require
 
 if TYPE_CHECKING:
     import onnx
@@ -75,7 +75,8 @@ def session(
 
     Raises:
         InputError: no such file; a provider that is not there; an initializer that the model does not have, or
-            has with another shape or dtype; a model that onnxruntime refuses.
+            has with another shape or dtype.
+        ExportError: onnxruntime refuses the model.
     """
     ort = require("onnxruntime", "cpu")
     if not Path(path).is_file():
@@ -89,7 +90,7 @@ def session(
     try:
         opened = ort.InferenceSession(model, options, providers=_providers(providers))
     except Exception as error:  # onnxruntime raises a dozen kinds without a common base
-        raise InputError(f"{path}: onnxruntime {ort.__version__} cannot load it: {error}") from error
+        raise ExportError(f"{path}: onnxruntime {ort.__version__} cannot load it: {error}") from error
     opened.diablo_export_values = kept  # onnxruntime does not own them, and reads them as long as it lives
     return opened
 
@@ -149,17 +150,19 @@ def run(
 
     Raises:
         InputError: the adapter sets inputs that the model does not have, or that are fed as well.
+        ExportError: onnxruntime fails on a node, or the feeds do not fit.
     """
     if adapter is not None:
         _check_adapter(opened, feeds, adapter)
     names = list(outputs) if outputs is not None else None
-    results: list[Array] = opened.run(names, dict(feeds), run_options(adapter))
+    try:
+        results: list[Array] = opened.run(names, dict(feeds), run_options(adapter))
+    except Exception as error:  # onnxruntime raises a dozen kinds without a common base
+        raise ExportError(f"onnxruntime cannot run the model: {error}") from error
     return results
 
 
-def _check_adapter(
-    opened: onnxruntime.InferenceSession, feeds: Mapping[str, Array], adapter: SwapAdapter
-) -> None:
+def _check_adapter(opened: onnxruntime.InferenceSession, feeds: Mapping[str, Array], adapter: SwapAdapter) -> None:
     accepted = {value.name for value in [*opened.get_inputs(), *opened.get_overridable_initializers()]}
     foreign, twice = sorted(adapter.names - accepted), sorted(adapter.names & set(feeds))
     if foreign:
@@ -227,6 +230,4 @@ def _check_values(path: Path, stored: Mapping[str, onnx.TensorProto], values: Ma
         if shape != value.shape or dtype != value.dtype:
             faults.append(f"{name}: given {value.dtype} {value.shape}, the model's is {dtype} {shape}")
     if faults:
-        raise InputError(
-            f"{path}: initializers that cannot be replaced:\n" + "\n".join(f"  {f}" for f in faults)
-        )
+        raise InputError(f"{path}: initializers that cannot be replaced:\n" + "\n".join(f"  {f}" for f in faults))

@@ -76,9 +76,7 @@ def test_an_override_survives_its_caller_s_arrays(tmp_path: Path) -> None:
 def test_overrides_that_do_not_fit_are_all_named(tmp_path: Path) -> None:
     path = save(TEXT, tmp_path / "m.onnx", True, W=WEIGHT, B=np.zeros(6, np.float32))
     wrong: dict[str, Array] = {"W": WEIGHT.T, "B": np.zeros(6, np.float64), "V": WEIGHT}
-    with pytest.raises(
-        InputError, match=r"(?s)W: given float32 \(40, 6\).*\(6, 40\).*B: given float64.*V: the model"
-    ):
+    with pytest.raises(InputError, match=r"(?s)W: given float32 \(40, 6\).*\(6, 40\).*B: given float64.*V: the model"):
         runtime.session(path, initializers=wrong)
 
 

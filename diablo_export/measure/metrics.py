@@ -103,16 +103,16 @@ class Comparison:
         exported_base: Array,
         targets: npt.NDArray[np.int64] | None = None,
     ) -> None:
-        """Add positions: four logits (positions, classes); `targets` (at most positions,) for the first of them."""
+        """Add positions: four logits (positions, classes), and the token that follows each, or −1 for none."""
         step = max(1, _ENTRIES_AT_ONCE // tuned.shape[-1])
         for start in range(0, len(tuned), step):
             rows = slice(start, start + step)
             self._update(tuned[rows], base[rows], exported[rows], exported_base[rows])
-            if targets is not None and len(targets[rows]):
-                count = len(targets[rows])
-                self._add("targets", count)
+            if targets is not None:
+                counted = np.flatnonzero(targets[rows] >= 0)
+                self._add("targets", len(counted))
                 for name, logits in (("tuned", tuned), ("exported", exported), ("base", base)):
-                    self._add(f"nll_{name}", nll(logits[rows][:count], targets[rows]).sum())
+                    self._add(f"nll_{name}", nll(logits[rows][counted], targets[rows][counted]).sum())
 
     def _update(self, tuned: Array, base: Array, exported: Array, exported_base: Array) -> None:
         t, e = tuned.astype(np.float64), exported.astype(np.float64)

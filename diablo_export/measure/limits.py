@@ -1,0 +1,138 @@
+"""The checks: what each figure means, the limit that it is held to by default, and why that limit.
+
+Some hold for every export. The rest depends on the precision, because a merge into int4 cannot be nearer to the
+tuned model than int4 is to any model. Where a number would have to be invented, the figure is compared with the same
+figure of the exported base: what the export costs a model that has no adapter at all.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from diablo_export.errors import InputError
+
+# name → (at most "<=" or at least ">=", what it is)
+FIGURES: Mapping[str, tuple[str, str]] = {
+    "files": ("<=", "files of the folder that differ from the manifest's hashes"),
+    "sources": ("<=", "files of base and adapter that differ from the manifest's hashes"),
+    "runs": (">=", "1 if onnxruntime loads and runs the model"),
+    "untouched": ("<=", "merged modules that differ from the base where no block reaches"),
+    "logits.max_abs": ("<=", "largest difference of a logit from tuned"),
+    "logits.mean_abs": ("<=", "mean difference of the logits from tuned"),
+    "logits.cosine": (">=", "cosine of exported and tuned logits"),
+    "logits.sqnr_db": (">=", "signal to noise of the logits, in decibels"),
+    "kl.mean": ("<=", "mean KL(tuned ‖ exported), in nats"),
+    "kl.p99": ("<=", "99th percentile of KL(tuned ‖ exported), in nats"),
+    "kl.max": ("<=", "largest KL(tuned ‖ exported), in nats"),
+    "kl.ratio": ("<=", "mean KL(tuned ‖ exported) over mean KL(base ‖ exported base)"),
+    "top1_agreement": (">=", "share of positions with the same first choice as tuned"),
+    "top1_agreement.drop": ("<=", "agreement of exported base with base, less that of exported with tuned"),
+    "perplexity.ratio": ("<=", "perplexity of exported over that of tuned"),
+    "decode.max_abs": ("<=", "largest difference of a logit from tuned, decoding with the KV cache"),
+    "decode.cache": ("<=", "largest difference of decoded logits from a prefill's, over their deviation"),
+    "decode.diverged": ("<=", "prompts whose greedy text leaves tuned's"),
+    "accuracy.drop": ("<=", "accuracy of tuned less that of exported"),
+    "adapter.alive": (">=", "1 if scale 0 equals the base and scale 1 does not"),
+    "adapter.survival_gain": (">=", "share of the adapter's effect on the logits that is left"),
+    "adapter.survival_gain.error": ("<=", "distance of that share from 1"),
+    "adapter.survival_cosine": (">=", "cosine of the effect that is left and the one wanted"),
+}  # fmt: skip
+
+_ALWAYS: Mapping[str, float] = {
+    "files": 0,  # a byte that changed after the export was not checked by anyone
+    "sources": 0,  # another base or adapter is another reference
+    "runs": 1,
+    "adapter.alive": 1,
+}
+_MERGED: Mapping[str, float] = {
+    "untouched": 0,  # a merge changes only groups that meet a block; the rest is compared byte for byte
+}
+_EXACT: Mapping[str, float] = {
+    "logits.max_abs": 1e-4,  # float32 kernels that sum in another order stay below it on logits of order 10
+    "kl.max": 1e-6,  # logits within ±1e-4 move a log-probability by at most 2e-4, and KL by about its square
+    "decode.max_abs": 1e-4,  # as logits.max_abs
+    "decode.cache": 1e-4,  # one token or many are other kernels, so other sums, of the same numbers
+    "decode.diverged": 0,  # ties closer than the kernels' own difference are not counted
+    "accuracy.drop": 0,
+    "adapter.survival_gain.error": 1e-3,  # nothing is rounded: float32 noise on an effect ten times 1e-4 is the worst
+}
+_HALF: Mapping[str, float] = {
+    # a float16 operation rounds by 2^-11, 66 dB; some hundred in a row, as a random walk, take 20 dB of that
+    "logits.sqnr_db": 40,
+    "decode.cache": 0.02,  # as 40 dB, at the largest of many differences
+    "adapter.survival_gain.error": 0.02,
+    "accuracy.drop": 0.01,
+}
+_BFLOAT16: Mapping[str, float] = {
+    # bfloat16 rounds weights by 2^-9, 54 dB, and nothing else: the comparison computes in float32
+    "logits.sqnr_db": 30,
+    "decode.cache": 1e-4,
+    "adapter.survival_gain.error": 0.05,  # a weak block is rounded away in part; the gate for merges is 0.95
+    "accuracy.drop": 0.01,
+}
+_QUANTIZED: Mapping[str, float] = {
+    # rounding base and blocks together may cost what rounding the base cost, and once more where they meet:
+    # two independent errors of one size have twice the variance, and KL grows with the variance
+    "kl.ratio": 2.0,
+    # the same doubled error, in first choices; the sampling noise of some thousand positions is 0.01
+    "top1_agreement.drop": 0.05,
+    "decode.cache": 0.05,  # activations are rounded to int8 per row: a sum in another order can move a code
+    "accuracy.drop": 0.01,  # one point
+}
+_QUANTIZED_MERGE: Mapping[str, float] = {
+    "adapter.survival_gain": 0.95,  # the promise of a merge: at most a twentieth of the fine-tune is lost
+    "adapter.survival_gain.error": 0.25,  # an adapter that arrives twice has gain 2; a distilled one is within this
+}
+_QUANTIZED_BRANCH: Mapping[str, float] = {
+    "adapter.survival_gain.error": 0.02,  # blocks stay float: only int8 activations come between
+}
+
+
+def defaults(precision: str, *, branch: bool) -> dict[str, float]:
+    """The limits that a check of this kind of export has when nobody says otherwise.
+
+    Args:
+        precision: fp32, fp16, bf16, int8 or int4: what the adapted weights were written as.
+        branch: the blocks are kept beside the weights, not merged into them.
+    """
+    limits = dict(_ALWAYS)
+    if not branch:
+        limits |= _MERGED
+    if precision in ("int8", "int4"):
+        return {**limits, **_QUANTIZED, **(_QUANTIZED_BRANCH if branch else _QUANTIZED_MERGE)}
+    return {**limits, **{"fp16": _HALF, "bf16": _BFLOAT16}.get(precision, _EXACT)}
+
+
+def parse(texts: Iterable[str]) -> dict[str, float]:
+    """Read `NAME=VALUE` limits.
+
+    Raises:
+        InputError: a name that no figure has (all are listed), or a value that is no number.
+    """
+    limits: dict[str, float] = {}
+    for text in texts:
+        name, _, value = text.partition("=")
+        try:
+            limits[name] = float(value)
+        except ValueError as error:
+            raise InputError(f"--limit {text}: write NAME=VALUE with a number, such as kl.mean=0.05") from error
+        if name not in FIGURES or math.isnan(limits[name]):
+            known = "\n".join(f"  {figure} {sign} …   {what}" for figure, (sign, what) in FIGURES.items())
+            raise InputError(f"--limit {text}: no such figure, or no number; figures that can be limited are:\n{known}")
+    return limits
+
+
+def check(figures: Mapping[str, float], limits: Mapping[str, float], suffix: str = "") -> list[dict[str, Any]]:
+    """Hold figures to limits: one `{"name", "value", "limit", "pass"}` each, in the order of FIGURES.
+
+    A limited figure that this export does not have (a classifier's decode, say) is left out. NaN never passes.
+    """
+    checks = []
+    for name, (sign, _) in FIGURES.items():
+        if name in limits and name in figures:
+            value, limit = figures[name], limits[name]
+            held = value <= limit if sign == "<=" else value >= limit
+            checks.append({"name": name + suffix, "value": value, "limit": limit, "pass": bool(held)})
+    return checks

@@ -1,0 +1,181 @@
+"""Everything that parity measures about one adapter in an output folder."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from diablo_export.adapter import TASKS, Adapter
+from diablo_export.console import log, progress
+from diablo_export.errors import ExportError
+from diablo_export.manifest import versions
+from diablo_export.measure import compare, sources
+from diablo_export.measure.exported import Exported, open_exported
+from diablo_export.measure.metrics import Comparison
+from diablo_export.measure.prompts import Sample, collect
+from diablo_export.measure.torch_runner import TorchRunner, context_length
+from diablo_export.trainer.model import load_tuned
+
+# a centred logit that moves by less than float32 kernels differ among themselves has not moved
+ALIVE = 1e-4
+_WINDOW = 512  # tokens of a sequence, at most
+_LOGITS_AT_ONCE = 1 << 24  # of one model: 64 MB in float32; a larger vocabulary gets shorter sequences
+_SHORTEST = 64
+
+
+@dataclass
+class Measured:
+    """What was found about one adapter.
+
+    Attributes:
+        name: of the adapter in the manifest.
+        classifier: whether the model is one.
+        figures: everything that can be limited, by the names of `limits.FIGURES`.
+        parts: the report's logits, kl, top1_agreement, perplexity, decode, accuracy and adapter.
+        environment: the report's environment.
+    """
+
+    name: str
+    classifier: bool
+    environment: dict[str, Any]
+    figures: dict[str, float] = field(default_factory=dict)
+    parts: dict[str, Any] = field(default_factory=dict)
+
+
+def measure(
+    out: Path,
+    manifest: Mapping[str, Any],
+    base: Path,
+    name: str,
+    folder: Path,
+    *,
+    data: str | Path | None,
+    samples: int | None,
+    max_tokens: int,
+    seed: int,
+    steps: int,
+    threads: int | None,
+) -> Measured:
+    """Compare an output folder with base + adapter in torch; see `parity` for the arguments.
+
+    A model that onnxruntime refuses to load or run is a finding (figure `runs` is 0), not an error.
+
+    Raises:
+        InputError: the base, the adapter or the data cannot be used.
+    """
+    adapter = Adapter.load(folder)
+    log.info("parity: %s against %s with the adapter %s in torch", out, base, folder)
+    model, tokenizer = load_tuned(base, adapter)
+    tuned, off = TorchRunner(model), TorchRunner(model, adapted=False)
+    found = Measured(name, adapter.task_type == TASKS["text-classification"], _environment(manifest, base, name))
+    bounds: dict[str, Any] = {"data": data, "samples": samples, "max_tokens": max_tokens, "seed": seed}
+    window = _window(model)
+    items = collect(tokenizer, window=window, classifier=found.classifier, **bounds)
+    tokens = sum(len(item.ids) for item in items)
+    found.environment |= bounds | {
+        "data": str(data or "built-in prompts"),
+        "sequences": len(items),
+        "tokens": tokens,
+    }
+    found.environment |= {
+        "precision": sources.precision(out, manifest),
+        "threads": threads or torch.get_num_threads(),
+    }
+    try:
+        exported = open_exported(out, manifest, off, name, adapter, threads)
+        found.environment["provider"] = exported.provider
+        with progress("Comparing", tokens) as advance:
+            sums, choices = compare.prefill(compare.Four(tuned, off, exported.on, exported.off), items, advance)
+        _add_logits(found, sums)
+        _add_adapter(found, sums, exported, items[0])
+        if found.classifier:
+            labels = adapter.labels or range(tuned.prefill(items[0].ids).shape[-1])
+            _add_accuracy(found, compare.accuracy(choices, items, list(labels)))
+        elif exported.decodes:
+            prompts = compare.decoding_prompts(items, tokenizer.eos_token_id, context_length(model), steps)
+            _add_decode(found, compare.decode(tuned, exported.on, prompts, steps))
+        found.figures["runs"] = 1
+    except ExportError as error:
+        found.environment["fault"] = str(error)
+        found.figures, found.parts = {"runs": 0}, {}
+    return found
+
+
+@contextlib.contextmanager
+def using_threads(threads: int | None) -> Iterator[None]:
+    """Have torch compute with so many threads for a while; None leaves it as it is."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _window(model: Any) -> int:
+    fitting = max(_SHORTEST, _LOGITS_AT_ONCE // int(getattr(model.config, "vocab_size", 1)))
+    return min(_WINDOW, fitting, context_length(model))
+
+
+def _environment(manifest: Mapping[str, Any], base: Path, name: str) -> dict[str, Any]:
+    return {
+        "versions": versions(),
+        "exported_with": manifest.get("versions"),
+        "cpus": os.cpu_count(),
+        "provider": None,
+        "base": str(base),
+        "adapter": name,
+    }
+
+
+def _add_logits(found: Measured, sums: Comparison) -> None:
+    logits, kl, perplexity = sums.logits(), sums.divergence(), sums.perplexity()
+    found.parts |= {"logits": logits, "kl": kl, "top1_agreement": sums.agreement}
+    found.figures |= {f"logits.{key}": value for key, value in logits.items()}
+    found.figures |= {f"kl.{key}": value for key, value in kl.items()}
+    found.figures["top1_agreement"] = sums.agreement
+    found.figures["top1_agreement.drop"] = sums.base_agreement - sums.agreement
+    found.figures["kl.ratio"] = kl["mean"] / sums.base_kl if sums.base_kl > 0 else np.inf if kl["mean"] else 0.0
+    if not found.classifier:
+        found.parts["perplexity"] = perplexity
+    if perplexity:
+        found.figures["perplexity.ratio"] = perplexity["exported"] / perplexity["tuned"]
+
+
+def _add_adapter(found: Measured, sums: Comparison, exported: Exported, sample: Sample) -> None:
+    gain, cosine = sums.survival()
+    # at scale 0 the branch must be the base bit for bit; a merge has no scale, its base is rebuilt beside it
+    silent = exported.zero is None or np.array_equal(
+        exported.zero.prefill(sample.ids), exported.off.prefill(sample.ids)
+    )
+    alive = bool(silent and sums.largest_wanted > ALIVE and sums.largest_effect > ALIVE)
+    found.parts["adapter"] = {"alive": alive, "survival_gain": gain, "survival_cosine": cosine}
+    found.figures |= {"adapter.alive": float(alive), "adapter.survival_gain": gain}
+    found.figures |= {"adapter.survival_gain.error": abs(gain - 1), "adapter.survival_cosine": cosine}
+    if exported.foreign is not None:
+        found.figures["untouched"] = len(exported.foreign)
+        for module in exported.foreign:
+            log.warning("%s differs from the base also where no block reaches", module)
+
+
+def _add_accuracy(found: Measured, accuracy: dict[str, float] | None) -> None:
+    found.parts["accuracy"] = accuracy
+    if accuracy:
+        found.figures["accuracy.drop"] = accuracy["tuned"] - accuracy["exported"]
+
+
+def _add_decode(found: Measured, decoded: compare.Decoded) -> None:
+    found.parts["decode"] = {
+        "steps": decoded.steps,
+        "first_divergence": decoded.first_divergence,
+        "max_abs": decoded.max_abs,
+    }
+    found.figures |= {"decode.max_abs": decoded.max_abs, "decode.cache": decoded.cache}
+    found.figures["decode.diverged"] = decoded.diverged

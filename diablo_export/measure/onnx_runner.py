@@ -1,0 +1,143 @@
+"""An exported model in plain ONNX Runtime: a whole sequence at once, or token by token through its KV cache.
+
+What a graph wants is read from the graph: onnxruntime-genai's decoders (input_ids, attention_mask,
+past_key_values.*), torch's (position_ids too) and encoders (token_type_ids). One sequence at a time: padding would
+be a second thing to test.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from diablo_export import runtime
+from diablo_export.blockdiag import Array
+from diablo_export.errors import ExportError
+from diablo_export.measure.prompts import Ids
+
+if TYPE_CHECKING:
+    import onnxruntime
+
+BLOCKS = ".diablo_blocks"
+_CACHE = re.compile(r"^(past|present)\D*(\d+)\.(key|value)$")  # past_key_values.3.key, present.3.key
+_DTYPES: dict[str, Any] = {
+    "tensor(float)": np.float32,
+    "tensor(float16)": np.float16,
+    "tensor(int64)": np.int64,
+    "tensor(int32)": np.int32,
+}
+
+
+@dataclass(frozen=True)
+class OnnxRunner:
+    """A session with an adapter on or off.
+
+    Attributes:
+        session: the opened model; several runners can share it.
+        adapter: an `.onnx_adapter` file, loaded, or None for the base.
+        fixed: inputs fed on every run, such as a classification head or blocks.
+        cache_shape: (heads, head size) of the KV cache, for graphs that leave them open; see `cache_shape`.
+    """
+
+    session: onnxruntime.InferenceSession
+    adapter: runtime.SwapAdapter | None = None
+    fixed: Mapping[str, Array] = field(default_factory=dict)
+    cache_shape: tuple[int, int] | None = None
+
+    def prefill(self, ids: Ids) -> Array:
+        """Logits of a whole sequence (tokens,): (tokens, vocabulary), or (1, labels) of a classifier; float32."""
+        return self._call(ids, self._empty_cache())[0]
+
+    def decode(self, prompt: Ids, tokens: Ids) -> Array:
+        """Logits that predict each of `tokens` after `prompt`, step by step with the KV cache: (steps, vocabulary)."""
+        logits, cache = self._call(prompt, self._empty_cache(), keep=True)
+        rows = [logits[-1]]
+        for past, token in enumerate(tokens[:-1], start=len(prompt)):
+            logits, cache = self._call(np.array([token]), cache, past=past, keep=True)
+            rows.append(logits[-1])
+        return np.stack(rows)
+
+    @property
+    def has_cache(self) -> bool:
+        """Whether the graph takes and gives a KV cache."""
+        return any(_CACHE.match(value.name) for value in self.session.get_inputs())
+
+    def _call(
+        self, ids: Ids, cache: Mapping[str, Array], past: int = 0, keep: bool = False
+    ) -> tuple[Array, dict[str, Array]]:
+        present = [v.name for v in self.session.get_outputs() if keep and _CACHE.match(v.name)]
+        feeds = {**self._feeds(ids, past), **cache, **self.fixed}
+        logits, *values = runtime.run(self.session, feeds, self.adapter, ["logits", *present])
+        flat = logits.astype(np.float32).reshape(-1, logits.shape[-1])  # (1, T, V) → (T, V); (1, labels) stays
+        past_names = {_key(v.name): v.name for v in self.session.get_inputs() if _CACHE.match(v.name)}
+        return flat, {past_names[_key(name)]: value for name, value in zip(present, values, strict=True)}
+
+    def _feeds(self, ids: Ids, past: int) -> dict[str, Array]:
+        count = len(ids)
+        known: dict[str, Array] = {
+            "input_ids": np.asarray(ids),
+            "attention_mask": np.ones(past + count),
+            "position_ids": np.arange(past, past + count),
+            "token_type_ids": np.zeros(count),
+        }
+        feeds: dict[str, Array] = {}
+        unknown = []
+        for value in self.session.get_inputs():
+            if value.name in known:
+                feeds[value.name] = known[value.name][None].astype(_DTYPES[value.type])
+            elif value.name.endswith(BLOCKS):  # required blocks: empty ones are the base
+                feeds[value.name] = np.zeros((0, 0, 0), _DTYPES[value.type])
+            elif not _CACHE.match(value.name) and value.name not in self.fixed:
+                unknown.append(value.name)
+        if unknown:
+            raise ExportError(
+                f"the model wants inputs that are not known here: {', '.join(unknown)}; known are {', '.join(known)}, "
+                "past_key_values.*.key and .value"
+            )
+        blocks = self.adapter.names if self.adapter else frozenset[str]()
+        return {name: value for name, value in feeds.items() if name not in blocks}
+
+    def _empty_cache(self) -> dict[str, Array]:
+        cache: dict[str, Array] = {}
+        for value in self.session.get_inputs():
+            if not _CACHE.match(value.name):
+                continue
+            if value.type not in _DTYPES:
+                raise ExportError(f"{value.name} is a {value.type}; caches of {', '.join(_DTYPES)} can be run here")
+            _, heads, _, size = value.shape  # [batch, heads, past, head size]
+            if not isinstance(heads, int) or not isinstance(size, int):
+                if self.cache_shape is None:
+                    raise ExportError(f"{value.name} has shape {value.shape}, and config.json does not give its sizes")
+                heads, size = self.cache_shape
+            cache[value.name] = np.zeros((1, heads, 0, size), _DTYPES[value.type])
+        return cache
+
+
+def cache_shape(folder: Path) -> tuple[int, int] | None:
+    """(KV heads, head size) from a folder's genai_config.json or config.json; None where neither says."""
+    for name in ("genai_config.json", "config.json"):
+        try:
+            config: dict[str, Any] = json.loads((folder / name).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            continue
+        config = config.get("model", {}).get("decoder", config) if name == "genai_config.json" else config
+        attention = config.get("num_attention_heads") or config.get("n_head")
+        hidden = config.get("hidden_size") or config.get("n_embd")
+        size = config.get("head_size") or config.get("head_dim") or (hidden // attention if attention and hidden else 0)
+        heads = config.get("num_key_value_heads") or attention
+        if heads and size:
+            return int(heads), int(size)
+    return None
+
+
+def _key(name: str) -> str:
+    """`3.key` of past_key_values.3.key and of present.3.key."""
+    match = _CACHE.match(name)
+    assert match
+    return f"{match[2]}.{match[3]}"

@@ -1,0 +1,110 @@
+"""The verb `parity`: is what was exported what was trained, and is the adapter alive in it?"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from diablo_export.errors import InputError
+from diablo_export.manifest import PARITY, read_manifest
+from diablo_export.measure import limits, report, sources
+
+if TYPE_CHECKING:
+    from diablo_export.measure.one_adapter import Measured
+
+
+def parity(
+    out: str | Path,
+    *,
+    model: str | Path | None = None,
+    adapter: Iterable[str] = (),
+    data: str | Path | None = None,
+    samples: int | None = None,
+    max_tokens: int = 8192,
+    steps: int = 32,
+    limit: Mapping[str, float] | Iterable[str] = (),
+    seed: int = 0,
+    threads: int | None = None,
+    json: str | Path | None = None,
+    junit: str | Path | None = None,
+) -> dict[str, Any]:
+    """Compare an output folder with the tuned model in torch, write its parity.json and return that report.
+
+    Args:
+        out: what `merge` or `export` wrote.
+        model: the base; None: the one that the manifest names.
+        adapter: adapter folders in place of the manifest's, each `PATH`, `NAME=PATH`, or `NAME` to check that one only.
+        data: JSON Lines or text to compare on; None: built-in prompts.
+        samples: at most this many examples of it.
+        max_tokens: at most this many tokens of it.
+        steps: tokens to decode after each of a few prompts.
+        limit: `NAME=VALUE` texts, or a mapping: checks to add, or to hold to another limit.
+        seed: of the choice of examples.
+        threads: of torch and onnxruntime; None: their choice.
+        json: a second place for the report.
+        junit: a file for the checks in JUnit XML.
+
+    Returns:
+        The report. Its `verdict` is `fail` when a check failed; see `report.require_pass`.
+
+    Raises:
+        InputError: a folder, model, adapter, data file or limit that cannot be used.
+    """
+    out = Path(out)
+    chosen = dict(limit) if isinstance(limit, Mapping) else limits.parse(limit)
+    limits.parse(f"{name}={value}" for name, value in chosen.items())
+    if steps < 1 or max_tokens < 1 or (samples is not None and samples < 1):
+        raise InputError(f"--steps {steps}, --max-tokens {max_tokens}, --samples {samples}: each must be 1 or more")
+    manifest = read_manifest(out)
+    base = sources.base_folder(manifest, model)
+    folders = sources.adapter_folders(manifest, adapter)
+    hashes = sources.hashes(out, manifest, base, folders)
+    held = limits.defaults(sources.precision(out, manifest), branch=sources.is_branch(manifest)) | chosen
+    from diablo_export.measure.one_adapter import measure, using_threads  # torch: only once the input is known good
+
+    counts = {"files": float(len(hashes["changed"])), "sources": float(len(hashes["sources_changed"]))}
+    bounds: dict[str, Any] = {"data": data, "samples": samples, "max_tokens": max_tokens, "seed": seed}
+    measured = []
+    with using_threads(threads):
+        for name, folder in folders.items():
+            measured.append(measure(out, manifest, base, name, folder, steps=steps, threads=threads, **bounds))
+    result = _report(measured, counts, held, set(chosen), hashes)
+    for file in (out / PARITY, json):
+        if file is not None:
+            report.write_json(result, Path(file))
+    if junit is not None:
+        report.write_junit(result, Path(junit))
+    return result
+
+
+def _report(
+    measured: list[Measured],
+    counts: dict[str, float],
+    held: Mapping[str, float],
+    asked: set[str],
+    hashes: dict[str, Any],
+) -> dict[str, Any]:
+    """One report of all adapters: the checks of each, and the figures of the one that does worst.
+
+    Raises:
+        InputError: a limit was asked for a figure that this export does not have.
+    """
+    checks: list[dict[str, Any]] = []
+    ranks: list[tuple[int, float]] = []  # failed checks, then mean KL
+    for one in measured:
+        figures = counts | one.figures
+        absent = sorted(asked - set(figures))
+        if absent and figures["runs"]:
+            raise InputError(f"--limit {absent[0]}: not measured here; there are: {', '.join(sorted(figures))}")
+        found = limits.check(figures, held, f"@{one.name}" if len(measured) > 1 else "")
+        checks += found
+        ranks.append((sum(not check["pass"] for check in found), figures.get("kl.mean", 0.0)))
+    worst = measured[max(range(len(measured)), key=ranks.__getitem__)]
+    return report.make(
+        checks=checks,
+        figures=worst.parts,
+        classifier=worst.classifier,
+        environment=worst.environment | {"adapters": [one.name for one in measured]},
+        hashes=hashes,
+    )
