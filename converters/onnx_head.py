@@ -25,7 +25,7 @@ def feed_parameters(model: ir.Model, saved: Mapping[str, Array]) -> dict[str, ir
     """
     faults: list[str] = []
     for name, value in saved.items():
-        initializer = model.graph.initializers.get(name) or _stand_in(model, name, value)
+        initializer = _as_it_is(model, name) or _stand_in(model, name, value)
         if initializer is None:
             faults.append(f"{name}: no node of the graph is this module")
             continue
@@ -45,6 +45,15 @@ def feed_parameters(model: ir.Model, saved: Mapping[str, Array]) -> dict[str, ir
     return {name: model.graph.initializers[name].dtype or ir.DataType.FLOAT for name in saved}
 
 
+def _as_it_is(model: ir.Model, name: str) -> ir.Value | None:
+    """The initializer that is the parameter under its own name, stored as the parameter is."""
+    found = model.graph.initializers.get(name)
+    if found is None or name.endswith("weight"):
+        read = [layer for layer in linears(model) if layer.weight is found]
+        return found if read and not any(layer.transposed for layer in read) else None
+    return found
+
+
 def _stand_in(model: ir.Model, name: str, value: Array) -> ir.Value | None:
     """A new initializer under the parameter's own name, read in place of whatever the exporter made of it."""
     module, _, leaf = name.rpartition(".")
@@ -58,10 +67,10 @@ def _stand_in(model: ir.Model, name: str, value: Array) -> ir.Value | None:
         return new  # the caller says so
     if not (_set_weight(model, layer, new) if leaf == "weight" else _set_bias(layer, new)):
         return None
-    model.graph.register_initializer(new)
-    for unread in [v for v in model.graph.initializers.values() if not v.uses() and v is not new]:
+    for unread in [value for value in model.graph.initializers.values() if not value.uses()]:
         if not unread.is_graph_input():
             del model.graph.initializers[unread.name or ""]
+    model.graph.register_initializer(new)  # the old one may have had its name
     return new
 
 

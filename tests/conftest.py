@@ -43,6 +43,57 @@ def tiny_adapter(tiny_model: Callable[[str], Path], tmp_path_factory: pytest.Tem
 
 
 @pytest.fixture(scope="session")
+def other_adapter(tiny_model: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """other_adapter("llama"): another adapter for the same model, of 8 blocks, on its last layer, another head."""
+    made: dict[str, Path] = {}
+
+    def get(architecture: str) -> Path:
+        if architecture not in made:
+            folder = tmp_path_factory.mktemp(architecture) / "other"
+            made[architecture] = tiny.make_other_adapter(tiny_model(architecture), folder)
+        return made[architecture]
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def genai_graph(tiny_model: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """genai_graph("llama", "int4") is the model.onnx of onnxruntime-genai's own builder, q, k and v in one weight."""
+    made: dict[tuple[str, str], Path] = {}
+
+    def get(architecture: str, precision: str) -> Path:
+        if (architecture, precision) not in made:
+            folder = tmp_path_factory.mktemp(f"{architecture}-{precision}")
+            made[architecture, precision] = tiny.build_with_genai(tiny_model(architecture), folder, precision)
+        return made[architecture, precision]
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def exported(
+    tiny_model: Callable[[str], Path],
+    tiny_adapter: Callable[[str], Path],
+    other_adapter: Callable[[str], Path],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Callable[..., Path]:
+    """exported("llama", "int4"): the branch export of a tiny model with its adapters a and b. Do not change it."""
+    made: dict[tuple[str, str], Path] = {}
+
+    def get(architecture: str, quantize: str = "none") -> Path:
+        if (architecture, quantize) not in made:
+            from diablo_export.converters.export import export
+
+            folder = tmp_path_factory.mktemp(f"{architecture}-{quantize}") / "branch"
+            adapters = {"a": tiny_adapter(architecture), "b": other_adapter(architecture)}
+            export(tiny_model(architecture), adapters, folder, quantize=quantize)
+            made[architecture, quantize] = folder
+        return made[architecture, quantize]
+
+    return get
+
+
+@pytest.fixture(scope="session")
 def real_data() -> Path:
     """The folder of real models and data that DIABLO_EXPORT_TEST_DATA names; not set, it skips, except in CI."""
     value = os.environ.get("DIABLO_EXPORT_TEST_DATA")

@@ -124,3 +124,32 @@ def make_adapter(
     folder.mkdir(parents=True)
     adapter.save(folder)
     return folder
+
+
+def make_other_adapter(model: Path, folder: Path) -> Path:
+    """Save another adapter: 8 blocks, on the last layer only, with a head of its own."""
+    import dataclasses
+
+    from diablo_export.adapter import Adapter
+
+    whole = Adapter.load(make_adapter(model, folder.with_name(f"{folder.name}-whole"), num_blocks=8, seed=1))
+    last = {name: module for name, module in whole.modules.items() if ".1." in name}
+    saved = {name: -value for name, value in whole.saved.items()}
+    folder.mkdir(parents=True)
+    dataclasses.replace(whole, modules=last, saved=saved).save(folder)
+    return folder
+
+
+def build_with_genai(model: Path, folder: Path, precision: str) -> Path:
+    """Run onnxruntime-genai's model builder as its users do; returns model.onnx."""
+    import contextlib
+    import io
+    import logging
+
+    from onnxruntime_genai.models import builder
+
+    arguments = (None, str(model), str(folder), precision, "cpu", str(folder / "cache"))
+    with contextlib.redirect_stdout(io.StringIO()):
+        builder.create_model(*arguments, **builder.parse_extra_options(*arguments, {}))
+    logging.getLogger().setLevel(logging.WARNING)
+    return folder / "model.onnx"
