@@ -1,0 +1,157 @@
+// One block times some rows, cut into panels that stay in cache; the same source for every instruction set.
+//
+// x and y are used where they lie, as sub-matrices of whole rows. A panel of a block is copied only where that makes it
+// float32, or dense: read in place, rows of a wide block lie at strides that fall on the same few sets of a cache.
+#pragma once
+
+#include <type_traits>
+
+#include "convert.h"
+#include "job.h"
+#include "tile.h"
+
+namespace {
+
+// Many rows: 64 KiB of a block, in any second-level cache, is used by all rows before the next is touched.
+constexpr int64_t kColumns = 64, kDepth = 256;
+// One tile of rows: a block is read once. A wide one is read 8 whole rows at a time, long runs that the prefetcher
+// follows, while the sums (at most 1024 columns) wait in the first-level cache.
+constexpr int64_t kLongColumns = 1024, kLongDepth = 8;
+// 16-bit outputs: the sums of so many rows wait in float32 until their last panel, to be rounded once.
+constexpr int64_t kSumRows = 96;
+static_assert(kLongColumns * kLongDepth <= kColumns * kDepth && kMostRows * kLongColumns <= 2 * kSumRows * kColumns);
+
+template <class T>
+struct Matrix {
+  T* data;
+  int64_t stride;
+
+  Matrix from(int64_t row, int64_t column) const { return {data + row * stride + column, stride}; }
+};
+
+constexpr int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+
+template <class Simd, class T>
+void widen_rows(Matrix<const T> from, int64_t rows, int64_t columns, float scale, Matrix<float> to) {
+  for (int64_t r = 0; r < rows; ++r) widen<Simd>(from.data + r * from.stride, columns, scale, to.data + r * to.stride);
+}
+
+template <class Simd, class T>
+void narrow_rows(Matrix<const float> from, int64_t rows, int64_t columns, Matrix<T> to) {
+  for (int64_t r = 0; r < rows; ++r) narrow<Simd>(from.data + r * from.stride, columns, to.data + r * to.stride);
+}
+
+// How many rows to take at once: as many as the registers hold, and no odd few left over at the end.
+template <class Simd>
+int64_t even_rows(int64_t rows, int64_t columns) {
+  const int64_t most = rows_beside<Simd>(columns <= Simd::width ? 1 : Simd::tile_vectors);
+  const int64_t tiles = (rows + most - 1) / most;
+  return (rows + tiles - 1) / tiles;
+}
+
+// y = y0 + x · scale · d, with x (rows, depth), d (depth, columns), y0 and y (rows, columns); depth > 0.
+template <class Simd, class T, class B>
+void multiply_block(Matrix<const T> x, Matrix<const B> d, float scale, Matrix<const T> y0, Matrix<T> y, int64_t rows,
+                    int64_t depth, int64_t columns) {
+  constexpr bool kWideRows = std::is_same<T, float>::value, kWideBlocks = std::is_same<B, float>::value;
+  alignas(64) float d_space[kColumns * kDepth];
+  alignas(64) float x_space[kMostRows * kDepth];
+  alignas(64) float y_space[2 * kSumRows * kColumns];
+  const int64_t tile_rows = even_rows<Simd>(rows, columns);
+  const bool once = tile_rows == rows;  // each element of the block is used by one tile alone
+  const bool runs = once && columns > kColumns;
+  const int64_t panel_columns = runs ? kLongColumns : kColumns, panel_depth = runs ? kLongDepth : kDepth;
+  const bool in_place = kWideBlocks && (once || columns <= kColumns);
+
+  for (int64_t c = 0; c < columns; c += panel_columns) {
+    const int64_t width = smaller(panel_columns, columns - c);
+    const Matrix<float> sums{y_space, width};
+    if constexpr (!kWideRows) widen_rows<Simd>(y0.from(0, c), rows, width, 1.0f, sums);
+
+    for (int64_t k = 0; k < depth; k += panel_depth) {
+      const int64_t height = smaller(panel_depth, depth - k);
+      Matrix<const float> panel{d_space, width};
+      if constexpr (kWideBlocks) {
+        if (in_place) panel = d.from(k, c);
+      }
+      if (!in_place) widen_rows<Simd>(d.from(k, c), height, width, scale, Matrix<float>{d_space, width});
+
+      for (int64_t r = 0; r < rows; r += tile_rows) {
+        const int64_t taken = smaller(tile_rows, rows - r);
+        Tile tile{height, x_space, kDepth, panel.data, panel.stride, nullptr, nullptr, 0};
+        if constexpr (kWideRows) {
+          const Matrix<const T> before = k == 0 ? y0 : Matrix<const T>{y.data, y.stride};
+          tile.x = x.from(r, k).data, tile.x_stride = x.stride;
+          tile.y0 = before.from(r, c).data, tile.y = y.from(r, c).data, tile.y_stride = y.stride;
+        } else {
+          widen_rows<Simd>(x.from(r, k), taken, height, 1.0f, Matrix<float>{x_space, kDepth});
+          tile.y0 = tile.y = sums.from(r, 0).data, tile.y_stride = width;
+        }
+        multiply_rows<Simd>(tile, static_cast<int>(taken), width);
+      }
+    }
+    if constexpr (!kWideRows) narrow_rows<Simd>(Matrix<const float>{y_space, width}, rows, width, y.from(0, c));
+  }
+}
+
+template <class T>
+void copy_rows(Matrix<const T> from, int64_t rows, int64_t columns, Matrix<T> to) {
+  if (from.data == to.data) return;
+  for (int64_t r = 0; r < rows; ++r)
+    memcpy(to.data + r * to.stride, from.data + r * from.stride, static_cast<size_t>(columns) * sizeof(T));
+}
+
+template <class Simd, class T, class B>
+void run_piece(const diablo::Job& job, const diablo::Piece& piece) {
+  const DiabloShape& s = job.shape;
+  const Matrix<const T> x{static_cast<const T*>(job.x), s.x_stride}, y0{static_cast<const T*>(job.y0), s.y_stride};
+  const Matrix<T> y{static_cast<T*>(job.y), s.y_stride};
+  const Matrix<const B> blocks{static_cast<const B*>(job.blocks), s.block_size_out};
+  const int64_t step = std::is_same<T, float>::value ? piece.end_row - piece.first_row : kSumRows;
+
+  for (int64_t block = piece.first_block; block < piece.end_block; ++block) {
+    const int64_t input = block * s.block_size_in, output = block * s.block_size_out;
+    const int64_t depth = smaller(s.block_size_in, s.in_features - input);
+    const int64_t columns = smaller(s.block_size_out, s.out_features - output);
+    if (columns <= 0) return;  // this block and all behind it are padding
+    const float scale = std::is_same<B, int8_t>::value ? job.scales[block] : 1.0f;
+    for (int64_t r = piece.first_row; r < piece.end_row; r += step) {
+      const int64_t rows = smaller(step, piece.end_row - r);
+      if (depth <= 0) {  // it meets no input
+        copy_rows(y0.from(r, output), rows, columns, y.from(r, output));
+      } else {
+        multiply_block<Simd>(x.from(r, input), blocks.from(block * s.block_size_in, 0), scale, y0.from(r, output),
+                             y.from(r, output), rows, depth, columns);
+      }
+    }
+  }
+}
+
+template <class Simd, class T>
+void run_piece_of(const diablo::Job& job, const diablo::Piece& piece) {
+  switch (job.shape.block_type) {
+    case DIABLO_F32:
+      return run_piece<Simd, T, float>(job, piece);
+    case DIABLO_F16:
+      return run_piece<Simd, T, Half>(job, piece);
+    case DIABLO_BF16:
+      return run_piece<Simd, T, Brain>(job, piece);
+    case DIABLO_I8:
+      return run_piece<Simd, T, int8_t>(job, piece);
+  }
+}
+
+// The kernel of one instruction set, for every pair of types.
+template <class Simd>
+void run_any_piece(const diablo::Job& job, const diablo::Piece& piece) {
+  switch (job.shape.type) {
+    case DIABLO_F16:
+      return run_piece_of<Simd, Half>(job, piece);
+    case DIABLO_BF16:
+      return run_piece_of<Simd, Brain>(job, piece);
+    default:
+      return run_piece_of<Simd, float>(job, piece);
+  }
+}
+
+}  // namespace
