@@ -24,8 +24,14 @@ if TYPE_CHECKING:
     import onnx
     import onnxruntime
 
-LIBRARY_VARIABLE = "DIABLO_EXPORT_KERNELS"
-_LIBRARY_NAMES = {"win32": "diablo_kernels.dll", "darwin": "libdiablo_kernels.dylib"}
+LIBRARY_VARIABLE = "DIABLO_KERNELS"
+LIBRARY_HELP = (
+    "no kernel library found: not in the environment variable DIABLO_KERNELS, not in kernels/ beside the package's "
+    "modules, not in kernels/build/ of a checkout. Build it with:\n"
+    "  cmake -S kernels -B kernels/build\n"
+    "  cmake --build kernels/build"
+)
+_LIBRARY_NAMES = {"win32": "diablo_kernels_ort.dll", "darwin": "libdiablo_kernels_ort.dylib"}
 _REGISTERED = "diablo_export.kernels"  # session option that marks a registration: a second one is an error
 _SILENT = 3  # errors only: each overridable initializer is worth a warning to onnxruntime
 
@@ -33,8 +39,9 @@ _SILENT = 3  # errors only: each overridable initializer is worth a warning to o
 def find_library() -> Path | None:
     """The library with this machine's kernels for the ai.diablo operators, or None where there is none.
 
-    Looked for in the environment variable DIABLO_EXPORT_KERNELS, then beside the package. Without it the
-    operators run as the functions that every exported model carries: same numbers, stock ONNX Runtime.
+    Looked for in the environment variable DIABLO_KERNELS, then beside the package, then in kernels/build of a
+    checkout. Without it the operators run as the functions that every exported model carries: same numbers, stock
+    ONNX Runtime. LIBRARY_HELP says how to get one.
 
     Raises:
         InputError: the variable names no file.
@@ -44,8 +51,10 @@ def find_library() -> Path | None:
         if not Path(named).is_file():
             raise InputError(f"{LIBRARY_VARIABLE}={named}: no such file; unset it to run without kernels")
         return Path(named).resolve()
-    beside = Path(__file__).parent / "kernels" / _LIBRARY_NAMES.get(sys.platform, "libdiablo_kernels.so")
-    return beside if beside.is_file() else None
+    name = _LIBRARY_NAMES.get(sys.platform, "libdiablo_kernels_ort.so")
+    package = Path(__file__).resolve().parent
+    places = (package / "kernels" / name, package.parent / "kernels" / "build" / name)
+    return next((place for place in places if place.is_file()), None)
 
 
 def register(options: onnxruntime.SessionOptions) -> Path | None:
