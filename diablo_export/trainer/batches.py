@@ -131,3 +131,20 @@ def encode_all(
     if not kept:
         raise DataError(f"no line has a completion or assistant turn within {max_length} tokens; raise --max-length")
     return kept, [item.line for item in encoded if not item.target[1:].any()]
+
+
+def hold_out(
+    items: Sequence[Encoded], fraction: float, seed: int, running: bool
+) -> tuple[list[Encoded], list[Encoded]]:
+    """Items to train on, and held-out ones: the end of running text, else items at random.
+
+    Raises:
+        DataError: nothing would be left to train on.
+    """
+    count = max(1, round(len(items) * fraction)) if fraction else 0
+    if count >= len(items):
+        raise DataError(f"--eval-fraction {fraction} of {len(items)} items leaves nothing to train on; give more data")
+    # pieces of one text cannot be drawn at random: the neighbours of a held-out piece would be trained on
+    order = np.arange(len(items)) if running else np.random.default_rng(seed).permutation(len(items))
+    kept, held = order[: len(items) - count], order[len(items) - count :]
+    return [items[index] for index in sorted(kept)], [items[index] for index in sorted(held)]

@@ -51,7 +51,7 @@ def draw(history: History, file: Path, title: str) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib import pyplot, ticker
 
     steps, losses = history.column("loss")
     held_steps, held = history.column("eval_loss")
@@ -65,7 +65,8 @@ def draw(history: History, file: Path, title: str) -> None:
         )
     axes.set_xlabel("step")
     axes.set_ylabel("loss")
-    axes.set_xlim(left=0)
+    axes.set_xlim(0, steps[-1] * 1.01)
+    axes.xaxis.set_major_locator(ticker.MaxNLocator(integer=True))
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     right_steps, right = history.column("eval_accuracy")

@@ -61,7 +61,7 @@ def load_with_fresh(
     dtype: str = "float32",
     device: str | torch.device = "cpu",
     labels: list[str] | None = None,
-) -> tuple[nn.Module, Any, list[str]]:
+) -> tuple[Any, Any, list[str]]:
     """`load_base`, and the names of parameters that the checkpoint does not hold: a fresh head."""
     checkpoint = Checkpoint.open(model)
     _check_loadable(checkpoint, task, dtype)
@@ -136,6 +136,15 @@ def wrap(model: nn.Module, name: str, *, blocks: Tensor | None = None, num_block
     parent, _, leaf = name.rpartition(".")
     setattr(model.get_submodule(parent), leaf, layer)
     return layer
+
+
+def checkpoint_activations(model: Any) -> None:
+    """Compute each block's activations again in the backward pass rather than keep them.
+
+    Not by re-entrant backward passes: these need inputs that require gradients, which frozen embeddings do not give.
+    """
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
 
 
 def head_parameters(model: nn.Module, fresh: list[str]) -> list[str]:

@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
@@ -25,16 +24,16 @@ from diablo_export.console import log, progress
 from diablo_export.errors import CheckpointError, DataError, InputError, require
 from diablo_export.fingerprint import Fingerprint, fingerprint
 from diablo_export.output import new_folder
-from diablo_export.trainer.batches import Batches, encode_all
+from diablo_export.trainer.batches import Batches, encode_all, hold_out
 from diablo_export.trainer.data import Encoded, Example, class_names, read_examples
 from diablo_export.trainer.history import LOG, PICTURE, History, draw, training_bar, write_log
 from diablo_export.trainer.layer import diablo_layers
 from diablo_export.trainer.loop import learning_rate, train_loop
-from diablo_export.trainer.model import head_parameters, load_with_fresh
+from diablo_export.trainer.model import checkpoint_activations, head_parameters, load_with_fresh
 from diablo_export.trainer.objective import Objective
 from diablo_export.trainer.options import check_options, check_places, choose_device, use_bfloat16, work_folder
 from diablo_export.trainer.state import CHECKPOINT, STATE, load_state, save_state
-from diablo_export.trainer.targets import choose_targets, short_names, wrap_targets
+from diablo_export.trainer.targets import ALL, choose_targets, short_names, wrap_targets
 from diablo_export.trainer.watch import Watch, interrupts, workspace
 
 
@@ -128,19 +127,18 @@ def train(
         model, task, dtype=_base_dtype(checkpoint, autocast), device=place, labels=labels
     )
     _check_length(network, max_length)
-    items, held = _items(
-        examples, eval_data, eval_fraction, seed, tokenizer=tokenizer, max_length=max_length, classes=classes
-    )
+    how = {"tokenizer": tokenizer, "max_length": max_length, "classes": classes}
+    running = classes is None and examples[0].form == "text"
+    items, held = hold_out(_encode(data, examples, **how), eval_fraction, seed, running)
+    if eval_data:
+        held = _encode(eval_data, read_examples(eval_data), **how)
 
     head = [] if classes is None else head_parameters(network, fresh)
-    targets = choose_targets(network, target_modules, exclude={name.rpartition(".")[0] for name in head})
-    names = [target_modules] if isinstance(target_modules, str) else target_modules
-    names = short_names(network, targets) if not names or "all-linear" in names else list(names)
-    marks = _fingerprints(checkpoint, targets)
-    wrap_targets(network, targets, num_blocks)
+    names, marks = _adapt(network, checkpoint, head, target_modules, num_blocks)
     parameters = _trainable(network, head)
     optimizer = torch.optim.AdamW(parameters.values(), lr=lr, weight_decay=weight_decay)
-    _prepare(network, gradient_checkpointing)
+    if gradient_checkpointing:
+        checkpoint_activations(network)
 
     batches = Batches(items, batch_size, grad_accumulation, seed)
     steps = max_steps or math.ceil(epochs * batches.steps_per_epoch)
@@ -148,8 +146,8 @@ def train(
     objective = Objective(network, classes is not None, tokenizer.pad_token_id or 0, place, autocast)
     settings = {
         "task": task, "base": _digest(marks), "data": file_sha256(Path(data)), "num_blocks": num_blocks,
-        "targets": targets, "lr": lr, "steps": steps, "batch_size": batch_size, "grad_accumulation": grad_accumulation,
-        "max_length": max_length, "schedule": schedule, "warmup_steps": warmup, "weight_decay": weight_decay,
+        "targets": list(marks), "lr": lr, "steps": steps, "batch_size": batch_size,
+        "grad_accumulation": grad_accumulation, "max_length": max_length, "schedule": schedule, "warmup_steps": warmup, "weight_decay": weight_decay,
         "clip": clip, "dtype": "bfloat16" if autocast else "float32", "labels": labels, "seed": seed,
         "eval_fraction": eval_fraction,
     }  # fmt: skip
@@ -160,11 +158,13 @@ def train(
     size = sum(parameter.numel() for parameter in parameters.values())
     log.info(
         "training %s parameters in %d modules on %s: %s items, %d steps of %d × %d",
-        f"{size:,}", len(targets), place.type, f"{len(items):,}", steps, batch_size, grad_accumulation,
+        f"{size:,}", len(marks), place.type, f"{len(items):,}", steps, batch_size, grad_accumulation,
     )  # fmt: skip
 
     with workspace(work), _deterministic(place), interrupts() as interrupted, training_bar(steps, start) as show:
         history = History(work / LOG, records)
+        network.config.use_cache = False
+        network.train()
 
         def save(step: int) -> None:
             save_state(work / CHECKPOINT, parameters, optimizer, step=step, settings=settings, log=history.records)
@@ -193,6 +193,21 @@ def train(
     return Training(output, steps, size, history.column("loss")[1][-1], evaluations)
 
 
+def _adapt(
+    network: nn.Module,
+    checkpoint: Checkpoint,
+    head: Sequence[str],
+    target_modules: str | Sequence[str] | None,
+    num_blocks: int,
+) -> tuple[list[str], dict[str, Fingerprint]]:
+    """Put zero blocks beside the targets; their names for the adapter's config, and each one's base weight's mark."""
+    wanted = [target_modules] if isinstance(target_modules, str) else list(target_modules or ())
+    targets = choose_targets(network, wanted, exclude={name.rpartition(".")[0] for name in head})
+    marks = _fingerprints(checkpoint, targets)
+    wrap_targets(network, targets, num_blocks)
+    return short_names(network, targets) if not wanted or ALL in wanted else wanted, marks
+
+
 def _base_name(model: str | Path) -> str:
     return str(Path(model).resolve()) if Path(model).is_dir() else str(model)
 
@@ -216,41 +231,16 @@ def _check_length(network: Any, max_length: int) -> None:
         raise InputError(f"--max-length is {max_length}, but the model has {limit} positions; give {limit} or less")
 
 
-def _items(
-    examples: list[Example],
-    eval_data: str | Path | None,
-    eval_fraction: float,
-    seed: int,
-    *,
-    max_length: int,
-    **how: Any,
-) -> tuple[list[Encoded], list[Encoded]]:
-    """Items to train on, and held-out ones."""
-    items = _encode(examples, max_length=max_length, **how)
-    if eval_data:
-        return items, _encode(read_examples(eval_data), max_length=max_length, **how)
-    if not eval_fraction:
-        return items, []
-    count = max(1, round(len(items) * eval_fraction))
-    if count >= len(items):
-        raise DataError(
-            f"--eval-fraction {eval_fraction} of {len(items)} items leaves nothing to train on; give more data"
-        )
-    if examples[0].form == "text" and how["classes"] is None:
-        return items[:-count], items[
-            -count:
-        ]  # the end of running text: neighbours of training pieces would be too easy
-    order = np.random.default_rng(seed).permutation(len(items))
-    return [items[index] for index in sorted(order[count:])], [items[index] for index in sorted(order[:count])]
-
-
-def _encode(examples: list[Example], **how: Any) -> list[Encoded]:
+def _encode(path: str | Path, examples: list[Example], **how: Any) -> list[Encoded]:
     with progress("tokenizing", len(examples)) as advance:
-        items, dropped = encode_all(examples, advance=advance, **how)
+        try:
+            items, dropped = encode_all(examples, advance=advance, **how)
+        except DataError as error:
+            raise DataError(f"{path}: {error}") from error
     if dropped:
         log.warning(
-            "left out %d of %d lines, which have nothing to predict within --max-length (the first is line %d)",
-            len(dropped), len(examples), dropped[0],
+            "%s: left out %d of %d lines, which have nothing to predict within --max-length (the first is line %d)",
+            path, len(dropped), len(examples), dropped[0],
         )  # fmt: skip
     return items
 
@@ -285,14 +275,6 @@ def _trainable(network: nn.Module, head: Sequence[str]) -> dict[str, nn.Paramete
         named[name].requires_grad_(True)
     blocks = {f"{name}.diablo_blocks": layer.blocks for name, layer in diablo_layers(network).items()}
     return blocks | {name: named[name] for name in head}
-
-
-def _prepare(network: Any, gradient_checkpointing: bool) -> None:
-    network.config.use_cache = False
-    if gradient_checkpointing:
-        # the re-entrant kind needs inputs that require gradients, which frozen embeddings do not give
-        network.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    network.train()
 
 
 def _modules(network: nn.Module, marks: dict[str, Fingerprint]) -> dict[str, AdaptedModule]:
