@@ -8,6 +8,7 @@ the parameter and the rows it came from. Vectors (norms, biases) are real: the b
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import io
 import tempfile
 from collections.abc import Iterator
@@ -32,17 +33,31 @@ ARCHITECTURES = (
 _HEAD_SIZE_STEP = 16  # GroupQueryAttention on CPU refuses other head sizes, and only when it runs
 
 
-def refusal(config: dict[str, Any]) -> str | None:
+def refusal(config: dict[str, Any], task: str = "causal-lm") -> str | None:
     """Why this road cannot take a model with this config.json; None where it can."""
-    architecture = (config.get("architectures") or ["unnamed"])[0]
-    if architecture not in ARCHITECTURES:
-        return f"onnxruntime-genai's builder is not used for {architecture} (it is for {', '.join(ARCHITECTURES)})"
+    if task != "causal-lm":
+        return f"onnxruntime-genai's builder makes decoders, and the task is {task}"
+    if _architecture(config) not in ARCHITECTURES:
+        known = ", ".join(ARCHITECTURES)
+        return f"{_architecture(config)} is none of those taken to onnxruntime-genai's builder: {known}"
     if head_size(config) % _HEAD_SIZE_STEP:
         return (
-            f"the head size is {head_size(config)}; onnxruntime-genai's graphs use GroupQueryAttention, which needs a multiple "
-            f"of {_HEAD_SIZE_STEP}"
+            f"the head size is {head_size(config)}; onnxruntime-genai's graphs use GroupQueryAttention, which needs a "
+            f"multiple of {_HEAD_SIZE_STEP}"
         )
+    if importlib.util.find_spec("onnxruntime_genai") is None:
+        return 'onnxruntime-genai is not installed; pip install "diablo-export[genai]" for its faster graphs'
     return None
+
+
+def reason(config: dict[str, Any], precision: str) -> str:
+    """Why this road was taken, for the manifest."""
+    said = f"onnxruntime-genai's builder has {_architecture(config)}, and its graphs are the fastest"
+    return said if precision == "fp32" else f"{said}; fp16 is laid out for CUDA, which genai_config.json names"
+
+
+def _architecture(config: dict[str, Any]) -> str:
+    return str((config.get("architectures") or ["a model whose config.json names no architecture"])[0])
 
 
 def head_size(config: dict[str, Any]) -> int:
@@ -81,12 +96,15 @@ def layout(weights: Weights, folder: Path, *, precision: str = "fp32", share_emb
     }
     share = str(bool(tied) and share_embeddings).lower()
     options = ["fuse_qkv=false", "windowed_kv_cache=false", "hf_token=false", f"shared_embeddings={share}"]
+    options.append("fuse_qk_norm_gqa=false")
+    # the builder lays fp16 out for CUDA with the same GroupQueryAttention; its fp16 graphs for CPU fail when decoding
+    provider = "cuda" if precision == "fp16" else "cpu"
     source, target = str(weights.checkpoint.folder), str(folder)
     with _patched(base, patches), _fast_linear(), _silent(), tempfile.TemporaryDirectory() as cache:
         try:
-            parsed = builder.parse_extra_options(None, source, target, precision, "cpu", cache, options)
+            parsed = builder.parse_extra_options(None, source, target, precision, provider, cache, options)
             _adjust(parsed["hf_details"]["hf_config"])
-            builder.create_model(None, source, target, precision, "cpu", cache, **parsed)
+            builder.create_model(None, source, target, precision, provider, cache, **parsed)
         except Exception as error:  # the builder raises what it likes
             raise ExportError(
                 f"{source}: onnxruntime-genai's builder refuses it: {type(error).__name__}: {error}"
@@ -119,7 +137,7 @@ def _placeholder_model(weights: Weights) -> tuple[Any, dict[int, tuple[str, Any]
 
     config = AutoConfig.from_pretrained(weights.checkpoint.folder)
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)  # type: ignore[no-untyped-call]
     first: dict[int, str] = {}
     tied: dict[str, str] = {}
     placeholders: dict[int, tuple[str, Any]] = {}

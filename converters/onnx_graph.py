@@ -1,24 +1,28 @@
 """A Hugging Face model to an ONNX graph: chooses the road, says why, and hands the weights to the stream.
 
 The onnxruntime-genai road gives the fastest graphs that ONNX Runtime has; the torch road takes everything else. A graph
-that the runtime then refuses never leaves this module: a session is opened and runs one token.
+that the runtime then refuses never leaves this module: a session is opened and runs a few tokens.
 """
 
 from __future__ import annotations
 
+import json
 import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from diablo_export.adapter import Adapter, file_sha256
+from diablo_export.adapter import TASKS, Adapter, file_sha256
 from diablo_export.checkpoint import Checkpoint
-from diablo_export.converters.onnx_nodes import MODEL, Weights, finish
+from diablo_export.console import log
+from diablo_export.converters.onnx_nodes import BITS, MODEL, Weights, finish
+from diablo_export.converters.onnx_trial import try_graph
 from diablo_export.converters.onnx_weights import DATA
-from diablo_export.errors import ExportError
+from diablo_export.errors import ExportError, InputError
+from diablo_export.quantization import check_layout
 
-QUANTIZE = ("none", "int8", "int4")
 PRECISIONS = ("fp32", "fp16")
+ACCURACY_LEVELS = (0, 1, 2, 3, 4)
 
 
 @dataclass(frozen=True)
@@ -65,32 +69,88 @@ def build_graph(
         head: only its saved head replaces the model's.
 
     Raises:
-        ExportError: no road can take this model, and why.
+        InputError: an option's value. CheckpointError: the model cannot be read.
+        ExportError: no road can take this model; says why of each.
     """
+    _check_options(task, quantize, group_size, precision, accuracy_level)
     from diablo_export.converters import genai_graph, torch_graph
 
     checkpoint = Checkpoint.open(model)
+    _check_float(checkpoint)
     saved = {**(head.saved if head else {}), **(merged.saved if merged else {})}
     weights = Weights(checkpoint, merged, saved)
-    refusal = genai_graph.refusal(checkpoint.config) if task == "causal-lm" else f"the task is {task}"
     # a head with blocks of its own, or quantized, cannot share the embedding's table
     share = quantize == "none" and not (merged and "lm_head" in merged.modules)
+    how = {
+        "quantize": quantize, "group_size": group_size, "symmetric": symmetric, "accuracy_level": accuracy_level,
+    }  # fmt: skip
+
+    def take(road: Any, **more: Any) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
+        layout = road.layout(weights, folder, precision=precision, share_embeddings=share, **more)
+        modules, digest = finish(layout, replace(weights, tied=layout.tied), folder, **how)
+        try_graph(folder / MODEL)
+        _write_config(checkpoint, folder, merged or head)
+        return modules, {DATA: digest, MODEL: file_sha256(folder / MODEL)}
+
+    before = set(folder.iterdir())
+    refusal = genai_graph.refusal(checkpoint.config, task)
     if refusal is None:
-        layout = genai_graph.layout(weights, folder, precision=precision, share_embeddings=share)
-    else:
-        layout = torch_graph.layout(weights, folder, task=task, precision=precision, share_embeddings=share)
-    weights = replace(weights, tied=layout.tied)
-    modules, digest = finish(
-        layout,
-        weights,
-        folder,
-        quantize=quantize,
-        group_size=group_size,
-        symmetric=symmetric,
-        accuracy_level=accuracy_level,
-    )
-    for name in ("config.json", "generation_config.json"):
-        if (checkpoint.folder / name).exists():
-            shutil.copyfile(checkpoint.folder / name, folder / name)
-    hashes = {DATA: digest, MODEL: file_sha256(folder / MODEL)}
-    return Graph("genai" if refusal is None else "torch", refusal or "onnxruntime-genai's builder knows this architecture", modules, hashes)
+        try:
+            modules, hashes = take(genai_graph)
+            return Graph("genai", genai_graph.reason(checkpoint.config, precision), modules, hashes)
+        except ExportError as error:
+            refusal = str(error)
+            _remove(set(folder.iterdir()) - before)
+    log.info("exporting with torch: %s", refusal)
+    try:
+        modules, hashes = take(torch_graph, task=task)
+    except ExportError as error:
+        raise ExportError(
+            f"{model}: no road to ONNX can take this model.\n  onnxruntime-genai: {refusal}\n  torch: {error}"
+        ) from error
+    return Graph("torch", refusal, modules, hashes)
+
+
+def _check_options(task: str, quantize: str, group_size: int, precision: str, accuracy_level: int) -> None:
+    allowed = {
+        "task": (task, tuple(TASKS)),
+        "quantize": (quantize, tuple(BITS)),
+        "precision": (precision, PRECISIONS),
+        "accuracy_level": (accuracy_level, ACCURACY_LEVELS),
+    }
+    faults = [
+        f"{name} is {value!r}, but must be one of {', '.join(map(str, choices))}"
+        for name, (value, choices) in allowed.items()
+        if value not in choices
+    ]
+    if faults:
+        raise InputError("; ".join(faults))
+    if quantize != "none":
+        check_layout(BITS[quantize], group_size)
+
+
+def _check_float(checkpoint: Checkpoint) -> None:
+    method = (checkpoint.config.get("quantization_config") or {}).get("quant_method")
+    if method:
+        raise ExportError(
+            f"{checkpoint.folder}: its weights are quantized already ({method}); give the float model with --quantize, or "
+            "an ONNX model whose weights are int4"
+        )
+
+
+def _write_config(checkpoint: Checkpoint, folder: Path, adapter: Adapter | None) -> None:
+    """config.json and generation_config.json; a classifier's classes are the adapter's."""
+    config = dict(checkpoint.config)
+    if adapter is not None and adapter.labels:
+        config["id2label"] = {str(index): label for index, label in enumerate(adapter.labels)}
+        config["label2id"] = {label: index for index, label in enumerate(adapter.labels)}
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    generation = checkpoint.folder / "generation_config.json"
+    if generation.exists():
+        shutil.copyfile(generation, folder / generation.name)
+
+
+def _remove(files: set[Path]) -> None:
+    """Remove what the first road wrote, before the second begins."""
+    for path in files:
+        path.unlink()

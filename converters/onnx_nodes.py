@@ -17,7 +17,7 @@ from diablo_export.adapter import Adapter
 from diablo_export.checkpoint import Checkpoint
 from diablo_export.console import progress
 from diablo_export.converters.onnx_weights import Job, Source, float_job, quantized_job, write
-from diablo_export.errors import ExportError
+from diablo_export.errors import CheckpointError
 
 MODEL = "model.onnx"
 MODULE = "diablo.module"  # node metadata: the Hugging Face module path(s) that the node computes
@@ -63,7 +63,7 @@ class Weights:
         """The values of one parameter.
 
         Raises:
-            ExportError: neither the checkpoint nor the adapter has them.
+            CheckpointError: neither the checkpoint nor the adapter has them.
         """
         name = origin.parameter
         module = self.merged.modules.get(origin.module) if self.merged and name.endswith(".weight") else None
@@ -74,7 +74,7 @@ class Weights:
         names = [first, name, *(other for other, target in self.tied.items() if target == first)]
         stored = next((info for each in names if (info := self.checkpoint.find(each))), None)
         if stored is None:
-            raise ExportError(
+            raise CheckpointError(
                 f"{self.checkpoint.folder}: has no tensor for the parameter {name}, nor does the adapter bring it; its "
                 "architecture in config.json wants it. Give the model folder that the adapter was trained on"
             )
@@ -221,4 +221,3 @@ def _write(model: ir.Model, jobs: list[Job], folder: Path) -> str:
 def _nbytes(value: ir.Value) -> int:
     assert value.shape is not None and value.dtype is not None
     return int(np.prod(value.shape.numpy(), dtype=np.int64) * value.dtype.itemsize)
-

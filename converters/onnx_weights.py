@@ -21,7 +21,7 @@ import onnx_ir as ir
 
 from diablo_export.blockdiag import Array, add_to_weight
 from diablo_export.checkpoint import TensorInfo
-from diablo_export.errors import ExportError
+from diablo_export.errors import CheckpointError
 from diablo_export.quantization import quantize
 
 DATA = "model.onnx.data"
@@ -132,7 +132,7 @@ def write(
     `advance` is called with the number of bytes after each write.
 
     Raises:
-        CheckpointError: a source cannot be read. ExportError: a source is not of its initializer's size.
+        CheckpointError: a source cannot be read, or is not of its initializer's size.
     """
     digest = hashlib.sha256()
     offset = 0
@@ -162,9 +162,7 @@ def write(
     return digest.hexdigest()
 
 
-def _in_order(
-    jobs: Iterable[Job], threads: ThreadPoolExecutor
-) -> Iterator[tuple[Job, Iterator[tuple[Array, ...]]]]:
+def _in_order(jobs: Iterable[Job], threads: ThreadPoolExecutor) -> Iterator[tuple[Job, Iterator[tuple[Array, ...]]]]:
     """Each job with its finished pieces, in order, while later pieces (also of later jobs) are being computed."""
     waiting: deque[tuple[Job, Future[tuple[Array, ...]]]] = deque()
     source = ((job, piece) for job in jobs for piece in job.pieces())
@@ -208,7 +206,9 @@ def _padding(offset: int) -> int:
 def _bytes(values: Array | bytes) -> memoryview:
     if isinstance(values, bytes):
         return memoryview(values)
-    return memoryview(np.ascontiguousarray(values).reshape(-1).view(np.uint8)) if values.size else memoryview(b"")
+    if not values.size:
+        return memoryview(b"")
+    return memoryview(np.ascontiguousarray(values).reshape(-1).view(np.uint8))  # type: ignore[arg-type]
 
 
 def _numpy_dtype(value: ir.Value) -> npt.DTypeLike:
@@ -222,7 +222,7 @@ def _point(value: ir.Value, folder: Path, file_name: str, offset: int, length: i
     assert shape is not None and value.dtype is not None and value.name is not None
     size = int(np.prod(shape.numpy(), dtype=np.int64)) * value.dtype.itemsize
     if size != length:
-        raise ExportError(
+        raise CheckpointError(
             f"{value.name}: the graph wants {list(shape.numpy())} of {value.dtype.name}, {size} bytes; the model's "
             f"weight gives {length}. The model's config.json does not describe its weights"
         )

@@ -194,8 +194,10 @@ def _split_gemms(graph: ir.Graph) -> None:
         if node.op_type != "Gemm" or node.attributes.get_int("transA", 0):
             continue
         x, weight, bias = (*node.inputs, None)[:3]
-        if weight is None or not weight.is_initializer() or any(
-            node.attributes.get_float(name, 1.0) != 1.0 for name in ("alpha", "beta")
+        if (
+            weight is None
+            or not weight.is_initializer()
+            or any(node.attributes.get_float(name, 1.0) != 1.0 for name in ("alpha", "beta"))
         ):
             continue
         if node.attributes.get_int("transB", 0):
@@ -217,7 +219,12 @@ def _drop_transposes(graph: ir.Graph) -> None:
     """A weight that is only transposed for a MatMul is stored transposed; whoever else reads it gets it back."""
     for node in list(graph):
         weight = node.inputs[0] if node.op_type == "Transpose" else None
-        if weight is None or not weight.is_initializer() or len(weight.shape or ()) != 2 or weight.const_value is not None:
+        if (
+            weight is None
+            or not weight.is_initializer()
+            or weight.const_value is not None
+            or len(weight.shape or ()) != 2
+        ):
             continue
         others = [(user, index) for user, index in weight.uses() if user is not node]
         node.outputs[0].replace_all_uses_with(weight)
@@ -277,7 +284,8 @@ def _first_line(error: Exception) -> str:
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """torch's and transformers' chatter about exporting; what matters is raised."""
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.export", "transformers", "onnxscript", "onnx_ir")]
+    names = ("torch.onnx", "torch.export", "transformers", "onnxscript", "onnx_ir")
+    loggers = [logging.getLogger(name) for name in names]
     levels = [logger.level for logger in loggers]
     try:
         for logger in loggers:
