@@ -24,6 +24,7 @@ from diablo_export.converters.sizes import onnx_bytes
 from diablo_export.errors import AdapterError, InputError, MatchError
 from diablo_export.manifest import adapter_entry, write_manifest
 from diablo_export.output import check_output, new_folder
+from diablo_export.runtime import session
 
 Given = str | Path | Sequence[str | Path] | Mapping[str, str | Path]
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
@@ -168,6 +169,7 @@ def _branch(folder: Path, adapters: Mapping[str, Adapter]) -> list[dict[str, Any
     add_branches(model, matches)
     fed |= feed_parameters(model, next(iter(adapters.values())).saved)
     ir.save(model, folder / MODEL)
+    session(folder / MODEL)  # a graph that the runtime refuses is no export
     inputs = {name: dtype.numpy() for name, dtype in fed.items()}
     for name, adapter in adapters.items():
         write_onnx_adapter(folder / FOLDER / f"{name}{ENDING}", tensors(adapter, inputs))

@@ -86,20 +86,25 @@ def _branch(model: ir.Model, match: Match, x: ir.Value, y: ir.Value) -> ir.Value
 
 
 def _insert(model: ir.Model, nodes: Sequence[ir.Node], old: ir.Value, new: ir.Value, dtype: ir.DataType) -> ir.Value:
-    """Insert `nodes` after `old` and let its readers, the graph's outputs among them, read `new` instead."""
-    readers = [use for use in old.uses() if use.node not in nodes]
+    """Insert `nodes` after `old`, and let its readers read their result `new` instead."""
     producer = old.producer()
     assert producer is not None
     new.name, new.shape, new.type = f"{old.name}/diablo", old.shape, ir.TensorType(dtype)
     model.graph.insert_after(producer, nodes)
-    for reader, index in readers:
-        reader.replace_input_with(index, new)
+    _redirect(model, old, new, nodes)
+    return new
+
+
+def _redirect(model: ir.Model, old: ir.Value, new: ir.Value, but: Sequence[ir.Node]) -> None:
+    """Let the readers of `old`, the graph's outputs among them, read `new` instead; not the nodes `but`."""
+    for reader, index in list(old.uses()):
+        if reader not in but:
+            reader.replace_input_with(index, new)
     if old.is_graph_output():  # the output keeps its name
         old.name, new.name = f"{old.name}/base", old.name
-        for index, output in enumerate(model.graph.outputs):
-            if output is old:
+        for index, value in enumerate(model.graph.outputs):
+            if value is old:
                 model.graph.outputs[index] = new
-    return new
 
 
 def _branches_of_fused(model: ir.Model, matches: Sequence[Match]) -> None:
@@ -133,8 +138,9 @@ def _rows_of_split(node: ir.Node, linear: Linear) -> dict[tuple[int, int], ir.Va
     if attribute(node, "axis") not in (-1, rank - 1 if rank else -1):
         return None
     given = node.inputs[1] if len(node.inputs) > 1 else None
-    if given is not None and given.const_value is not None:
-        sizes = [int(size) for size in given.const_value.numpy()]
+    known = ir.convenience.get_const_tensor(given) if given is not None else None
+    if known is not None:
+        sizes = [int(size) for size in known.numpy()]
     elif given is None and linear.out_features % len(node.outputs) == 0:
         sizes = [linear.out_features // len(node.outputs)] * len(node.outputs)
     else:
@@ -168,9 +174,7 @@ def _branch_over_parts(model: ir.Model, match: Match) -> None:
     split = _split(model, joined, [layer.out_features for layer in layers], match.module.name, joined.dtype)
     model.graph.insert_after(layers[-1].node, [join, split])
     for value, part in zip(outputs, split.outputs, strict=True):
-        for reader, index in list(value.uses()):
-            if reader is not join:
-                reader.replace_input_with(index, part)
+        _redirect(model, value, part, [join])
     _branch(model, match, layers[0].x, joined)
 
 

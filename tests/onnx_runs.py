@@ -44,7 +44,8 @@ def feeds(opened: Any, ids: Array = IDS) -> dict[str, Array]:
             made[value.name] = np.zeros_like(ids)
         elif value.name.startswith("past"):
             kind = np.float16 if "float16" in value.type else np.float32
-            made[value.name] = np.zeros((1, value.shape[1], 0, value.shape[3]), kind)
+            size = value.shape[3] if isinstance(value.shape[3], int) else 16  # every tiny model's head size
+            made[value.name] = np.zeros((1, value.shape[1], 0, size), kind)
         else:
             made[value.name] = np.ones_like(ids)
     return made

@@ -126,9 +126,15 @@ def graph(layers: dict[str, np.ndarray], bits: int = 0, **attributes: int) -> ir
             attrs = [ir.AttrInt64(key, number) for key, number in numbers.items()]
             node = ir.Node("com.microsoft", "MatMulNBits", [x, *values], attrs, name=name)
         node.outputs[0].name, node.outputs[0].type = f"{name}/out", ir.TensorType(ir.DataType.FLOAT)
+        node.outputs[0].shape = ir.Shape(["rows", len(array)])
         nodes.append(node)
     made = ir.Graph(
-        [x], [node.outputs[0] for node in nodes], nodes=nodes, initializers=initializers, opset_imports={"": 21}
+        [x],
+        [node.outputs[0] for node in nodes],
+        nodes=nodes,
+        initializers=initializers,
+        opset_imports={"": 21},
+        name="made",
     )
     return ir.Model(made, ir_version=10)
 
