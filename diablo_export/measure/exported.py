@@ -16,9 +16,10 @@ from diablo_export.checkpoint import Checkpoint
 from diablo_export.errors import InputError
 from diablo_export.measure.compare import Runner
 from diablo_export.measure.exported_base import rebuild
-from diablo_export.measure.onnx_runner import BLOCKS, OnnxRunner, cache_shape
+from diablo_export.measure.onnx_runner import OnnxRunner, cache_shape
 from diablo_export.measure.sources import is_branch, is_onnx
 from diablo_export.measure.torch_runner import TorchRunner
+from diablo_export.opschema import BLOCKS_SUFFIX
 from diablo_export.trainer.model import load_base
 
 
@@ -88,8 +89,8 @@ def _branch(
     swap = runtime.load_adapter(out / "adapters" / f"{name}.onnx_adapter")
     values = swap.values()
     # a classifier's head stays with the adapter off: only the blocks are switched, as in torch
-    head: dict[str, Array] = {key: value for key, value in values.items() if not key.endswith(BLOCKS)}
-    zeros = {key: np.zeros_like(value) for key, value in values.items() if key.endswith(BLOCKS)}
+    head: dict[str, Array] = {key: value for key, value in values.items() if not key.endswith(BLOCKS_SUFFIX)}
+    zeros = {key: np.zeros_like(value) for key, value in values.items() if key.endswith(BLOCKS_SUFFIX)}
     return (
         OnnxRunner(session, adapter=swap, cache_shape=shape),
         OnnxRunner(session, fixed=head, cache_shape=shape),

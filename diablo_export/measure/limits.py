@@ -78,7 +78,9 @@ _QUANTIZED: Mapping[str, float] = {
     "kl.ratio": 2.0,
     # the same doubled error, in first choices; the sampling noise of some thousand positions is 0.01
     "top1_agreement.drop": 0.05,
-    "decode.cache": 0.05,  # activations are rounded to int8 per row: a sum in another order can move a code
+    # activations are rounded to int8, and a sum in another order moves a code now and then: noise of the size of
+    # int8's own, 36 dB below the logits on a real model (0.016), five deviations at the largest entry, twice that
+    "decode.cache": 0.16,
     "accuracy.drop": 0.01,  # one point
 }
 _QUANTIZED_MERGE: Mapping[str, float] = {

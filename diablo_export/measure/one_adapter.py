@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from diablo_export import runtime
 from diablo_export.adapter import TASKS, Adapter
 from diablo_export.console import log, progress
 from diablo_export.errors import ExportError
@@ -130,6 +131,7 @@ def _environment(manifest: Mapping[str, Any], base: Path, name: str) -> dict[str
         "exported_with": manifest.get("versions"),
         "cpus": os.cpu_count(),
         "provider": None,
+        "kernels": str(runtime.find_library() or "") or None,
         "base": str(base),
         "adapter": name,
     }

@@ -20,11 +20,11 @@ from diablo_export import runtime
 from diablo_export.blockdiag import Array
 from diablo_export.errors import ExportError
 from diablo_export.measure.prompts import Ids
+from diablo_export.opschema import BLOCKS_SUFFIX
 
 if TYPE_CHECKING:
     import onnxruntime
 
-BLOCKS = ".diablo_blocks"
 _CACHE = re.compile(r"^(past|present)\D*(\d+)\.(key|value)$")  # past_key_values.3.key, present.3.key
 _DTYPES: dict[str, Any] = {
     "tensor(float)": np.float32,
@@ -91,7 +91,7 @@ class OnnxRunner:
         for value in self.session.get_inputs():
             if value.name in known:
                 feeds[value.name] = known[value.name][None].astype(_DTYPES[value.type])
-            elif value.name.endswith(BLOCKS):  # required blocks: empty ones are the base
+            elif value.name.endswith(BLOCKS_SUFFIX):  # required blocks: empty ones are the base
                 feeds[value.name] = np.zeros((0, 0, 0), _DTYPES[value.type])
             elif not _CACHE.match(value.name) and value.name not in self.fixed:
                 unknown.append(value.name)

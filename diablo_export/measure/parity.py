@@ -57,8 +57,8 @@ def parity(
     if steps < 1 or max_tokens < 1 or (samples is not None and samples < 1):
         raise InputError(f"--steps {steps}, --max-tokens {max_tokens}, --samples {samples}: each must be 1 or more")
     manifest = read_manifest(out)
-    base = sources.base_folder(manifest, model)
     folders = sources.adapter_folders(manifest, adapter)
+    base = sources.base_folder(manifest, model, folders)
     hashes = sources.hashes(out, manifest, base, folders)
     held = limits.defaults(sources.precision(out, manifest), branch=sources.is_branch(manifest)) | chosen
     from diablo_export.measure.one_adapter import measure, using_threads  # torch: only once the input is known good

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from diablo_export.adapter import file_sha256
+from diablo_export.adapter import Adapter, file_sha256
 from diablo_export.checkpoint import Checkpoint, resolve
 from diablo_export.errors import CheckpointError, InputError
 from diablo_export.manifest import MANIFEST, PARITY
@@ -14,23 +14,28 @@ from diablo_export.manifest import MANIFEST, PARITY
 _PRECISIONS = {"F32": "fp32", "F64": "fp32", "F16": "fp16", "BF16": "bf16"}
 
 
-def base_folder(manifest: Mapping[str, Any], model: str | Path | None) -> Path:
-    """The base model's folder: the given one, or the manifest's by path or by the name it was given.
+def base_folder(manifest: Mapping[str, Any], model: str | Path | None, adapters: Mapping[str, Path]) -> Path:
+    """The Hugging Face folder of the base: the given one, the manifest's, or what an adapter says it was trained on.
+
+    The manifest's is no Hugging Face folder where an ONNX model was exported; then the adapters are asked.
 
     Raises:
-        InputError: neither is to be had.
+        InputError: none of them is to be had.
     """
     if model is not None:
         return resolve(model)
     base = manifest.get("base") or {}
-    for candidate in (base.get("path"), base.get("id")):
-        if candidate:
-            try:
-                return resolve(candidate)
-            except CheckpointError:
-                continue
+    named = [base.get("path"), base.get("id"), *(Adapter.load(folder).base_model for folder in adapters.values())]
+    for candidate in filter(None, named):
+        try:
+            folder = resolve(candidate)
+        except CheckpointError:
+            continue
+        if (folder / "config.json").is_file() and any(folder.glob("*.safetensors")):
+            return folder
     raise InputError(
-        f"{MANIFEST}: its base model {base.get('id') or base.get('path')} is not to be had here; give it as --model"
+        f"{MANIFEST}: its base model {base.get('id') or base.get('path')} is not to be had here as a Hugging Face "
+        "folder; give it as --model"
     )
 
 
@@ -82,7 +87,9 @@ def hashes(out: Path, manifest: Mapping[str, Any], base: Path, adapters: Mapping
         if path.is_file() and path.relative_to(out).as_posix() not in (MANIFEST, PARITY)
     }
     base_announced: dict[str, str] = (manifest.get("base") or {}).get("sha256") or {}
-    base_found = _of(base, base_announced)
+    # an ONNX base is not the folder that torch loads
+    told = Path((manifest.get("base") or {}).get("path") or base)
+    base_found = _of(base if any((base / name).is_file() for name in base_announced) else told, base_announced)
     strange = [f"base:{name}" for name in _differing(base_announced, base_found)]
     adapter_found: dict[str, dict[str, str]] = {}
     for entry in manifest.get("adapters") or []:
