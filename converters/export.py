@@ -20,7 +20,7 @@ from diablo_export.converters.onnx_graph import Graph, build_graph
 from diablo_export.converters.onnx_head import feed_parameters
 from diablo_export.converters.onnx_match import Match, match
 from diablo_export.converters.onnx_nodes import MODEL
-from diablo_export.converters.sizes import onnx_bytes
+from diablo_export.converters.sizes import check_options, onnx_bytes
 from diablo_export.errors import AdapterError, InputError, MatchError
 from diablo_export.manifest import adapter_entry, write_manifest
 from diablo_export.output import check_output, new_folder
@@ -61,6 +61,7 @@ def export(
         OutputError: `output` exists, is not writable, or there is no room.
     """
     check_output(output, overwrite)
+    check_options(quantize, group_size, precision)
     adapters = load_adapters(adapter)
     task = _one_task(adapters)
     source = onnx_file.find(model) or _checkpoint(model, adapters)

@@ -9,7 +9,7 @@ from diablo_export.adapter import TASKS, Adapter
 from diablo_export.checkpoint import Checkpoint
 from diablo_export.converters import onnx_file
 from diablo_export.converters.base import hashing
-from diablo_export.converters.sizes import checkpoint_bytes, onnx_bytes
+from diablo_export.converters.sizes import check_options, checkpoint_bytes, onnx_bytes
 from diablo_export.errors import AdapterError, ExportError, InputError
 from diablo_export.manifest import adapter_entry, write_manifest
 from diablo_export.output import check_output, new_folder
@@ -49,6 +49,7 @@ def merge(
         OutputError: `output` exists, is not writable, or there is no room.
     """
     check_output(output, overwrite)
+    check_options(quantize, group_size, precision)
     chosen = _format(format, quantize, precision)
     given = Adapter.load(adapter)
     if given.task_type not in TASKS.values():

@@ -1,0 +1,274 @@
+from __future__ import annotations
+
+import dataclasses
+import errno
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from diablo_export.adapter import Adapter, file_sha256
+from diablo_export.blockdiag import add_to_weight
+from diablo_export.checkpoint import Checkpoint
+from diablo_export.converters.export import export
+from diablo_export.converters.merge import merge
+from diablo_export.errors import AdapterError, CheckpointError, ExportError, InputError, OutputError
+from diablo_export.manifest import read_manifest
+from tests import tiny
+from tests.onnx_runs import LOGITS, in_torch, runner
+
+Get = Callable[..., Path]
+
+
+def test_hugging_face_by_default(tiny_model: Get, tiny_adapter: Get, tmp_path: Path) -> None:
+    out = tmp_path / "merged"
+    manifest = merge(tiny_model("llama"), tiny_adapter("llama"), out)
+    np.testing.assert_allclose(in_torch(out), in_torch(tiny_model("llama"), tiny_adapter("llama")), rtol=0, atol=LOGITS)
+    adapter, base, merged = (
+        Adapter.load(tiny_adapter("llama")),
+        Checkpoint.open(tiny_model("llama")),
+        Checkpoint.open(out),
+    )
+    for name, info in base.tensors.items():
+        module = adapter.modules.get(name.removesuffix(".weight"))
+        before = info.read()
+        wanted = before if module is None else add_to_weight(before, module.blocks)
+        assert np.array_equal(merged.tensors[name].read(), wanted)
+    assert (manifest["format"], manifest["exporter"], manifest["task"]) == ("hf", "hf", "causal-lm")
+    assert manifest == read_manifest(out)
+
+
+def test_manifest(tiny_model: Get, tiny_adapter: Get, tmp_path: Path) -> None:
+    manifest = merge(tiny_model("llama"), tiny_adapter("llama"), tmp_path / "out", quantize="int4", group_size=16)
+    assert (manifest["command"], manifest["format"], manifest["quantize"], manifest["exporter"]) == (
+        "merge", "onnx", "int4", "genai",
+    )  # fmt: skip
+    for name, entry in manifest["files"].items():
+        assert entry["sha256"] == file_sha256(tmp_path / "out" / name)
+    assert {"model.onnx", "model.onnx.data", "genai_config.json", "tokenizer.json"} <= manifest["files"].keys()
+    weights = tiny_model("llama") / "model.safetensors"
+    assert manifest["base"]["sha256"] == {"model.safetensors": file_sha256(weights)}
+    assert manifest["adapters"][0]["sha256"].keys() == {"adapter_config.json", "adapter_model.safetensors"}
+    modules = {module["name"]: module for module in manifest["modules"]}
+    assert modules.keys() == Adapter.load(tiny_adapter("llama")).modules.keys()
+    for module in modules.values():
+        assert (module["action"], module["bits"], module["group_size"]) == ("merged", 4, 16)
+        assert module["why"] == "added to the weight, the sum then rounded to int4"
+
+
+@pytest.mark.parametrize("architecture", ["llama", "llama-tied", "qwen2", "phi3"])
+def test_onnx_float_is_the_tuned_model(architecture: str, tiny_model: Get, tiny_adapter: Get, tmp_path: Path) -> None:
+    manifest = merge(tiny_model(architecture), tiny_adapter(architecture), tmp_path / "out", format="onnx")
+    wanted = in_torch(tiny_model(architecture), tiny_adapter(architecture))
+    np.testing.assert_allclose(runner(tmp_path / "out/model.onnx")(), wanted, rtol=0, atol=LOGITS)
+    assert len(manifest["modules"]) == len(Adapter.load(tiny_adapter(architecture)).modules)
+
+
+def test_merge_and_branch_agree(tiny_model: Get, tiny_adapter: Get, exported: Get, tmp_path: Path) -> None:
+    merge(tiny_model("llama"), tiny_adapter("llama"), tmp_path / "out", format="onnx")
+    branch = runner(exported("llama") / "model.onnx")(exported("llama") / "adapters/a.onnx_adapter")
+    np.testing.assert_allclose(runner(tmp_path / "out/model.onnx")(), branch, rtol=0, atol=LOGITS)
+
+
+@pytest.mark.slow
+def test_a_classifier_with_its_head(tiny_model: Get, tiny_adapter: Get, tmp_path: Path) -> None:
+    merge(tiny_model("bert"), tiny_adapter("bert"), tmp_path / "out", format="onnx")
+    wanted = in_torch(tiny_model("bert"), tiny_adapter("bert"))
+    np.testing.assert_allclose(runner(tmp_path / "out/model.onnx")(), wanted, rtol=0, atol=LOGITS)
+
+
+# ------------------------------------------------------------------------------------------------------ bad input
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"quantize": "int4", "format": "hf"}, "--quantize int4 needs --format onnx, and --format hf needs"),
+        ({"format": "gguf"}, "format is 'gguf'; choose one of onnx, hf"),
+        ({"precision": "fp16"}, "--precision is for --format onnx"),
+        ({"quantize": "int5"}, "quantize is 'int5'; choose one of none, int8, int4"),
+        ({"quantize": "int4", "group_size": 100}, "groups of 100"),
+    ],
+)
+def test_options_that_do_not_fit(
+    options: dict[str, Any], message: str, tiny_model: Get, tiny_adapter: Get, tmp_path: Path
+) -> None:
+    with pytest.raises(InputError, match=message):
+        merge(tiny_model("llama"), tiny_adapter("llama"), tmp_path / "out", **options)
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("format", ["hf", "onnx"])
+def test_another_base(format: str, tiny_model: Get, tiny_adapter: Get, tmp_path: Path) -> None:
+    with pytest.raises(AdapterError, match=r"does not belong to the model[\s\S]*has other values"):
+        merge(tiny_model("llama-tied"), tiny_adapter("qwen2"), tmp_path / "out", format=format)
+    with pytest.raises(AdapterError, match=r"the model's weight is \[64, 96\], the adapter's is \[64, 128\]"):
+        wide = tiny.make_model("llama", tmp_path / "wide", intermediate_size=128)
+        merge(tiny_model("llama"), tiny.make_adapter(wide, tmp_path / "wide-adapter"), tmp_path / "out", format=format)
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_onnx_model_is_sent_elsewhere(genai_graph: Get, tiny_adapter: Get, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"model\.onnx: is an ONNX model.*give the Hugging Face folder.*export"):
+        merge(genai_graph("llama", "int4").parent, tiny_adapter("llama"), tmp_path / "out", quantize="int4")
+
+
+def test_modules_that_the_graph_loses(
+    tiny_model: Get, tiny_adapter: Get, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from diablo_export.converters import onnx_graph
+
+    build = onnx_graph.build_graph
+
+    def lossy(*arguments: Any, **options: Any) -> onnx_graph.Graph:
+        built = build(*arguments, **options)
+        kept = {name: entry for name, entry in built.modules.items() if "layers.1.mlp.up" not in name}
+        return dataclasses.replace(built, modules=kept)
+
+    monkeypatch.setattr(onnx_graph, "build_graph", lossy)
+    with pytest.raises(ExportError, match=r"no node for 1 adapted modules.*layers\.1\.mlp\.up_proj.*--format hf"):
+        merge(tiny_model("llama"), tiny_adapter("llama"), tmp_path / "out", quantize="int4")
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("format", ["hf", "onnx"])
+def test_truncated_weights(format: str, tiny_model: Get, tiny_adapter: Get, tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(tiny_model("llama"), model)
+    weights = model / "model.safetensors"
+    os.truncate(weights, weights.stat().st_size - 1000)
+    with pytest.raises(CheckpointError, match=r"model\.safetensors: cut short"):
+        merge(model, tiny_adapter("llama"), tmp_path / "out", format=format)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("format", ["hf", "onnx"])
+def test_no_room(
+    format: str, tiny_model: Get, tiny_adapter: Get, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    with pytest.raises(OutputError, match="will be written, 0 MB are free"):
+        merge(tiny_model("llama"), tiny_adapter("llama"), tmp_path / "out", format=format)
+
+
+def test_a_disk_that_fills_up(
+    tiny_model: Get, tiny_adapter: Get, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("diablo_export.converters.hf_merge.write_index", full)
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "old.txt").write_text("old")
+    with pytest.raises(OutputError, match=r"the disk is full .* nothing was left behind"):
+        merge(tiny_model("llama"), tiny_adapter("llama"), out, overwrite=True)
+    assert [path.name for path in tmp_path.rglob("*")] == ["out", "old.txt"]
+
+
+def test_a_really_full_disk(
+    tiny_model: Get, tiny_adapter: Get, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if (
+        os.geteuid()
+        or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=128k", "tmpfs", disk], check=False).returncode
+    ):
+        pytest.skip("a small file system can be mounted by root only")
+    try:
+        plenty = shutil.disk_usage(tmp_path)
+        monkeypatch.setattr(shutil, "disk_usage", lambda path: plenty)  # the estimate must not save it
+        for options in ({}, {"quantize": "int8"}):
+            with pytest.raises(OutputError, match="the disk is full"):
+                merge(tiny_model("llama"), tiny_adapter("llama"), disk / "out", **options)
+            assert not any(disk.iterdir())
+    finally:
+        subprocess.run(["umount", disk], check=True)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_unwritable(tiny_model: Get, tiny_adapter: Get, tmp_path: Path) -> None:
+    tmp_path.chmod(0o500)
+    try:
+        with pytest.raises(OutputError, match="not writable"):
+            merge(tiny_model("llama"), tiny_adapter("llama"), tmp_path / "out")
+    finally:
+        tmp_path.chmod(0o700)
+
+
+# ------------------------------------------------------------------------------------------------- killed, any time
+
+_VICTIM = """
+import sys
+from diablo_export.converters.{verb} import {verb}
+print("ready", flush=True)
+{verb}(*sys.argv[1:4], overwrite=True, **{options})
+print("done", flush=True)
+"""
+
+
+def victim(verb: str, options: dict[str, Any], *arguments: Path) -> subprocess.Popen[str]:
+    code = _VICTIM.format(verb=verb, options=options)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    return subprocess.Popen(
+        [sys.executable, "-c", code, *map(str, arguments)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env=environment,
+    )  # fmt: skip
+
+
+def state(out: Path) -> str:
+    """Old or new: everything that is there must be whole."""
+    if (out / "old.txt").exists():
+        assert [path.name for path in out.iterdir()] == ["old.txt"]
+        return "old"
+    for name, entry in read_manifest(out)["files"].items():
+        assert file_sha256(out / name) == entry["sha256"]
+    return "new"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(
+    ("verb", "options"), [("merge", {}), ("merge", {"quantize": "int4"}), ("export", {"quantize": "int4"})]
+)
+def test_killed_at_any_moment(
+    verb: str, options: dict[str, Any], how: signal.Signals, tiny_model: Get, tiny_adapter: Get, tmp_path: Path
+) -> None:
+    """The folder is the old one or the new one whole; a kill that can be caught leaves nothing beside it."""
+    random.seed(verb + str(how))
+    out = tmp_path / "out"
+    seen = set()
+    longest = 1.5
+    for _ in range(4):
+        shutil.rmtree(out, ignore_errors=True)
+        out.mkdir()
+        (out / "old.txt").write_text("old")
+        process = victim(verb, options, tiny_model("llama"), tiny_adapter("llama"), out)
+        assert process.stdout is not None and process.stdout.readline() == "ready\n"
+        started = time.monotonic()
+        try:
+            process.wait(random.uniform(0, longest))
+        except subprocess.TimeoutExpired:
+            process.send_signal(how)
+        finished = process.communicate()[0] == "done\n"
+        longest = min(longest, 1.2 * (time.monotonic() - started)) if finished else longest
+        seen.add(state(out))
+        assert not finished or state(out) == "new"
+        if how is signal.SIGINT:
+            assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    (merge if verb == "merge" else export)(
+        tiny_model("llama"), tiny_adapter("llama"), out, overwrite=True, **options
+    )  # what the dead left behind is cleared away, and does not stand in the way
+    assert state(out) == "new"
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
