@@ -1,0 +1,116 @@
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from click.testing import Result
+
+from tests.test_cli_export import refused, with_blocks
+
+Run = Callable[..., Result]
+Get = Callable[..., Path]
+
+
+def test_summary_names_folder_files_and_the_next_step(
+    run: Run, tiny_model: Get, tiny_adapter: Get, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    result = run(
+        "merge", "--model", tiny_model("llama"), "--adapter", tiny_adapter("llama"), "--quantize", "int4",
+        "--group-size", 16, "--output", out,
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    assert "14 modules merged from adapter" in result.stdout
+    assert "model.onnx.data" in result.stdout
+    assert f"next: diablo-export parity {out}" in result.stdout
+    manifest = json.loads((out / "diablo_export.json").read_text())
+    assert (manifest["options"]["group_size"], manifest["options"]["format"]) == (16, "onnx")
+
+
+def test_json_is_the_manifest(run: Run, tiny_model: Get, tiny_adapter: Get, tmp_path: Path) -> None:
+    result = run("merge", "-m", tiny_model("llama"), "-a", tiny_adapter("llama"), "-o", tmp_path / "out", "--json")
+    assert result.exit_code == 0, result.output
+    manifest = json.loads(result.stdout)
+    assert manifest == json.loads((tmp_path / "out/diablo_export.json").read_text())
+    assert manifest["format"] == "hf"
+
+
+def test_help_has_an_example_and_only_what_works(run: Run) -> None:
+    result = run("merge", "--help")
+    assert "Example:" in result.stdout
+    assert "--method" not in result.stdout
+    assert "--calibration" not in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--quantize", "int4", "--format", "hf"], "--quantize int4 needs --format onnx"),
+        (["--precision", "fp16"], "--precision is for --format onnx"),
+    ],
+)
+def test_options_that_do_not_fit(
+    options: list[str], message: str, run: Run, tiny_model: Get, tiny_adapter: Get, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    result = run("merge", "-m", tiny_model("llama"), "-a", tiny_adapter("llama"), "-o", out, *options)
+    assert message in refused(result, out)
+
+
+@pytest.mark.parametrize("options", [[], ["--quantize", "int8"]])
+def test_another_base(options: list[str], run: Run, tiny_model: Get, tiny_adapter: Get, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    result = run("merge", "-m", tiny_model("llama-tied"), "-a", tiny_adapter("qwen2"), "-o", out, *options)
+    message = refused(result, out)
+    assert f"does not belong to the model {tiny_model('llama-tied')}" in message
+    assert "other values" in message
+
+
+def test_missing_modules(run: Run, tiny_model: Get, tiny_adapter: Get, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    message = refused(run("merge", "-m", tiny_model("gpt2"), "-a", tiny_adapter("llama"), "-o", out), out)
+    assert "14 of 14 modules do not fit" in message
+
+
+def test_nan_blocks(run: Run, tiny_model: Get, tiny_adapter: Get, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    bad = with_blocks(tiny_adapter("llama"), tmp_path / "bad", lambda blocks: blocks * np.float32(np.nan))
+    assert "holds NaN or inf" in refused(run("merge", "-m", tiny_model("llama"), "-a", bad, "-o", out), out)
+
+
+def test_a_pickle_is_not_opened(run: Run, tiny_model: Get, tiny_adapter: Get, tmp_path: Path) -> None:
+    out, model = tmp_path / "out", tmp_path / "model"
+    shutil.copytree(tiny_model("llama"), model)
+    (model / "model.safetensors").rename(model / "pytorch_model.bin")
+    message = refused(run("merge", "-m", model, "-a", tiny_adapter("llama"), "-o", out), out)
+    assert "pytorch_model.bin, which are pickles and are not opened" in message
+
+
+def test_truncated_model(run: Run, tiny_model: Get, tiny_adapter: Get, tmp_path: Path) -> None:
+    out, model = tmp_path / "out", tmp_path / "model"
+    shutil.copytree(tiny_model("llama"), model)
+    os.truncate(model / "model.safetensors", 5000)
+    message = refused(run("merge", "-m", model, "-a", tiny_adapter("llama"), "-o", out), out)
+    assert "model.safetensors: cut short" in message
+
+
+def test_an_onnx_model_is_sent_elsewhere(run: Run, genai_graph: Get, tiny_adapter: Get, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    result = run("merge", "-m", genai_graph("llama", "int4"), "-a", tiny_adapter("llama"), "-o", out)
+    assert "give the Hugging Face folder that it was made from" in refused(result, out)
+
+
+def test_existing_output(run: Run, tiny_model: Get, tiny_adapter: Get, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/old.txt").write_text("old")
+    arguments = ("merge", "-m", tiny_model("llama"), "-a", tiny_adapter("llama"), "-o", tmp_path / "out")
+    result = run(*arguments)
+    assert result.exit_code == 2
+    assert "exists already" in result.stderr
+    assert run(*arguments, "--overwrite").exit_code == 0
+    assert not (tmp_path / "out/old.txt").exists()
