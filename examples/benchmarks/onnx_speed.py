@@ -1,0 +1,112 @@
+"""Time and memory to make an int4 ONNX model: this package beside onnxruntime-genai's own builder, in turns.
+
+    python examples/benchmarks/onnx_speed.py [--rounds 2] [--work DIR] [--quantize int4]
+
+The model is a random Qwen2.5-0.5B (real sizes, bf16, three shards, made on the spot, 1 GB); needs 4 GB of free disk.
+Each build is a process of its own: interpreter start and imports count, as they do for whoever types the command. Peak
+is the largest resident memory of that process.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+SIZES = {
+    "vocab_size": 151936,
+    "hidden_size": 896,
+    "intermediate_size": 4864,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 14,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 32768,
+    "rope_theta": 1_000_000.0,
+    "tie_word_embeddings": True,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+BUILD = """
+import sys
+from pathlib import Path
+from diablo_export.converters.onnx_graph import build_graph
+build_graph(sys.argv[1], Path(sys.argv[2]), quantize=sys.argv[3])
+"""
+
+
+def make_model(folder: Path) -> None:
+    """A random Qwen2.5-0.5B with a small tokenizer, in three shards."""
+    import torch
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+
+    torch.manual_seed(0)
+    Qwen2ForCausalLM(Qwen2Config(**SIZES)).to(torch.bfloat16).save_pretrained(folder, max_shard_size="400MB")
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel()
+    special = ["<pad>", "<s>", "</s>"]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(special_tokens=special, initial_alphabet=alphabet, show_progress=False)
+    tokenizer.train_from_iterator(["a few words"], trainer)
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>"
+    ).save_pretrained(folder)
+
+
+def measure(command: list[str]) -> tuple[float, float]:
+    """Seconds and peak resident megabytes of one process."""
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    start = time.perf_counter()
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    assert process.stderr is not None
+    said = process.stderr.read()
+    _, status, usage = os.wait4(process.pid, 0)
+    seconds = time.perf_counter() - start
+    process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        sys.exit(f"{' '.join(command)} failed:\n{said.decode()}")
+    return seconds, usage.ru_maxrss / (1e6 if sys.platform == "darwin" else 1e3)
+
+
+def main() -> None:
+    """Build in turns and print a line each."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--quantize", choices=["none", "int8", "int4"], default="int4")
+    parser.add_argument("--work", type=Path, help="keep the model here, to be used again")
+    options = parser.parse_args()
+    work = options.work or Path(tempfile.mkdtemp(prefix="onnx_speed-"))
+    model, output = work / "model", work / "output"
+    if not (model / "config.json").exists():
+        subprocess.run([sys.executable, __file__, "--make", str(model)], check=True)
+    precision = {"none": "fp32"}.get(options.quantize, options.quantize)
+    builder = [sys.executable, "-m", "onnxruntime_genai.models.builder", "-i", str(model), "-o", str(output)]
+    builder += ["-p", precision, "-e", "cpu", "-c", str(work / "cache")]
+    ours = [sys.executable, "-c", BUILD, str(model), str(output), options.quantize]
+    print(f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores; {options.quantize}")
+    try:
+        for _ in range(options.rounds):
+            for name, command in (("diablo-export", ours), ("genai builder", builder)):
+                shutil.rmtree(output, ignore_errors=True)
+                output.mkdir(parents=True)
+                seconds, peak = measure(command)
+                size = sum(path.stat().st_size for path in output.iterdir()) / 1e6
+                print(f"{name}: {seconds:6.1f} s, peak {peak:6.0f} MB, output {size:6.0f} MB", flush=True)
+    finally:
+        shutil.rmtree(output, ignore_errors=True)
+        if options.work is None:
+            shutil.rmtree(work, ignore_errors=True)
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--make"]:
+        make_model(Path(sys.argv[2]))
+    else:
+        main()
