@@ -159,6 +159,7 @@ def test_a_classifier_has_accuracy_in_place_of_perplexity_and_decode(
         parity(out, data=strange, **SMALL)
 
 
+@pytest.mark.slow  # another export by torch
 def test_a_classifier_s_branches_keep_each_adapter_s_own_head(
     tiny_model: Get, tiny_adapter: Get, tmp_path: Path
 ) -> None:

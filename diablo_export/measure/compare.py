@@ -147,4 +147,5 @@ def _divergence(wanted: Array, found: Array) -> list[int]:
     """The first step whose choice is another one than tuned's, and not a tie; empty when there is none."""
     rows = np.arange(len(wanted))
     gap = wanted.max(-1) - wanted[rows, found.argmax(-1)]
-    return [int(step) for step in np.flatnonzero(~(gap <= TIE))[:1]]
+    parted = (gap > TIE) | np.isnan(found).any(-1)
+    return [int(step) for step in np.flatnonzero(parted)[:1]]
