@@ -61,7 +61,7 @@ def train(
     max_steps: int | None = None,
     batch_size: int = 16,
     grad_accumulation: int = 1,
-    max_length: int = 512,
+    max_length: int | None = None,
     schedule: str = "linear",
     warmup_steps: int | None = None,
     weight_decay: float = 0.0,
@@ -91,7 +91,7 @@ def train(
         max_steps: steps of the optimizer in all.
         batch_size: items per batch; `grad_accumulation` batches make a step.
         grad_accumulation: batches per step.
-        max_length: tokens per item, or per packed piece of running text.
+        max_length: tokens per item, or per packed piece of running text; None: 512, or what the model takes when less.
         schedule: `linear` or `cosine` to zero, or `constant`, after `warmup_steps`.
         warmup_steps: steps in which the learning rate rises; None: a twentieth of all.
         weight_decay: of AdamW, on blocks and head: pulls the model towards its base.
@@ -120,13 +120,13 @@ def train(
 
     checkpoint = Checkpoint.open(model)
     examples = read_examples(data)
-    classes = _classes(examples, data, checkpoint) if task == "text-classification" else None
+    classes = _classes(examples, data, checkpoint, task)
     labels = None if classes is None else [str(name) for name in classes]
     torch.manual_seed(seed)
     network, tokenizer, fresh = load_with_fresh(
         model, task, dtype=_base_dtype(checkpoint, autocast), device=place, labels=labels
     )
-    _check_length(network, max_length)
+    max_length = _length(network, max_length)
     how = {"tokenizer": tokenizer, "max_length": max_length, "classes": classes}
     running = classes is None and examples[0].form == "text"
     items, held = hold_out(_encode(data, examples, **how), eval_fraction, seed, running)
@@ -147,7 +147,8 @@ def train(
     settings = {
         "task": task, "base": _digest(marks), "data": file_sha256(Path(data)), "num_blocks": num_blocks,
         "targets": list(marks), "lr": lr, "steps": steps, "batch_size": batch_size,
-        "grad_accumulation": grad_accumulation, "max_length": max_length, "schedule": schedule, "warmup_steps": warmup, "weight_decay": weight_decay,
+        "grad_accumulation": grad_accumulation, "max_length": max_length, "schedule": schedule,
+        "warmup_steps": warmup, "weight_decay": weight_decay,
         "clip": clip, "dtype": "bfloat16" if autocast else "float32", "labels": labels, "seed": seed,
         "eval_fraction": eval_fraction,
     }  # fmt: skip
@@ -212,8 +213,12 @@ def _base_name(model: str | Path) -> str:
     return str(Path(model).resolve()) if Path(model).is_dir() else str(model)
 
 
-def _classes(examples: list[Example], data: str | Path, checkpoint: Checkpoint) -> list[str | int]:
+def _classes(examples: list[Example], data: str | Path, checkpoint: Checkpoint, task: str) -> list[str | int] | None:
     """Class labels in class order: the base's own order, where it is a classifier of the same classes."""
+    if task != "text-classification":
+        if examples[0].label is not None:
+            raise DataError(f"{data}: has labels, which --task {task} does not learn; give --task text-classification")
+        return None
     classes = class_names(examples, data)
     own = list((checkpoint.config.get("id2label") or {}).values())
     return sorted(classes, key=own.index) if sorted(map(str, classes)) == sorted(own) else classes
@@ -225,10 +230,11 @@ def _base_dtype(checkpoint: Checkpoint, autocast: bool) -> str:
     return "bfloat16" if autocast and stored == {"BF16"} else "float32"
 
 
-def _check_length(network: Any, max_length: int) -> None:
-    limit = getattr(network.config, "max_position_embeddings", None)
-    if limit is not None and max_length > limit:
+def _length(network: Any, max_length: int | None) -> int:
+    limit = getattr(network.config, "max_position_embeddings", None) or math.inf
+    if max_length is not None and max_length > limit:
         raise InputError(f"--max-length is {max_length}, but the model has {limit} positions; give {limit} or less")
+    return max_length or int(min(limit, 512))
 
 
 def _encode(path: str | Path, examples: list[Example], **how: Any) -> list[Encoded]:

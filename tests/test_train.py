@@ -1,0 +1,349 @@
+"""The verb `train` from data file to adapter folder: every architecture, resuming to the same bits, refusals."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from diablo_export.adapter import Adapter
+from diablo_export.checkpoint import Checkpoint
+from diablo_export.errors import CheckpointError, DataError, InputError, OutputError
+from diablo_export.trainer import state
+from diablo_export.trainer.history import History
+from diablo_export.trainer.model import load_base, load_tuned
+from diablo_export.trainer.train import train
+from tests import tiny
+
+TEXT = "the cat sat on the mat and the dog sat on the log. "
+# two and a half epochs of 3 steps each, two batches per step, with warm-up, clipping and held-out text
+RUN: dict[str, Any] = {
+    "num_blocks": 4, "lr": 0.02, "max_steps": 8, "batch_size": 2, "grad_accumulation": 2, "max_length": 16,
+    "schedule": "cosine", "eval_fraction": 0.1, "eval_every": 3, "seed": 3,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("data")
+    lines = {
+        "text.jsonl": [{"text": TEXT * 12}],
+        "pairs.jsonl": [{"prompt": "the cat" * n, "completion": " sat on the mat"} for n in range(1, 7)],
+        "labels.jsonl": [{"text": f"the {'cat' if n % 2 else 'dog'} sat", "label": n % 2} for n in range(12)],
+        "words.jsonl": [{"text": f"the {a} sat", "label": a} for a in ("cat", "dog", "log")],
+        "other.jsonl": [{"text": "the mat", "label": 2}],
+        "same.jsonl": [{"text": "the mat", "label": 1}, {"text": "the log", "label": 1}],
+        "one.jsonl": [{"text": "the mat", "label": 1}, {"text": "the log"}],
+    }
+    for name, values in lines.items():
+        (path / name).write_text("".join(json.dumps(value) + "\n" for value in values))
+    return path
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tiny_model: Callable[[str], Path], folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """gpt2, which has dropout, trained by RUN."""
+    output = tmp_path_factory.mktemp("uninterrupted") / "adapter"
+    train(tiny_model("gpt2"), folder / "text.jsonl", output, **RUN)
+    return output
+
+
+def log_of(output: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (output / "training.jsonl").read_text().splitlines()]
+
+
+def untimed(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{key: value for key, value in record.items() if key != "seconds"} for record in records]
+
+
+def same_weights(first: Path, second: Path) -> bool:
+    return (first / "adapter_model.safetensors").read_bytes() == (second / "adapter_model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)
+def test_every_architecture_trains_and_loads(
+    architecture: str, tiny_model: Callable[[str], Path], folder: Path, tmp_path: Path
+) -> None:
+    classify = architecture == "bert"
+    base, output = tiny_model(architecture), tmp_path / "adapter"
+    done = train(
+        base, folder / ("labels.jsonl" if classify else "text.jsonl"), output, num_blocks=4, max_steps=2, lr=0.05,
+        batch_size=2, max_length=16, task="text-classification" if classify else "causal-lm",
+    )  # fmt: skip
+    adapter = Adapter.load(output)
+    assert (done.steps, done.parameters) == (2, adapter.parameters)
+    assert adapter.base_model == str(base) and adapter.num_blocks == 4
+    assert all(module.blocks.any() and module.fingerprint for module in adapter.modules.values())
+    adapter.check_base(Checkpoint.open(base))
+    tuned, tokenizer = load_tuned(base, adapter)
+    reference, _ = load_base(base, "text-classification" if classify else "causal-lm", labels=adapter.labels or None)
+    ids = torch.tensor([tokenizer("the cat sat")["input_ids"]])
+    with torch.no_grad():
+        assert (tuned(ids).logits - reference(ids).logits).abs().max() > 1e-3
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter"], "the run's own folder must be gone"
+
+
+def test_bfloat16_base_keeps_its_fingerprint(folder: Path, tmp_path: Path) -> None:
+    base = tiny.make_model("llama", tmp_path / "base")
+    load_base(base, "causal-lm", dtype="bfloat16")[0].save_pretrained(base)
+    for dtype in ("float32", "bfloat16"):
+        train(base, folder / "text.jsonl", tmp_path / dtype, num_blocks=4, max_steps=2, max_length=16, dtype=dtype)
+        adapter = Adapter.load(tmp_path / dtype)
+        adapter.check_base(Checkpoint.open(base))
+        assert {m.fingerprint.dtype for m in adapter.modules.values() if m.fingerprint} == {"BF16"}
+        assert {m.blocks.dtype for m in adapter.modules.values()} == {np.dtype(np.float32)}
+
+
+def test_training_learns_and_logs(tiny_model: Callable[[str], Path], folder: Path, tmp_path: Path) -> None:
+    done = train(tiny_model("llama"), folder / "text.jsonl", tmp_path / "adapter", **{**RUN, "max_steps": 30})
+    records = log_of(tmp_path / "adapter")
+    steps = [record for record in records if "loss" in record]
+    assert [record["step"] for record in steps] == list(range(1, 31))
+    assert set(steps[0]) == {"step", "loss", "lr", "grad_norm", "tokens", "seconds"}
+    assert [record["step"] for record in done.evaluations] == [*range(0, 31, 3)]
+    # from random weights to a sentence nearly by heart: noise between steps is a few hundredths
+    assert done.evaluations[-1]["eval_loss"] < done.evaluations[0]["eval_loss"] / 2
+    assert done.loss == steps[-1]["loss"]
+    picture = (tmp_path / "adapter" / "loss.png").read_bytes()
+    assert picture.startswith(b"\x89PNG") and len(picture) > 10_000
+
+
+def test_completions_are_learned_and_short_lines_left_out(
+    tiny_model: Callable[[str], Path], folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level("INFO", "diablo_export"):
+        train(tiny_model("llama"), folder / "pairs.jsonl", tmp_path / "a", num_blocks=4, max_length=10, epochs=2)
+    assert "pairs.jsonl: left out 2 of 6 lines, which have nothing to predict" in caplog.text
+    assert [record["step"] for record in log_of(tmp_path / "a")] == [1, 2]
+
+
+def test_classifier_saves_head_and_labels(tiny_model: Callable[[str], Path], folder: Path, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"task": "text-classification", "num_blocks": 4, "max_length": 16, "lr": 0.01}
+    done = train(tiny_model("bert"), folder / "words.jsonl", tmp_path / "words", max_steps=2, **options)
+    adapter = Adapter.load(done.output)
+    assert adapter.labels == ["cat", "dog", "log"] and adapter.modules_to_save == ["classifier"]
+    assert adapter.saved["classifier.weight"].shape == (3, 64) and adapter.task_type == "SEQ_CLS"
+    done = train(
+        tiny_model("llama"), folder / "labels.jsonl", tmp_path / "decoder", max_steps=30,
+        eval_data=folder / "labels.jsonl", eval_every=30, **options,
+    )  # fmt: skip
+    adapter = Adapter.load(done.output)
+    assert adapter.labels == ["0", "1"] and adapter.modules_to_save == ["score"]
+    assert done.evaluations[-1]["eval_accuracy"] == 1.0  # two sentences that differ in one word
+    tuned, tokenizer = load_tuned(tiny_model("llama"), adapter)
+    with torch.no_grad():
+        found = [
+            int(tuned(torch.tensor([tokenizer(f"the {w} sat")["input_ids"]])).logits.argmax()) for w in ("dog", "cat")
+        ]
+    assert found == [0, 1]
+
+
+def test_class_order_follows_a_base_that_knows_the_classes(folder: Path, tmp_path: Path) -> None:
+    names = {0: "log", 1: "cat", 2: "dog"}
+    base = tiny.make_model("bert", tmp_path / "base", id2label=names, label2id={v: k for k, v in names.items()})
+    train(
+        base,
+        folder / "words.jsonl",
+        tmp_path / "a",
+        task="text-classification",
+        num_blocks=4,
+        max_steps=1,
+        max_length=8,
+    )
+    assert Adapter.load(tmp_path / "a").labels == ["log", "cat", "dog"]
+
+
+def test_gradient_checkpointing_trains_to_the_same_adapter(
+    tiny_model: Callable[[str], Path], folder: Path, tmp_path: Path
+) -> None:
+    for on in (False, True):
+        train(tiny_model("llama"), folder / "text.jsonl", tmp_path / str(on), gradient_checkpointing=on, **RUN)
+    assert same_weights(tmp_path / "False", tmp_path / "True")
+
+
+# resuming
+
+
+@pytest.mark.parametrize("stop_after", [2, 4, 7])  # in the first epoch, in the second, before the last step
+def test_resumed_run_ends_in_the_same_bits(
+    stop_after: int, tiny_model: Callable[[str], Path], folder: Path, tmp_path: Path, uninterrupted: Path,
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    def add(self: History, **record: Any) -> None:
+        original(self, **record)
+        if record["step"] == stop_after and "loss" in record:
+            signal.raise_signal(signal.SIGINT)
+
+    original = History.add
+    output = tmp_path / "adapter"
+    with monkeypatch.context() as patch:
+        patch.setattr(History, "add", add)
+        with pytest.raises(KeyboardInterrupt):
+            train(tiny_model("gpt2"), folder / "text.jsonl", output, **RUN)
+    assert f"stopped after step {stop_after} of 8; to go on: the same command with --resume" in caplog.text
+    assert not output.exists() and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    train(tiny_model("gpt2"), folder / "text.jsonl", output, resume=True, **RUN)
+    assert same_weights(output, uninterrupted)
+    assert untimed(log_of(output)) == untimed(log_of(uninterrupted))
+
+
+def test_resume_without_a_checkpoint_starts_at_the_beginning(
+    tiny_model: Callable[[str], Path], folder: Path, tmp_path: Path, uninterrupted: Path
+) -> None:
+    train(tiny_model("gpt2"), folder / "text.jsonl", tmp_path / "a", resume=True, **RUN)
+    assert same_weights(tmp_path / "a", uninterrupted)
+    with pytest.raises(InputError, match="this run is finished already, there is nothing to resume"):
+        train(tiny_model("gpt2"), folder / "text.jsonl", tmp_path / "a", resume=True, **RUN)
+
+
+KILLED = """
+import os, signal, sys
+from diablo_export import output
+from diablo_export.trainer.train import train
+import tests.test_train as t
+calls = 0
+def die(name):
+    original = getattr(output, name)
+    def wrapped(*arguments):
+        global calls
+        calls += 1
+        if calls == int(sys.argv[3]):
+            os.kill(os.getpid(), signal.SIGKILL)
+        result = original(*arguments)
+        calls += 1
+        if calls == int(sys.argv[3]):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return result
+    setattr(output, name, wrapped)
+for name in ("_flush", "_move_into_place"):
+    die(name)
+train(sys.argv[1], sys.argv[2], sys.argv[4], resume=True, checkpoint_every=2, **t.RUN)
+"""
+
+
+@pytest.mark.slow
+def test_killed_run_resumes_to_the_same_bits(
+    tiny_model: Callable[[str], Path], folder: Path, tmp_path: Path, uninterrupted: Path
+) -> None:
+    output = tmp_path / "adapter"
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    # a folder is four moments: before and after its bytes are on the disk, before and after it is in place. Killed: in
+    # the first checkpoint, in the second, after the third, in the adapter folder
+    codes = []
+    for moment in (3, 6, 8, 2, 0):
+        command = [sys.executable, "-c", KILLED, tiny_model("gpt2"), folder / "text.jsonl", str(moment), output]
+        codes.append(subprocess.run(list(map(str, command)), env=environment, capture_output=True).returncode)
+        assert output.exists() == (moment == 0)
+    assert codes == [-signal.SIGKILL] * 4 + [0]
+    assert same_weights(output, uninterrupted)
+    assert untimed(log_of(output)) == untimed(log_of(uninterrupted))
+    assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
+
+
+def stopped(base: Path, data: Path, output: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Leave an unfinished run with a checkpoint after step 1."""
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(History, "add", lambda self, **record: signal.raise_signal(signal.SIGINT))
+        train(base, data, output, **{**RUN, "eval_fraction": 0})
+    return Path(f"{output}.training")
+
+
+def test_unfinished_run_is_not_lost_nor_mixed_up(
+    tiny_model: Callable[[str], Path], folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, data, output = tiny_model("llama"), folder / "text.jsonl", tmp_path / "adapter"
+    work = stopped(base, data, output, monkeypatch)
+    run = {**RUN, "eval_fraction": 0}
+    with pytest.raises(
+        OutputError, match=r"adapter.training: holds an unfinished run \(after step 1\); continue it with"
+    ):
+        train(base, data, output, **run)
+    with pytest.raises(InputError, match="started with other settings") as error:
+        train(base, data, output, resume=True, **{**run, "lr": 0.5, "seed": 4})
+    assert "lr was 0.02, now it is 0.5" in str(error.value) and "seed was 3, now it is 4" in str(error.value)
+    with pytest.raises(InputError, match=r"base was .*, now it is"):
+        train(tiny_model("qwen2"), data, output, resume=True, **run)
+    (work / "checkpoint" / state.TENSORS).write_bytes(b"short")
+    with pytest.raises(CheckpointError, match="not a whole safetensors file"):
+        train(base, data, output, resume=True, **run)
+    train(base, data, output, overwrite=True, **run)
+    assert output.exists() and not work.exists()
+
+
+# refusals
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"task": "ner"}, "--task is 'ner'; it must be one of causal-lm, text-classification"),
+        ({"lr": 0.0, "batch_size": 0}, "(?s)--lr is 0.0; it must be above 0.*--batch-size is 0; it must be at least 1"),
+        ({"lr": math.nan}, "--lr is nan"),
+        ({"eval_fraction": 1.0}, "--eval-fraction is 1.0; it must be at least 0 and below 1"),
+        ({"eval_data": "x", "eval_fraction": 0.1}, "both --eval-data and --eval-fraction"),
+        ({"dtype": "float16"}, "--dtype is 'float16'; it must be one of auto, float32, bfloat16"),
+        ({"schedule": "step"}, "--schedule is 'step'; it must be one of linear, cosine, constant"),
+        ({"max_length": 300}, "--max-length is 300, but the model has 256 positions"),
+        ({"num_blocks": 64}, "num_blocks is 64, which 4 of 10 target modules cannot be cut into"),
+        ({"target_modules": "wq"}, "target module 'wq' matches no linear layer"),
+        ({"eval_fraction": 0.9, "max_length": 250}, "leaves nothing to train on"),
+    ],
+)
+def test_bad_options(
+    options: dict[str, Any], message: str, tiny_model: Callable[[str], Path], folder: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(InputError, match=message):
+        train(tiny_model("llama"), folder / "text.jsonl", tmp_path / "a", **{"max_length": 16, **options})
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("data", "options", "message"),
+    [
+        ("text.jsonl", {"task": "text-classification"}, "line 1 has no label"),
+        ("same.jsonl", {"task": "text-classification"}, "all 2 lines have the label 1"),
+        ("one.jsonl", {"task": "text-classification"}, "1 of 2 lines have a label: line 1 has one"),
+        ("labels.jsonl", {"task": "text-classification", "eval_data": "other.jsonl"}, "other.jsonl: line 1 has the"),
+        ("labels.jsonl", {}, 'has labels, which --task causal-lm does not learn'),
+    ],
+)  # fmt: skip
+def test_bad_data(
+    data: str, options: dict[str, Any], message: str, tiny_model: Callable[[str], Path], folder: Path, tmp_path: Path
+) -> None:
+    if "eval_data" in options:
+        options = {**options, "eval_data": folder / options["eval_data"]}
+    with pytest.raises(DataError, match=message):
+        train(tiny_model("bert" if options else "llama"), folder / data, tmp_path / "a", num_blocks=4, **options)
+    assert not list(tmp_path.iterdir())
+
+
+def test_cuda_asked_for_and_absent(tiny_model: Callable[[str], Path], folder: Path, tmp_path: Path) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    with pytest.raises(InputError, match=r"--device is cuda, but torch .* finds no CUDA GPU here; use --device cpu"):
+        train(tiny_model("llama"), folder / "text.jsonl", tmp_path / "a", device="cuda")
+
+
+def test_existing_output_is_kept(tiny_model: Callable[[str], Path], folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "mine").write_text("mine")
+    with pytest.raises(OutputError, match="exists already; choose another --output, or give --overwrite"):
+        train(tiny_model("llama"), folder / "text.jsonl", tmp_path / "a", **RUN)
+    train(tiny_model("llama"), folder / "text.jsonl", tmp_path / "a", overwrite=True, **{**RUN, "max_steps": 1})
+    assert Adapter.load(tmp_path / "a").modules and not (tmp_path / "a" / "mine").exists()
+
+
+def test_divergence_stops_with_a_message(tiny_model: Callable[[str], Path], folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"at step 2 \(learning rate 1e\+30\): training diverged"):
+        train(tiny_model("llama"), folder / "text.jsonl", tmp_path / "a", **{**RUN, "lr": 1e30, "schedule": "constant"})
+    assert not list(tmp_path.iterdir()), "no checkpoint was written, so nothing is left"
