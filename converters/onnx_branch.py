@@ -20,6 +20,8 @@ from diablo_export.converters.onnx_match import Match
 from diablo_export.converters.onnx_nodes import MODULE
 from diablo_export.errors import ExportError
 
+_TAKE_A_BIAS = ("Gelu", "FastGelu", "Div", "Erf")  # the last two begin a Gelu written out
+
 
 def add_branches(model: ir.Model, matches: Mapping[str, Match]) -> None:
     """Give every matched module its branch, and the model the operator's function.
@@ -55,14 +57,23 @@ def blocks_dtype(match: Match) -> ir.DataType:
 def output(linear: Linear) -> ir.Value:
     """Where a branch joins: the node's output, or for MatMulNBits that of the bias behind it.
 
-    onnxruntime pulls a bias into MatMulNBits; a branch between the two would prevent that, and the
-    base would no longer be the same bit for bit. Float layers keep what follows them (bias with Gelu) together.
+    The place decides what onnxruntime can still fuse, and the base must fuse as it does without branches to stay the
+    same bit for bit: it pulls a bias into MatMulNBits, unless a Gelu or a LayerNormalization takes it first.
     """
     bias = _only_reader(linear.y)
     if linear.layout != "MatMulNBits" or bias is None or bias.op_type != "Add":
         return linear.y
     vectors = [v.const_value.shape.numpy() for v in bias.inputs if v is not None and v.const_value is not None]
-    return bias.outputs[0] if vectors == [(linear.out_features,)] else linear.y
+    return bias.outputs[0] if vectors == [(linear.out_features,)] and not _takes_bias(bias) else linear.y
+
+
+def _takes_bias(bias: ir.Node) -> bool:
+    """Whether what reads a biased output is fused with the bias."""
+    for reader in bias.outputs[0].consumers():
+        normed = _only_reader(reader.outputs[0]) if reader.op_type == "Add" else None  # a residual, then the norm
+        if reader.op_type in _TAKE_A_BIAS or (normed is not None and normed.op_type == "LayerNormalization"):
+            return True
+    return False
 
 
 def _only_reader(value: ir.Value) -> ir.Node | None:

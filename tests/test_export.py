@@ -57,17 +57,26 @@ def test_every_architecture(
     assert np.array_equal(run(), base), "nothing of an adapter may stay behind"
 
 
-@pytest.mark.parametrize("architecture", ["llama", "qwen2"])
-@pytest.mark.parametrize("quantize", ["int8", "int4"])
+@pytest.mark.parametrize(
+    ("architecture", "quantize", "name"),
+    [
+        ("llama", "int8", "model.layers.0.mlp.up_proj"),
+        ("llama", "int4", "model.layers.0.mlp.up_proj"),
+        ("qwen2", "int4", "model.layers.0.mlp.up_proj"),
+        # onnxruntime fuses a bias with MatMulNBits, with Gelu or with LayerNormalization: a branch must hinder none
+        pytest.param("bert", "int4", "bert.encoder.layer.0.output.dense", marks=pytest.mark.slow),
+        pytest.param("gpt2", "int4", "transformer.h.0.mlp.c_fc", marks=pytest.mark.slow),
+    ],
+)
 def test_quantized_base_with_float_blocks(
-    architecture: str, quantize: str, exported: Get, tiny_adapter: Get, tmp_path: Path
+    architecture: str, quantize: str, name: str, exported: Get, tmp_path: Path
 ) -> None:
     folder = exported(architecture, quantize)
     run = runner(folder / "model.onnx")
     base = run()
     assert np.array_equal(base, runner(plain(folder, tmp_path))())
-    assert np.abs(run(folder / "adapters/a.onnx_adapter") - base).max() > 1
-    module = next(m for m in read_manifest(folder)["modules"] if m["name"] == "model.layers.0.mlp.up_proj")
+    assert np.abs(run(folder / "adapters/a.onnx_adapter") - base).max() > 0.5
+    module = next(m for m in read_manifest(folder)["modules"] if m["name"] == name)
     assert (module["layout"], module["bits"], module["group_size"]) == ("MatMulNBits", int(quantize[3:]), 32)
 
 
