@@ -13,13 +13,20 @@
 namespace {
 
 // Many rows: 64 KiB of a block, in any second-level cache, is used by all rows before the next is touched.
-constexpr int64_t kColumns = 64, kDepth = 256;
-// One tile of rows: a block is read once. A wide one is read 8 whole rows at a time, long runs that the prefetcher
-// follows, while the sums (at most 1024 columns) wait in the first-level cache.
-constexpr int64_t kLongColumns = 1024, kLongDepth = 8;
+constexpr int64_t kColumns = 128, kDepth = 128;
+// Few rows: reading the block is what takes time, so it is read in long runs that the prefetcher follows; the sums wait
+// in the first-level cache. A block that one tile of rows reads once needs no copy, and less depth to spread over.
+constexpr int64_t kFewRows = 32, kLongColumns = 1024, kLongDepth = 16, kOnceDepth = 8;
 // 16-bit outputs: the sums of so many rows wait in float32 until their last panel, to be rounded once.
 constexpr int64_t kSumRows = 96;
-static_assert(kLongColumns * kLongDepth <= kColumns * kDepth && kMostRows * kLongColumns <= 2 * kSumRows * kColumns);
+static_assert(kLongColumns * kLongDepth <= kColumns * kDepth && kMostRows * kLongColumns <= kSumRows * kColumns);
+
+// On the stack of the thread that runs a piece, and taken once: a compiler may touch every page of it at each call.
+struct Scratch {
+  alignas(64) float d[kColumns * kDepth];
+  alignas(64) float x[kMostRows * kDepth];
+  alignas(64) float y[kSumRows * kColumns];
+};
 
 template <class T>
 struct Matrix {
@@ -45,6 +52,7 @@ void narrow_rows(Matrix<const float> from, int64_t rows, int64_t columns, Matrix
 template <class Simd>
 int64_t even_rows(int64_t rows, int64_t columns) {
   const int64_t most = rows_beside<Simd>(columns <= Simd::width ? 1 : Simd::tile_vectors);
+  if (rows <= most) return rows;
   const int64_t tiles = (rows + most - 1) / most;
   return (rows + tiles - 1) / tiles;
 }
@@ -52,45 +60,43 @@ int64_t even_rows(int64_t rows, int64_t columns) {
 // y = y0 + x · scale · d, with x (rows, depth), d (depth, columns), y0 and y (rows, columns); depth > 0.
 template <class Simd, class T, class B>
 void multiply_block(Matrix<const T> x, Matrix<const B> d, float scale, Matrix<const T> y0, Matrix<T> y, int64_t rows,
-                    int64_t depth, int64_t columns) {
+                    int64_t depth, int64_t columns, Scratch& scratch) {
   constexpr bool kWideRows = std::is_same<T, float>::value, kWideBlocks = std::is_same<B, float>::value;
-  alignas(64) float d_space[kColumns * kDepth];
-  alignas(64) float x_space[kMostRows * kDepth];
-  alignas(64) float y_space[2 * kSumRows * kColumns];
   const int64_t tile_rows = even_rows<Simd>(rows, columns);
   const bool once = tile_rows == rows;  // each element of the block is used by one tile alone
-  const bool runs = once && columns > kColumns;
-  const int64_t panel_columns = runs ? kLongColumns : kColumns, panel_depth = runs ? kLongDepth : kDepth;
+  const bool few = columns > kColumns && (once || (kWideRows && rows <= kFewRows));
+  const int64_t panel_columns = few ? kLongColumns : kColumns;
+  const int64_t panel_depth = !few ? kDepth : once ? kOnceDepth : kLongDepth;
   const bool in_place = kWideBlocks && (once || columns <= kColumns);
 
   for (int64_t c = 0; c < columns; c += panel_columns) {
     const int64_t width = smaller(panel_columns, columns - c);
-    const Matrix<float> sums{y_space, width};
+    const Matrix<float> sums{scratch.y, width};
     if constexpr (!kWideRows) widen_rows<Simd>(y0.from(0, c), rows, width, 1.0f, sums);
 
     for (int64_t k = 0; k < depth; k += panel_depth) {
       const int64_t height = smaller(panel_depth, depth - k);
-      Matrix<const float> panel{d_space, width};
+      Matrix<const float> panel{scratch.d, width};
       if constexpr (kWideBlocks) {
         if (in_place) panel = d.from(k, c);
       }
-      if (!in_place) widen_rows<Simd>(d.from(k, c), height, width, scale, Matrix<float>{d_space, width});
+      if (!in_place) widen_rows<Simd>(d.from(k, c), height, width, scale, Matrix<float>{scratch.d, width});
 
       for (int64_t r = 0; r < rows; r += tile_rows) {
         const int64_t taken = smaller(tile_rows, rows - r);
-        Tile tile{height, x_space, kDepth, panel.data, panel.stride, nullptr, nullptr, 0};
+        Tile tile{height, scratch.x, kDepth, panel.data, panel.stride, nullptr, nullptr, 0};
         if constexpr (kWideRows) {
           const Matrix<const T> before = k == 0 ? y0 : Matrix<const T>{y.data, y.stride};
           tile.x = x.from(r, k).data, tile.x_stride = x.stride;
           tile.y0 = before.from(r, c).data, tile.y = y.from(r, c).data, tile.y_stride = y.stride;
         } else {
-          widen_rows<Simd>(x.from(r, k), taken, height, 1.0f, Matrix<float>{x_space, kDepth});
+          widen_rows<Simd>(x.from(r, k), taken, height, 1.0f, Matrix<float>{scratch.x, kDepth});
           tile.y0 = tile.y = sums.from(r, 0).data, tile.y_stride = width;
         }
         multiply_rows<Simd>(tile, static_cast<int>(taken), width);
       }
     }
-    if constexpr (!kWideRows) narrow_rows<Simd>(Matrix<const float>{y_space, width}, rows, width, y.from(0, c));
+    if constexpr (!kWideRows) narrow_rows<Simd>(Matrix<const float>{scratch.y, width}, rows, width, y.from(0, c));
   }
 }
 
@@ -108,6 +114,7 @@ void run_piece(const diablo::Job& job, const diablo::Piece& piece) {
   const Matrix<T> y{static_cast<T*>(job.y), s.y_stride};
   const Matrix<const B> blocks{static_cast<const B*>(job.blocks), s.block_size_out};
   const int64_t step = std::is_same<T, float>::value ? piece.end_row - piece.first_row : kSumRows;
+  Scratch scratch;
 
   for (int64_t block = piece.first_block; block < piece.end_block; ++block) {
     const int64_t input = block * s.block_size_in, output = block * s.block_size_out;
@@ -121,7 +128,7 @@ void run_piece(const diablo::Job& job, const diablo::Piece& piece) {
         copy_rows(y0.from(r, output), rows, columns, y.from(r, output));
       } else {
         multiply_block<Simd>(x.from(r, input), blocks.from(block * s.block_size_in, 0), scale, y0.from(r, output),
-                             y.from(r, output), rows, depth, columns);
+                             y.from(r, output), rows, depth, columns, scratch);
       }
     }
   }

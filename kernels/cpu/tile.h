@@ -36,12 +36,16 @@ void multiply_tile(const Tile& tile, int last) {
   using Vector = typename Simd::Vector;
   constexpr int kLast = Vectors - 1;
   const typename Simd::Lanes lanes = Simd::lanes(last);
+  const int64_t x_stride = tile.x_stride, d_stride = tile.d_stride, y_stride = tile.y_stride;
+  // Every loop over sums is unrolled: one that is not would keep them in memory.
   Vector sums[Rows][Vectors];
-  for (auto& row : sums)
-    for (auto& sum : row) sum = Simd::zero();
+#pragma GCC unroll 12
+  for (int r = 0; r < Rows; ++r)
+#pragma GCC unroll 8
+    for (int v = 0; v < Vectors; ++v) sums[r][v] = Simd::zero();
 
   const float *x = tile.x, *d = tile.d;
-  for (int64_t k = 0; k < tile.depth; ++k, ++x, d += tile.d_stride) {
+  for (int64_t left = tile.depth; left > 0; --left, ++x, d += d_stride) {
     Vector columns[Vectors];
 #pragma GCC unroll 8
     for (int v = 0; v < Vectors; ++v) {
@@ -50,21 +54,22 @@ void multiply_tile(const Tile& tile, int last) {
     }
 #pragma GCC unroll 12
     for (int r = 0; r < Rows; ++r) {
-      const Vector input = Simd::broadcast(x + r * tile.x_stride);
+      const Vector input = Simd::broadcast(x + r * x_stride);
 #pragma GCC unroll 8
       for (int v = 0; v < Vectors; ++v) sums[r][v] = Simd::fma(input, columns[v], sums[r][v]);
     }
   }
+  const float* from = tile.y0;
+  float* to = tile.y;
 #pragma GCC unroll 12
-  for (int r = 0; r < Rows; ++r) {
-    const float* from = tile.y0 + r * tile.y_stride;
-    float* to = tile.y + r * tile.y_stride;
+  for (int r = 0; r < Rows; ++r, from += y_stride, to += y_stride) {
 #pragma GCC unroll 8
-    for (int v = 0; v < Vectors; ++v, from += Simd::width, to += Simd::width) {
+    for (int v = 0; v < Vectors; ++v) {
+      const int at = v * Simd::width;
       if (Ragged && v == kLast) {
-        Simd::store(to, Simd::add(Simd::load(from, lanes), sums[r][v]), lanes);
+        Simd::store(to + at, Simd::add(Simd::load(from + at, lanes), sums[r][v]), lanes);
       } else {
-        Simd::store(to, Simd::add(Simd::load(from), sums[r][v]));
+        Simd::store(to + at, Simd::add(Simd::load(from + at), sums[r][v]));
       }
     }
   }
