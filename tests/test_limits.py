@@ -48,6 +48,13 @@ def test_figures_without_a_limit_and_limits_without_a_figure_are_no_checks() -> 
     assert limits.check({"kl.mean": 1.0}, {"kl.max": 1.0}) == []
 
 
+def test_shares_of_few_positions_get_two_standard_errors() -> None:
+    assert limits.widened({"accuracy.drop": 0.01, "kl.ratio": 2.0}, {"accuracy.drop": 0.02}) == pytest.approx({
+        "accuracy.drop": 0.05,
+        "kl.ratio": 2.0,
+    })
+
+
 def test_parse() -> None:
     assert limits.parse(["kl.mean=0.5", "kl.mean=0.25", "files=1"]) == {"kl.mean": 0.25, "files": 1.0}
 

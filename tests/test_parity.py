@@ -99,6 +99,10 @@ def test_a_quantized_merge_is_judged_by_survival(int8_merge: Path) -> None:
     held = exports.checks(report)
     assert {"adapter.survival_gain", "kl.ratio", "top1_agreement.drop"} <= set(held)
     assert "logits.max_abs" not in held
+    limit = {check["name"]: check["limit"] for check in report["checks"]}["top1_agreement.drop"]
+    assert 0.05 < limit < 0.25  # a hundred positions say little about a share
+    asked = parity(int8_merge, limit={"top1_agreement.drop": 0.3}, **SMALL)
+    assert {check["name"]: check["limit"] for check in asked["checks"]}["top1_agreement.drop"] == 0.3
     # 8-bit codes lose under a hundredth; and something must be lost, or the base was not rebuilt in int8
     assert 0.98 < report["adapter"]["survival_gain"] < 1.02
     assert report["logits"]["max_abs"] > 1e-4

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -40,6 +41,7 @@ class Measured:
         classifier: whether the model is one.
         figures: everything that can be limited, by the names of `limits.FIGURES`.
         parts: the report's logits, kl, top1_agreement, perplexity, decode, accuracy and adapter.
+        errors: standard errors of figures that are differences of shares.
         environment: the report's environment.
     """
 
@@ -48,6 +50,7 @@ class Measured:
     environment: dict[str, Any]
     figures: dict[str, float] = field(default_factory=dict)
     parts: dict[str, Any] = field(default_factory=dict)
+    errors: dict[str, float] = field(default_factory=dict)
 
 
 def measure(
@@ -98,7 +101,7 @@ def measure(
         _add_adapter(found, sums, exported, items[0])
         if found.classifier:
             labels = adapter.labels or range(tuned.prefill(items[0].ids).shape[-1])
-            _add_accuracy(found, compare.accuracy(choices, items, list(labels)))
+            _add_accuracy(found, compare.accuracy(choices, items, list(labels)), choices)
         elif exported.decodes:
             prompts = compare.decoding_prompts(items, tokenizer.eos_token_id, context_length(model), steps)
             _add_decode(found, compare.decode(tuned, exported.on, prompts, steps))
@@ -144,6 +147,8 @@ def _add_logits(found: Measured, sums: Comparison) -> None:
     found.figures |= {f"kl.{key}": value for key, value in kl.items()}
     found.figures["top1_agreement"] = sums.agreement
     found.figures["top1_agreement.drop"] = sums.base_agreement - sums.agreement
+    shares = (sums.agreement, sums.base_agreement)
+    found.errors["top1_agreement.drop"] = math.sqrt(sum(p * (1 - p) for p in shares) / sums.positions)
     found.figures["kl.ratio"] = kl["mean"] / sums.base_kl if sums.base_kl > 0 else np.inf if kl["mean"] else 0.0
     if not found.classifier:
         found.parts["perplexity"] = perplexity
@@ -167,9 +172,12 @@ def _add_adapter(found: Measured, sums: Comparison, exported: Exported, sample: 
             log.warning("%s differs from the base also where no block reaches", module)
 
 
-def _add_accuracy(found: Measured, accuracy: dict[str, float] | None) -> None:
+def _add_accuracy(found: Measured, accuracy: dict[str, float] | None, choices: dict[str, list[int]]) -> None:
     found.parts["accuracy"] = accuracy
     if accuracy:
+        other = sum(a != b for a, b in zip(choices["tuned"], choices["exported"], strict=True))
+        # only where the two differ can one be right and the other not: each such sample counts ±1
+        found.errors["accuracy.drop"] = math.sqrt(other) / len(choices["tuned"])
         found.figures["accuracy.drop"] = accuracy["tuned"] - accuracy["exported"]
 
 

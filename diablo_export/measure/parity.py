@@ -60,16 +60,16 @@ def parity(
     folders = sources.adapter_folders(manifest, adapter)
     base = sources.base_folder(manifest, model, folders)
     hashes = sources.hashes(out, manifest, base, folders)
-    held = limits.defaults(sources.precision(out, manifest), branch=sources.is_branch(manifest)) | chosen
+    defaults = limits.defaults(sources.precision(out, manifest), branch=sources.is_branch(manifest))
     from diablo_export.measure.one_adapter import measure, using_threads  # torch: only once the input is known good
 
-    counts = {"files": float(len(hashes["changed"])), "sources": float(len(hashes["sources_changed"]))}
+    counts: dict[str, float] = {"files": len(hashes["changed"]), "sources": len(hashes["sources_changed"])}
     bounds: dict[str, Any] = {"data": data, "samples": samples, "max_tokens": max_tokens, "seed": seed}
     measured = []
     with using_threads(threads):
         for name, folder in folders.items():
             measured.append(measure(out, manifest, base, name, folder, steps=steps, threads=threads, **bounds))
-    result = _report(measured, counts, held, set(chosen), hashes)
+    result = _report(measured, counts, defaults, chosen, hashes)
     for file in (out / PARITY, json):
         if file is not None:
             report.write_json(result, Path(file))
@@ -81,8 +81,8 @@ def parity(
 def _report(
     measured: list[Measured],
     counts: dict[str, float],
-    held: Mapping[str, float],
-    asked: set[str],
+    defaults: Mapping[str, float],
+    chosen: Mapping[str, float],
     hashes: dict[str, Any],
 ) -> dict[str, Any]:
     """One report of all adapters: the checks of each, and the figures of the one that does worst.
@@ -94,9 +94,10 @@ def _report(
     ranks: list[tuple[int, float]] = []  # failed checks, then mean KL
     for one in measured:
         figures = counts | one.figures
-        absent = sorted(asked - set(figures))
+        absent = sorted(set(chosen) - set(figures))
         if absent and figures["runs"]:
             raise InputError(f"--limit {absent[0]}: not measured here; there are: {', '.join(sorted(figures))}")
+        held = {**limits.widened(defaults, one.errors), **chosen}
         found = limits.check(figures, held, f"@{one.name}" if len(measured) > 1 else "")
         checks += found
         ranks.append((sum(not check["pass"] for check in found), figures.get("kl.mean", 0.0)))
