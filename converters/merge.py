@@ -9,10 +9,12 @@ from diablo_export.adapter import TASKS, Adapter
 from diablo_export.checkpoint import Checkpoint
 from diablo_export.converters import onnx_file
 from diablo_export.converters.base import hashing
+from diablo_export.converters.onnx_nodes import MODEL
 from diablo_export.converters.sizes import check_options, checkpoint_bytes, onnx_bytes
 from diablo_export.errors import AdapterError, ExportError, InputError
 from diablo_export.manifest import adapter_entry, write_manifest
 from diablo_export.output import check_output, new_folder
+from diablo_export.runtime import session
 
 FORMATS = ("onnx", "hf")
 
@@ -31,7 +33,8 @@ def merge(
     """Write `model` with the adapter merged into its weights.
 
     Args:
-        model: Hugging Face folder or id.
+        model: Hugging Face folder or id, or an ONNX file or folder, float or quantized (MatMulNBits): of that
+            only the weights that a block meets change, or the groups of weights.
         adapter: adapter folder.
         output: the folder to write.
         quantize: none, int8 or int4, of every linear layer; only ONNX holds quantized weights.
@@ -44,7 +47,7 @@ def merge(
         The manifest.
 
     Raises:
-        AdapterError: an adapter that cannot be read, or belongs to another base.
+        AdapterError: an adapter that cannot be read, or belongs to another base; MatchError likewise, for ONNX.
         ExportError: a model that no road to ONNX can take. InputError: options that do not go together.
         OutputError: `output` exists, is not writable, or there is no room.
     """
@@ -54,25 +57,26 @@ def merge(
     given = Adapter.load(adapter)
     if given.task_type not in TASKS.values():
         raise AdapterError(f"{adapter}: task_type is {given.task_type!r}; known are {', '.join(TASKS.values())}")
-    if (source := onnx_file.find(model)) is not None:
-        raise InputError(
-            f"{source.file}: is an ONNX model, and blocks are merged into Hugging Face weights only; give the Hugging "
-            "Face folder that it was made from (--quantize int4 merges and quantizes in one step), or keep the blocks "
-            "as a branch of this very file: diablo-export export"
-        )
-    checkpoint = Checkpoint.open(model)
-    onnx = chosen == "onnx"
-    needs = onnx_bytes(checkpoint, quantize, group_size, precision) if onnx else checkpoint_bytes(checkpoint)
+    source = onnx_file.find(model) or Checkpoint.open(model)
+    if isinstance(source, onnx_file.OnnxModel):
+        onnx_file.refuse_adapted(source)
+        chosen, needs = _as_it_is(source, format, quantize, precision), source.size
+    elif chosen == "onnx":
+        needs = onnx_bytes(source, quantize, group_size, precision)
+    else:
+        needs = checkpoint_bytes(source)
     said: dict[str, Any] = {"model": str(model), "adapter": str(adapter), "quantize": quantize, "format": chosen}
     said |= {"group_size": group_size, "precision": precision}
-    with new_folder(output, overwrite, needs) as folder, hashing(model, checkpoint.folder, checkpoint.files) as base:
-        if onnx:
-            given.check_base(checkpoint)
+    with new_folder(output, overwrite, needs) as folder, hashing(model, source.folder, source.files) as base:
+        if isinstance(source, onnx_file.OnnxModel):
+            modules, more = _into_onnx(source, given, folder)
+        elif chosen == "onnx":
+            given.check_base(source)
             modules, more = _to_onnx(model, given, folder, quantize, group_size, precision)
         else:
             modules, more = _to_hf(model, given, folder)
-        more |= {"task": _task(given), "format": chosen, "quantize": quantize, "precision": precision}
         hashes = more.pop("hashes")
+        more = {"task": _task(given), "format": chosen, "quantize": quantize, "precision": precision} | more
         entries = [adapter_entry(Path(adapter).resolve().name, given)]
         return write_manifest(folder, "merge", said, base(), entries, modules, hashes, **more)
 
@@ -90,6 +94,35 @@ def _format(format: str | None, quantize: str, precision: str) -> str:
     if chosen == "hf" and precision != "fp32":
         raise InputError("--precision is for --format onnx; a Hugging Face checkpoint keeps the dtypes that it has")
     return chosen
+
+
+def _as_it_is(source: onnx_file.OnnxModel, format: str | None, quantize: str, precision: str) -> str:
+    """An ONNX model stays the ONNX model that it is."""
+    if format == "hf" or (quantize, precision) != ("none", "fp32"):
+        raise InputError(
+            f"{source.file}: is ONNX already and keeps its weights' types; leave out --quantize, --precision and "
+            "--format hf, or give the Hugging Face folder that it was made from"
+        )
+    return "onnx"
+
+
+def _into_onnx(
+    source: onnx_file.OnnxModel, adapter: Adapter, folder: Path
+) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Merge into a copy of an ONNX model; the modules' entries, and the rest of the manifest."""
+    from diablo_export.converters.onnx_merge import onnx_merge
+
+    onnx_file.copy(source, folder)
+    modules = onnx_merge(folder / MODEL, adapter)
+    session(folder / MODEL)  # a graph that the runtime refuses is no merge
+    bits = sorted({part["bits"] for one in modules for part in one.get("parts", [one]) if "bits" in part})
+    reason = f"{source.file.name} is an ONNX model already"
+    return modules, {
+        "hashes": {},
+        "exporter": "given",
+        "reason": reason,
+        "quantize": f"int{bits[0]}" if bits else "none",
+    }
 
 
 def _to_hf(model: str | Path, adapter: Adapter, folder: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:

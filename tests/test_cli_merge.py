@@ -99,10 +99,13 @@ def test_truncated_model(run: Run, tiny_model: Get, tiny_adapter: Get, tmp_path:
     assert "model.safetensors: cut short" in message
 
 
-def test_an_onnx_model_is_sent_elsewhere(run: Run, genai_graph: Get, tiny_adapter: Get, tmp_path: Path) -> None:
+def test_an_onnx_model_stays_one(run: Run, genai_graph: Get, tiny_adapter: Get, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    result = run("merge", "-m", genai_graph("llama", "int4"), "-a", tiny_adapter("llama"), "-o", out)
-    assert "give the Hugging Face folder that it was made from" in refused(result, out)
+    arguments = ("merge", "-m", genai_graph("llama", "int4").parent, "-a", tiny_adapter("llama"), "-o", out)
+    assert "is ONNX already and keeps its weights' types" in refused(run(*arguments, "--quantize", "int8"), out)
+    result = run(*arguments)
+    assert result.exit_code == 0, result.output
+    assert "made by: given (model.onnx is an ONNX model already)" in result.stdout
 
 
 def test_existing_output(run: Run, tiny_model: Get, tiny_adapter: Get, tmp_path: Path) -> None:

@@ -117,9 +117,12 @@ def test_another_base(format: str, tiny_model: Get, tiny_adapter: Get, tmp_path:
     assert not (tmp_path / "out").exists()
 
 
-def test_an_onnx_model_is_sent_elsewhere(genai_graph: Get, tiny_adapter: Get, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"model\.onnx: is an ONNX model.*give the Hugging Face folder.*export"):
-        merge(genai_graph("llama", "int4").parent, tiny_adapter("llama"), tmp_path / "out", quantize="int4")
+@pytest.mark.parametrize("options", [{"quantize": "int4"}, {"precision": "fp16", "format": "onnx"}, {"format": "hf"}])
+def test_an_onnx_model_is_not_converted(
+    options: dict[str, Any], genai_graph: Get, tiny_adapter: Get, tmp_path: Path
+) -> None:
+    with pytest.raises(InputError, match=r"model\.onnx: is ONNX already and keeps its weights' types"):
+        merge(genai_graph("llama", "int4").parent, tiny_adapter("llama"), tmp_path / "out", **options)
 
 
 def test_modules_that_the_graph_loses(
