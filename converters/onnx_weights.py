@@ -20,7 +20,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from diablo_export.blockdiag import Array, add_to_weight
-from diablo_export.checkpoint import TensorInfo
+from diablo_export.checkpoint import DTYPE_NAMES, TensorInfo
 from diablo_export.errors import CheckpointError
 from diablo_export.quantization import quantize
 
@@ -47,6 +47,11 @@ class Source:
         """(out_features, in_features) of a matrix, of the rows asked for; any shape of another tensor."""
         shape = self.stored.shape[::-1] if self.conv1d else self.stored.shape
         return shape if self.rows is None else (self.rows[1] - self.rows[0], *shape[1:])
+
+    @property
+    def dtype(self) -> str:
+        """As safetensors spells the stored dtype."""
+        return self.stored.dtype if isinstance(self.stored, TensorInfo) else DTYPE_NAMES[self.stored.dtype]
 
     def read(self, start: int | None = None, stop: int | None = None) -> Array:
         """Rows start to stop, or everything, in the stored dtype; float32 where blocks were added."""
@@ -220,7 +225,7 @@ def _point(value: ir.Value, folder: Path, file_name: str, offset: int, length: i
     """Make an initializer refer to bytes of the data file."""
     shape: Any = value.shape
     assert shape is not None and value.dtype is not None and value.name is not None
-    size = int(np.prod(shape.numpy(), dtype=np.int64)) * value.dtype.itemsize
+    size = int(np.prod(shape.numpy(), dtype=np.int64) * value.dtype.itemsize)
     if size != length:
         raise CheckpointError(
             f"{value.name}: the graph wants {list(shape.numpy())} of {value.dtype.name}, {size} bytes; the model's "
