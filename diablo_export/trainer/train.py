@@ -36,6 +36,12 @@ from diablo_export.trainer.state import CHECKPOINT, STATE, load_state, save_stat
 from diablo_export.trainer.targets import ALL, choose_targets, short_names, wrap_targets
 from diablo_export.trainer.watch import Watch, interrupts, workspace
 
+# options that a resumed run must share with its beginning, beside those that are worked out from several
+_KEPT = (
+    "task", "num_blocks", "lr", "batch_size", "grad_accumulation", "schedule", "weight_decay", "clip", "seed",
+    "eval_fraction",
+)  # fmt: skip
+
 
 @dataclass(frozen=True)
 class Training:
@@ -112,7 +118,8 @@ def train(
         InputError: bad options, data, model or output, or a loss that became NaN.
         KeyboardInterrupt: stopped by Ctrl-C or SIGTERM, after a checkpoint was written.
     """
-    check_options(locals())
+    options = dict(locals())
+    check_options(options)
     require("matplotlib", "train")  # rather now than after hours of training
     output, work, place = Path(output), work_folder(Path(output)), choose_device(device)
     autocast = use_bfloat16(dtype, place)
@@ -144,13 +151,9 @@ def train(
     steps = max_steps or math.ceil(epochs * batches.steps_per_epoch)
     warmup = math.ceil(steps / 20) if warmup_steps is None else min(steps, warmup_steps)
     objective = Objective(network, classes is not None, tokenizer.pad_token_id or 0, place, autocast)
-    settings = {
-        "task": task, "base": _digest(marks), "data": file_sha256(Path(data)), "num_blocks": num_blocks,
-        "targets": list(marks), "lr": lr, "steps": steps, "batch_size": batch_size,
-        "grad_accumulation": grad_accumulation, "max_length": max_length, "schedule": schedule,
-        "warmup_steps": warmup, "weight_decay": weight_decay,
-        "clip": clip, "dtype": "bfloat16" if autocast else "float32", "labels": labels, "seed": seed,
-        "eval_fraction": eval_fraction,
+    settings = {name: options[name] for name in _KEPT} | {
+        "base": _digest(marks), "data": file_sha256(Path(data)), "targets": list(marks), "steps": steps,
+        "warmup_steps": warmup, "max_length": max_length, "labels": labels, "autocast": autocast,
     }  # fmt: skip
     start, records = 0, list[dict[str, Any]]()
     if resume and (work / CHECKPOINT / STATE).exists():
@@ -164,18 +167,18 @@ def train(
 
     with workspace(work), _deterministic(place), interrupts() as interrupted, training_bar(steps, start) as show:
         history = History(work / LOG, records)
-        network.config.use_cache = False
-        network.train()
 
         def save(step: int) -> None:
             save_state(work / CHECKPOINT, parameters, optimizer, step=step, settings=settings, log=history.records)
 
+        tenth = math.ceil(steps / 10)
         watch = Watch(
-            objective, held, batch_size, steps, eval_every or math.ceil(steps / 10),
-            checkpoint_every or max(25, math.ceil(steps / 10)), history, show, save, interrupted,
+            objective, held, batch_size, steps, eval_every or tenth, checkpoint_every or max(25, tenth),
+            history, show, save, interrupted,
         )  # fmt: skip
         if start == 0:
             watch.evaluate(0)
+        network.train()
         train_loop(
             optimizer, batches=batches, loss=objective.loss, targets=objective.targets,
             rate=learning_rate(lr, steps, warmup, schedule), steps=steps, start=start, clip=clip or None, seed=seed,
@@ -185,13 +188,17 @@ def train(
             _modules(network, marks), TASKS[task], _base_name(model), num_blocks, names,
             {name: parameters[name].detach().cpu().numpy() for name in head}, labels or [],
         )  # fmt: skip
-        with new_folder(output, overwrite=overwrite) as folder:
-            adapter.save(folder)
-            write_log(folder / LOG, history.records)
-            draw(history, folder / PICTURE, f"{Path(model).name} on {Path(data).name}, {num_blocks} blocks, lr {lr:g}")
-    log.info("wrote %s", output)
+        _write(output, overwrite, adapter, history, f"{Path(model).name} on {Path(data).name}, lr {lr:g}")
     evaluations = [record for record in history.records if "eval_loss" in record]
     return Training(output, steps, size, history.column("loss")[1][-1], evaluations)
+
+
+def _write(output: Path, overwrite: bool, adapter: Adapter, history: History, title: str) -> None:
+    with new_folder(output, overwrite=overwrite) as folder:
+        adapter.save(folder)
+        write_log(folder / LOG, history.records)
+        draw(history, folder / PICTURE, f"{title}, {adapter.num_blocks} blocks")
+    log.info("wrote %s", output)
 
 
 def _adapt(
@@ -273,8 +280,9 @@ def _digest(marks: dict[str, Fingerprint]) -> str:
     return hashlib.sha256("".join(mark.sha256 for mark in marks.values()).encode()).hexdigest()
 
 
-def _trainable(network: nn.Module, head: Sequence[str]) -> dict[str, nn.Parameter]:
+def _trainable(network: Any, head: Sequence[str]) -> dict[str, nn.Parameter]:
     """What is trained, by name: blocks and head, in float32."""
+    network.config.use_cache = False
     named = dict(network.named_parameters())
     for name in head:
         named[name].data = named[name].data.float()
