@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from click.testing import Result
 
+from diablo_export.blockdiag import Array
 from diablo_export.checkpoint import DTYPE_NAMES, read_header, write_safetensors
 from tests import tiny
 
@@ -27,7 +28,7 @@ def refused(result: Result, output: Path) -> str:
     return result.stderr
 
 
-def with_blocks(adapter: Path, to: Path, change: Callable[[np.ndarray], np.ndarray]) -> Path:
+def with_blocks(adapter: Path, to: Path, change: Callable[[Array], Array]) -> Path:
     """A copy of an adapter, its first tensor changed."""
     shutil.copytree(adapter, to)
     file = to / "adapter_model.safetensors"
@@ -104,7 +105,7 @@ def test_missing_modules(run: Run, tiny_model: Get, tiny_adapter: Get, tmp_path:
     ],
 )
 def test_bad_blocks(
-    change: Callable[[np.ndarray], np.ndarray],
+    change: Callable[[Array], Array],
     message: str,
     run: Run,
     tiny_model: Get,

@@ -310,8 +310,6 @@ def test_a_disk_that_fills_up(
 def test_a_graph_that_lost_a_module_is_an_error(
     tiny_model: Get, tiny_adapter: Get, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from diablo_export.converters import export as module
-
     load = ir.load
 
     def lossy(file: Path) -> ir.Model:
@@ -320,7 +318,7 @@ def test_a_graph_that_lost_a_module_is_an_error(
         node.op_type, node.domain = "Unknown", "elsewhere"
         return model
 
-    monkeypatch.setattr(module.ir, "load", lossy)
+    monkeypatch.setattr(ir, "load", lossy)
     with pytest.raises(
         MatchError, match=r"1 of the 14 adapted modules[\s\S]*layers\.1\.mlp\.down_proj: no linear node"
     ):

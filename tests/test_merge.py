@@ -192,9 +192,9 @@ def test_a_really_full_disk(
     try:
         plenty = shutil.disk_usage(tmp_path)
         monkeypatch.setattr(shutil, "disk_usage", lambda path: plenty)  # the estimate must not save it
-        for options in ({}, {"quantize": "int8"}):
+        for quantize in ("none", "int8"):
             with pytest.raises(OutputError, match="the disk is full"):
-                merge(tiny_model("llama"), tiny_adapter("llama"), disk / "out", **options)
+                merge(tiny_model("llama"), tiny_adapter("llama"), disk / "out", quantize=quantize)
             assert not any(disk.iterdir())
     finally:
         subprocess.run(["umount", disk], check=True)

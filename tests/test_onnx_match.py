@@ -9,7 +9,7 @@ import onnx_ir as ir
 import pytest
 
 from diablo_export.adapter import AdaptedModule, Adapter
-from diablo_export.blockdiag import BlockShape
+from diablo_export.blockdiag import Array, BlockShape
 from diablo_export.checkpoint import Checkpoint
 from diablo_export.converters.onnx_linears import linears
 from diablo_export.converters.onnx_match import Match, match
@@ -73,7 +73,9 @@ def test_parts_of_a_module_that_the_graph_splits(exported: Get, tiny_adapter: Ge
 def without_branches(model: ir.Model) -> ir.Model:
     for node in list(model.graph):
         if node.op_type == "BlockDiagMatMul":
-            node.outputs[0].replace_all_uses_with(node.inputs[2], replace_graph_outputs=True)
+            base = node.inputs[2]
+            assert base is not None
+            node.outputs[0].replace_all_uses_with(base, replace_graph_outputs=True)
             model.graph.remove(node, safe=True)
     return model
 
@@ -92,23 +94,23 @@ def test_scopes_of_torch_export(exported: Get, tiny_adapter: Get) -> None:
 # ------------------------------------------------------------------------------------------- graphs made by hand
 
 
-def weight(out_features: int, in_features: int, seed: int) -> np.ndarray:
+def weight(out_features: int, in_features: int, seed: int) -> Array:
     return np.random.default_rng(seed).normal(size=(out_features, in_features)).astype(np.float32)
 
 
-def module(name: str, values: np.ndarray, samples: bool = True) -> AdaptedModule:
+def module(name: str, values: Array, samples: bool = True) -> AdaptedModule:
     shape = BlockShape.for_linear(values.shape[1], values.shape[0], 4)
     blocks = np.ones(shape.blocks, np.float32)
     return AdaptedModule(name, blocks, values.shape[1], values.shape[0], fingerprint(values) if samples else None)
 
 
-def graph(layers: dict[str, np.ndarray], bits: int = 0, **attributes: int) -> ir.Model:
+def graph(layers: dict[str, Array], bits: int = 0, **attributes: int) -> ir.Model:
     """One node per named weight (out, in), all on one input: MatMul, or MatMulNBits."""
     width = next(iter(layers.values())).shape[1]
     x = ir.Value(name="x", shape=ir.Shape(["rows", width]), type=ir.TensorType(ir.DataType.FLOAT))
     nodes, initializers = [], []
 
-    def stored(name: str, array: np.ndarray) -> ir.Value:
+    def stored(name: str, array: Array) -> ir.Value:
         tensor = ir.tensor(array, name=name)
         value = ir.Value(name=name, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype), const_value=tensor)
         initializers.append(value)
@@ -120,7 +122,7 @@ def graph(layers: dict[str, np.ndarray], bits: int = 0, **attributes: int) -> ir
         else:
             grid = quantize(array, bits, 16, symmetric=False)
             assert grid.zero_points is not None
-            pieces = {"q": grid.codes, "s": grid.scales, "z": grid.zero_points}
+            pieces: dict[str, Array] = {"q": grid.codes, "s": grid.scales, "z": grid.zero_points}
             values = [stored(f"{name}.{key}", piece) for key, piece in pieces.items()]
             numbers = {"K": width, "N": len(array), "bits": bits, "block_size": 16, **attributes}
             attrs = [ir.AttrInt64(key, number) for key, number in numbers.items()]

@@ -98,7 +98,7 @@ def test_the_genai_builders_int4(genai_graph: Get, tiny_adapter: Get, tmp_path: 
             Quantized(g.codes[rows], g.scales[rows], None, g.bits, g.group_size, g.in_features)
             for g in (grid(piece.linear), grid(after[piece.linear.name]))
         ]
-        check(*parts, adapter.modules[name])
+        check(parts[0], parts[1], adapter.modules[name])
     assert np.array_equal(numpy_of(after["/lm_head/MatMul_Q4"].weight), numpy_of(linears(model)[-1].weight))
     effect = runner(tmp_path / "out/model.onnx")() - runner(given)()
     wanted = in_torch(_tiny(tiny_adapter), tiny_adapter("llama")) - in_torch(_tiny(tiny_adapter))

@@ -52,13 +52,13 @@ def session(model: bytes, level: str = "ORT_ENABLE_ALL") -> Any:
 
 
 def values(
-    lead: tuple[int, ...], k: int, n: int, num_blocks: int, dtype: type = np.float32
+    lead: tuple[int, ...], k: int, n: int, num_blocks: int, dtype: Any = np.float32
 ) -> tuple[Array, Array, Array]:
     random = np.random.default_rng(0)
     shape = BlockShape.for_linear(k, n, num_blocks)
     sizes = ((*lead, k), shape.blocks, (*lead, n))
-    x, blocks, y0 = (random.normal(size=size).astype(dtype) for size in sizes)
-    return x, blocks, y0
+    made: list[Array] = [random.normal(size=size).astype(dtype) for size in sizes]
+    return made[0], made[1], made[2]
 
 
 @pytest.mark.parametrize(("lead", "k", "n", "num_blocks"), CASES)
@@ -103,7 +103,8 @@ def test_any_block_count_in_one_session() -> None:
 
 def test_float16() -> None:
     x, blocks, y0 = values((2, 3), 9, 10, 4, np.float16)
-    got = session(one_node((2, 3), 9, 10, dtype=onnx.TensorProto.FLOAT16)).run(None, {"X": x, "D": blocks, "Y0": y0})[0]
+    runner = session(one_node((2, 3), 9, 10, dtype=onnx.TensorProto.FLOAT16))
+    got = runner.run(None, {"X": x, "D": blocks, "Y0": y0})[0]
     assert got.dtype == np.float16
     wanted = apply(x.astype(np.float32), blocks.astype(np.float32), 10, y0.astype(np.float32))
     # three products and a sum near 10, each rounded to 2⁻¹¹ of itself
@@ -126,7 +127,8 @@ def test_numpy_twin_takes_the_place_of_the_body() -> None:
     model = onnx.load_from_string(one_node((2,), 9, 10))
     del model.functions[:]  # only the twin is left
     twin = ReferenceEvaluator(model, new_ops=[opschema.BlockDiagMatMul])
-    assert np.array_equal(twin.run(None, {"X": x, "D": blocks, "Y0": y0})[0], apply(x, blocks, 10, y0))
+    (got,) = twin.run(None, {"X": x, "D": blocks, "Y0": y0})
+    assert np.array_equal(np.asarray(got), apply(x, blocks, 10, y0))
 
 
 def test_contract() -> None:

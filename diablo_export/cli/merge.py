@@ -9,34 +9,28 @@ import click
 
 from diablo_export.cli.options import (
     adapter_option,
+    base_option,
+    group_size_option,
     json_option,
-    model_option,
     output_option,
     overwrite_option,
+    precision_option,
+    quantize_option,
     verbosity_options,
 )
 from diablo_export.cli.summary import print_summary
 
 
 @click.command(short_help="Merge an adapter's blocks into the weights, float or quantized.")
-@model_option
+@base_option
 @adapter_option
 @output_option
-@click.option(
-    "--quantize", type=click.Choice(["none", "int8", "int4"]), default="none", show_default=True,
-    help="Grid of the linear layers' weights.",
-)  # fmt: skip
+@quantize_option
 @click.option(
     "--format", type=click.Choice(["onnx", "hf"]), help="What to write.  [default: onnx when quantizing, hf otherwise]"
 )
-@click.option(
-    "--group-size", type=click.Choice(["16", "32", "64", "128", "256"]), default="32", show_default=True,
-    help="Input positions that share a scale, when quantizing.",
-)  # fmt: skip
-@click.option(
-    "--precision", type=click.Choice(["fp32", "fp16"]), default="fp32", show_default=True,
-    help="Of what an ONNX file holds unquantized.",
-)  # fmt: skip
+@group_size_option
+@precision_option
 @overwrite_option
 @json_option
 @verbosity_options
@@ -46,7 +40,7 @@ def command(
     output: Path,
     quantize: str,
     format: str | None,
-    group_size: str,
+    group_size: int,
     precision: str,
     overwrite: bool,
     as_json: bool,
@@ -60,7 +54,7 @@ def command(
     from diablo_export.converters.merge import merge
 
     manifest = merge(
-        model, adapter, output, quantize=quantize, format=format, group_size=int(group_size), precision=precision,
+        model, adapter, output, quantize=quantize, format=format, group_size=group_size, precision=precision,
         overwrite=overwrite,
     )  # fmt: skip
     if as_json:

@@ -14,12 +14,27 @@ from diablo_export.console import set_verbosity
 F = Callable[..., Any]
 
 model_option = click.option("--model", "-m", required=True, metavar="M", help="Hugging Face model folder or id.")
+base_option = click.option(
+    "--model", "-m", required=True, metavar="M", help="Hugging Face model folder or id, or an ONNX file or folder."
+)
 adapter_option = click.option(
     "--adapter", "-a", required=True, metavar="A", type=click.Path(path_type=Path), help="DiaBlo adapter folder."
 )
 output_option = click.option(
     "--output", "-o", required=True, metavar="DIR", type=click.Path(path_type=Path), help="Folder to write."
 )
+quantize_option = click.option(
+    "--quantize", type=click.Choice(["none", "int8", "int4"]), default="none", show_default=True,
+    help="Grid of the weights of the model's linear layers.",
+)  # fmt: skip
+group_size_option = click.option(
+    "--group-size", type=int, metavar="16|32|64|128|256", default=32, show_default=True,
+    help="Input positions that share a scale, when quantizing.",
+)  # fmt: skip
+precision_option = click.option(
+    "--precision", type=click.Choice(["fp32", "fp16"]), default="fp32", show_default=True,
+    help="Of what an ONNX model holds unquantized.",
+)  # fmt: skip
 overwrite_option = click.option("--overwrite", is_flag=True, help="Replace the output folder if it exists.")
 json_option = click.option("--json", "as_json", is_flag=True, help="Print the report as JSON on standard output.")
 
