@@ -10,10 +10,11 @@ from diablo_export.measure import limits
 PRECISIONS = ("fp32", "fp16", "bf16", "int8", "int4")
 
 
+@pytest.mark.parametrize("classifier", [True, False])
 @pytest.mark.parametrize("branch", [True, False])
 @pytest.mark.parametrize("precision", PRECISIONS)
-def test_every_default_is_a_known_figure(precision: str, branch: bool) -> None:
-    found = limits.defaults(precision, branch=branch)
+def test_every_default_is_a_known_figure(precision: str, branch: bool, classifier: bool) -> None:
+    found = limits.defaults(precision, branch=branch, classifier=classifier)
     assert set(found) <= set(limits.FIGURES)
     assert {"files", "sources", "runs", "adapter.alive"} <= set(found)
     assert ("untouched" in found) is not branch

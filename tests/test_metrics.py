@@ -114,6 +114,7 @@ def test_running_sums_equal_the_formulas_whatever_the_step(
     assert running.agreement == metrics.top1(t, e).mean()
     assert running.base_agreement == metrics.top1(b, eb).mean()
     assert running.base_kl == pytest.approx(metrics.kl(b, eb).mean(), rel=EXACT)
+    assert running.wanted_kl == pytest.approx(metrics.kl(t, b).mean(), rel=EXACT)
     wanted_effect = metrics.survival(metrics.centred(e - eb), metrics.centred(t - b))
     assert running.survival() == pytest.approx(wanted_effect, rel=EXACT)
     assert running.largest_wanted == pytest.approx(np.abs(metrics.centred(t - b)).max(), rel=EXACT)

@@ -163,6 +163,21 @@ def test_a_classifier_has_accuracy_in_place_of_perplexity_and_decode(
         parity(out, data=strange, **SMALL)
 
 
+@pytest.mark.slow  # two more exports by torch
+@pytest.mark.parametrize("scale", [1.0, 0.0, 2.0])
+def test_a_quantized_classifier_is_held_against_what_its_adapter_changes(
+    scale: float, tiny_model: Get, tiny_adapter: Get, tmp_path: Path
+) -> None:
+    true = tiny_adapter("bert")
+    went_in = exports.scaled(true, tmp_path / "wrong", scale)
+    out = exports.merged(tiny_model("bert"), went_in, tmp_path / "out", quantize="int8")
+    report = parity(exports.pretend(out, true), **SMALL)
+    held = exports.checks(report)
+    assert not {"kl.ratio", "top1_agreement.drop"} & set(held)
+    assert held["kl.share"] is (scale == 1)
+    assert report["verdict"] == ("pass" if scale == 1 else "fail")
+
+
 @pytest.mark.slow  # another export by torch
 def test_a_classifier_s_branches_keep_each_adapter_s_own_head(
     tiny_model: Get, tiny_adapter: Get, tmp_path: Path

@@ -133,6 +133,7 @@ class Comparison:
         self._add("effect_effect", (effect**2).sum())
         self._kl.append(kl(tuned, exported))
         self._add("base_kl", kl(base, exported_base).sum())
+        self._add("wanted_kl", kl(tuned, base).sum())
         self._add("agree", top1(tuned, exported).sum())
         self._add("base_agree", top1(base, exported_base).sum())
         self.positions += len(tuned)
@@ -163,6 +164,11 @@ class Comparison:
     def base_kl(self) -> float:
         """Mean KL(base ‖ exported base) in nats: what the export costs without any adapter."""
         return self._sums["base_kl"] / self.positions
+
+    @property
+    def wanted_kl(self) -> float:
+        """Mean KL(tuned ‖ base) in nats: what the adapter changes."""
+        return self._sums["wanted_kl"] / self.positions
 
     @property
     def agreement(self) -> float:

@@ -95,6 +95,8 @@ def measure(
     try:
         exported = open_exported(out, manifest, off, name, adapter, threads)
         found.environment["provider"] = exported.provider
+        if exported.provider != "torch":
+            found.environment["kernels"] = str(runtime.find_library() or "") or None
         with progress("Comparing", tokens) as advance:
             sums, choices = compare.prefill(compare.Four(tuned, off, exported.on, exported.off), items, advance)
         _add_logits(found, sums)
@@ -134,7 +136,7 @@ def _environment(manifest: Mapping[str, Any], base: Path, name: str) -> dict[str
         "exported_with": manifest.get("versions"),
         "cpus": os.cpu_count(),
         "provider": None,
-        "kernels": str(runtime.find_library() or "") or None,
+        "kernels": None,
         "base": str(base),
         "adapter": name,
     }
@@ -149,11 +151,17 @@ def _add_logits(found: Measured, sums: Comparison) -> None:
     found.figures["top1_agreement.drop"] = sums.base_agreement - sums.agreement
     shares = (sums.agreement, sums.base_agreement)
     found.errors["top1_agreement.drop"] = math.sqrt(sum(p * (1 - p) for p in shares) / sums.positions)
-    found.figures["kl.ratio"] = kl["mean"] / sums.base_kl if sums.base_kl > 0 else np.inf if kl["mean"] else 0.0
+    found.figures["kl.ratio"] = _over(kl["mean"], sums.base_kl)
+    found.figures["kl.share"] = _over(kl["mean"], sums.wanted_kl)
     if not found.classifier:
         found.parts["perplexity"] = perplexity
     if perplexity:
         found.figures["perplexity.ratio"] = perplexity["exported"] / perplexity["tuned"]
+
+
+def _over(part: float, whole: float) -> float:
+    """part / whole, where nothing over nothing is 0."""
+    return part / whole if whole > 0 else math.inf if part else 0.0
 
 
 def _add_adapter(found: Measured, sums: Comparison, exported: Exported, sample: Sample) -> None:

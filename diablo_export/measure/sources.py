@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from diablo_export.adapter import Adapter, file_sha256
+from diablo_export.adapter import TASKS, Adapter, file_sha256
 from diablo_export.checkpoint import Checkpoint, resolve
 from diablo_export.errors import CheckpointError, InputError
 from diablo_export.manifest import MANIFEST, PARITY
@@ -122,6 +122,11 @@ def precision(out: Path, manifest: Mapping[str, Any]) -> str:
 def is_branch(manifest: Mapping[str, Any]) -> bool:
     """Whether blocks are kept beside the weights."""
     return any(module.get("action") == "branch" for module in manifest.get("modules") or [])
+
+
+def is_classifier(manifest: Mapping[str, Any]) -> bool:
+    """Whether the adapters are of a classifier."""
+    return any(entry.get("task_type") == TASKS["text-classification"] for entry in manifest.get("adapters") or [])
 
 
 def is_onnx(out: Path) -> bool:
