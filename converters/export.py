@@ -105,7 +105,9 @@ def load_adapters(given: Given) -> dict[str, Adapter]:
     bad = [name for name in names if not _NAME.fullmatch(name)]
     twice = sorted({name for name in names if names.count(name) > 1})
     if bad:
-        raise InputError(f"adapter name {bad[0]!r}: use letters, digits, '.', '_' and '-', as it becomes a file name")
+        raise InputError(
+            f"adapter name {bad[0]!r}: use letters, digits, '.', '_' and '-': it becomes a file name; say it with NAME=FOLDER"
+        )
     if twice:
         raise InputError(f"adapter name {twice[0]!r} was given twice; name them apart with --adapter NAME=FOLDER")
     return {name: Adapter.load(folder) for name, folder in pairs}

@@ -99,6 +99,27 @@ def test_half_precision(tiny_model: Get, tiny_adapter: Get, tmp_path: Path) -> N
     np.testing.assert_allclose(tuned, in_torch(tiny_model("llama"), tiny_adapter("llama")), rtol=0, atol=0.1)
 
 
+def test_blocks_that_half_precision_cannot_hold(tiny_model: Get, tiny_adapter: Get, tmp_path: Path) -> None:
+    whole = Adapter.load(tiny_adapter("llama"))
+    name, one = next(iter(whole.modules.items()))
+    huge = {**whole.modules, name: dataclasses.replace(one, blocks=one.blocks * np.float32(1e7))}
+    adapter = changed(tiny_adapter("llama"), tmp_path / "huge", modules=huge)
+    with pytest.raises(
+        AdapterError, match=rf"too large for float16: {name}\.diablo_blocks \(up to \d.*--precision fp32"
+    ):
+        export(tiny_model("llama"), adapter, tmp_path / "out", precision="fp16")
+
+
+def test_adapters_larger_than_the_format(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from diablo_export.converters import onnx_adapters
+
+    monkeypatch.setattr(onnx_adapters, "_LIMIT", 100)
+    with pytest.raises(
+        ExportError, match=r"a\.onnx_adapter: 0\.0 GB of blocks, an \.onnx_adapter file holds less than"
+    ):
+        onnx_adapters.write_onnx_adapter(tmp_path / "a.onnx_adapter", {"x": np.zeros(100, np.float32)})
+
+
 def test_manifest_and_files(exported: Get, tiny_model: Get, tiny_adapter: Get) -> None:
     folder = exported("llama")
     manifest = read_manifest(folder)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -74,11 +73,9 @@ def test_int4_base_is_the_base_in_both_runtimes(exported: Get) -> None:
         np.testing.assert_array_equal(logits[0], alone)  # the same kernels on the same inputs
 
 
-def test_an_adapter_of_another_export_is_refused(exported: Get, tmp_path: Path) -> None:
+def test_an_adapter_of_another_export_is_refused(exported: Get) -> None:
     model = og.Model(str(exported("llama")))
     adapters = og.Adapters(model)
-    foreign = tmp_path / "gpt2.onnx_adapter"
-    shutil.copyfile(exported("gpt2") / "adapters/a.onnx_adapter", foreign)
-    adapters.load(str(foreign), "foreign")
-    with pytest.raises(Exception, match=r"transformer\.h\.0"):
+    adapters.load(str(exported("phi3") / "adapters/a.onnx_adapter"), "foreign")
+    with pytest.raises(Exception, match=r"Invalid input name.*qkv_proj|qkv_proj.*[Ii]nvalid|gate_up_proj"):
         generate(model, adapters, "foreign")
