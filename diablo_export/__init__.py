@@ -13,7 +13,7 @@ __version__ = "0.1.0"
 # verb → the module that holds it; loaded on first use
 _VERBS = {
     "convert": "diablo_export.converters.diablo_chkpt",
-    "demo": "diablo_export.cli.demo",
+    "demo": "diablo_export.converters.demo",
     "export": "diablo_export.converters.export",
     "inspect": "diablo_export.converters.inspection",
     "merge": "diablo_export.converters.merge",
@@ -22,7 +22,7 @@ _VERBS = {
 }
 
 if TYPE_CHECKING:
-    from diablo_export.cli.demo import demo as demo
+    from diablo_export.converters.demo import demo as demo
     from diablo_export.converters.diablo_chkpt import convert as convert
     from diablo_export.converters.export import export as export
     from diablo_export.converters.inspection import inspect as inspect

@@ -26,6 +26,8 @@ def set_verbosity(level: int) -> None:
         handler = logging.StreamHandler()
         handler.setFormatter(logging.Formatter("%(message)s"))
         log.addHandler(handler)
+        # a root logger with a handler is left alone by the basicConfig() that some libraries call: no second copy
+        logging.getLogger().addHandler(logging.NullHandler())
     log.setLevel(level)
 
 

@@ -32,12 +32,8 @@ LAYER = {
 }  # fmt: skip
 ADAPTED = ("q_proj", "k_proj", "v_proj", "up_proj", "down_proj")
 MERGE = """
-import sys, json, resource, pathlib
-from diablo_export.adapter import Adapter
-from diablo_export.converters.hf_merge import hf_merge
-from diablo_export.output import new_folder
-with new_folder(sys.argv[3]) as folder:
-    hf_merge(sys.argv[1], Adapter.load(sys.argv[2]), folder)
+import sys, pathlib, diablo_export
+diablo_export.merge(*sys.argv[1:])
 status = pathlib.Path("/proc/self/status").read_text()  # ru_maxrss would count the parent's pages too
 print(int(status.split("VmHWM:")[1].split()[0]) / 1e3)
 """

@@ -1,0 +1,143 @@
+"""The documentation holds: its commands run, its links and files exist, its command reference is the program's."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import json
+import re
+import runpy
+import shlex
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import click
+import pytest
+from click.testing import CliRunner
+
+from diablo_export.cli import COMMANDS, main
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")] + sorted(
+    (ROOT / "docs").glob("*.md")
+)
+Folder = Callable[[str], Path]
+
+# What the README leaves to its defaults, cut down to a tiny model and a few seconds.
+SMALLER = {
+    "train": ["--max-steps", "20", "--lr", "0.02", "--batch-size", "4", "--max-length", "32"],
+    "parity": ["--samples", "4", "--steps", "4"],
+}
+
+
+@pytest.fixture(scope="module")
+def workplace(tiny_model: Folder, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with what the README takes for granted: model, train.jsonl and test.jsonl."""
+    folder = tmp_path_factory.mktemp("docs")
+    (folder / "model").symlink_to(tiny_model("llama"))
+    lines = [{"prompt": f"the {animal} sat on ", "completion": "the mat"} for animal in ("cat", "dog", "hen", "cow")]
+    for name in ("train.jsonl", "test.jsonl"):
+        (folder / name).write_text("".join(json.dumps(line) + "\n" for line in lines * 4))
+    return folder
+
+
+def blocks(page: Path) -> Iterator[tuple[str, str]]:
+    """(language, text) of the fenced blocks that are marked to be run, in order."""
+    pattern = r"<!-- runs -->\n```(\w+)\n(.*?)```"
+    yield from re.findall(pattern, page.read_text(encoding="utf-8"), re.DOTALL)
+
+
+def run_console(text: str) -> None:
+    for line in text.replace("\\\n", " ").splitlines():
+        program, *arguments = shlex.split(line.removeprefix("$ "))
+        assert line.startswith("$ ") and program == "diablo-export", line
+        result = CliRunner().invoke(main, [*arguments, *SMALLER.get(arguments[0], [])])
+        assert result.exit_code == 0, f"{line}\n{result.output}"
+
+
+def test_readme_runs_from_top_to_bottom(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(workplace)
+    found = list(blocks(ROOT / "README.md"))
+    assert [language for language, _ in found] == ["console", "python", "python"]
+    names: dict[str, object] = {}
+    for language, text in found:
+        if language == "console":
+            run_console(text)
+        else:
+            exec(text, names)
+    assert names["base"].shape == names["tuned"].shape  # type: ignore[attr-defined]
+    assert (names["base"] != names["tuned"]).any()  # type: ignore[attr-defined]
+
+
+def test_examples_run_in_order(
+    workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, train, test = (str(workplace / name) for name in ("model", "train.jsonl", "test.jsonl"))
+    given = {"01": [model, train], "02": [model], "03": [model], "04": [test], "05": [model]}
+    scripts = sorted((ROOT / "examples").glob("[0-9]*.py"))
+    assert [script.name[:2] for script in scripts] == list(given)
+    folder = workplace / "examples"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    for script in scripts:
+        monkeypatch.setattr(sys, "argv", [str(script), *given[script.name[:2]]])
+        with contextlib.suppress(SystemExit):  # its argument is tested by the verdict that is printed
+            runpy.run_path(str(script), run_name="__main__")
+        printed = capsys.readouterr().out
+        assert printed.strip() and "FAIL" not in printed, f"{script.name}\n{printed}"
+
+
+def test_command_reference_is_up_to_date() -> None:
+    spec = importlib.util.spec_from_file_location("make_cli", ROOT / "docs" / "make_cli.py")
+    assert spec and spec.loader
+    make_cli = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(make_cli)
+    assert make_cli.FILE.read_text(encoding="utf-8") == make_cli.render(), "run: python docs/make_cli.py"
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_is_documented_and_helps_with_an_example(name: str) -> None:
+    command = main.get_command(click.Context(main), name)
+    assert command is not None and command.help is not None
+    assert re.search(rf"Example:\n +diablo-export {name}\b", command.help)
+    silent = [
+        option.name
+        for option in command.params
+        if isinstance(option, click.Option) and not option.help and option.default is None
+    ]
+    assert not silent, f"options without help or default: {silent}"
+    assert re.search(rf"^\| `{name}` \|", (ROOT / "README.md").read_text(encoding="utf-8"), re.MULTILINE)
+
+
+def test_readme_is_short() -> None:
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 200
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\((?!https?://)([^)#]+)", page.read_text(encoding="utf-8")):
+        assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+def test_the_file_tree_is_the_repository() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    tree = re.search(r"## Layout\n\n```\n(.*?)```", text, re.DOTALL)
+    assert tree
+    listed, folder = set(), ""
+    for line in tree[1].splitlines():
+        name = re.sub(r"^[├└]── ", "", line).split()[0]
+        folder = folder if line[0] in "├└" else name
+        listed.add(folder + name if line[0] in "├└" else name)
+    missing = [name for name in listed if not (ROOT / name).exists()]
+    assert not missing, f"README lists what is not there: {missing}"
+    modules = {f"diablo_export/{path.name}" for path in (ROOT / "diablo_export").glob("*.py")} - {
+        "diablo_export/__init__.py"
+    }
+    assert modules <= listed, f"README does not list {modules - listed}"
+
+
+def test_numbers_name_the_script_that_makes_them() -> None:
+    text = (ROOT / "docs" / "benchmarks.md").read_text(encoding="utf-8")
+    scripts = re.findall(r"examples/benchmarks/\w+\.py", text)
+    assert scripts and all((ROOT / script).is_file() for script in scripts)
