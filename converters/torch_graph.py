@@ -11,6 +11,7 @@ import contextlib
 import logging
 import warnings
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,9 @@ SCOPES = "pkg.torch.onnx.name_scopes"  # node metadata: the modules around a nod
 _DTYPES = {"fp32": "float32", "fp16": "float16"}
 # sizes of the example inputs: all different and above 1, so that the export takes none of them for fixed
 _BATCH, _SEQUENCE, _PAST = 2, 3, 5
+# tracing takes seconds per layer and depends on the config alone: the last graphs are kept, they hold no weights
+_TRACED: dict[str, Layout] = {}
+_KEPT = 8
 
 
 def layout(
@@ -44,34 +48,51 @@ def layout(
     require("accelerate", "train")
     try:
         with _quiet():
-            model, buffers, tied = _empty_model(weights, task, precision, share_embeddings)
-            program = _export_decoder(model) if task == "causal-lm" else _export_classifier(model)
-            graph = _simplified(program, {name for name, _ in model.named_parameters(remove_duplicate=False)}, buffers)
+            config = _config(weights, task)
+            share = share_embeddings and task == "causal-lm"  # a classifier has no such head
+            key = f"{task} {precision} {share} {config.to_json_string()}"
+            if key not in _TRACED:
+                while len(_TRACED) >= _KEPT:
+                    del _TRACED[next(iter(_TRACED))]
+                _TRACED[key] = _trace(config, task, precision, share)
             _save_tokenizer(weights.checkpoint.folder, folder)
     except Exception as error:  # torch.export and transformers raise what they like
         raise ExportError(
             f"{weights.checkpoint.folder}: torch cannot export this model for {task}: {_first_line(error)}"
         ) from error
+    traced = _TRACED[key]
+    return replace(traced, model=traced.model.clone())
+
+
+def _trace(config: Any, task: str, precision: str, share: bool) -> Layout:
+    model, buffers, tied = _empty_model(config, task, precision, share)
+    program = _export_decoder(model) if task == "causal-lm" else _export_classifier(model)
+    graph = _simplified(program, {name for name, _ in model.named_parameters(remove_duplicate=False)}, buffers)
     return Layout(graph, _linear_origins(graph.graph, model), tied)
 
 
-def _empty_model(
-    weights: Weights, task: str, precision: str, share: bool
-) -> tuple[Any, dict[str, Any], dict[str, str]]:
+def _config(weights: Weights, task: str) -> Any:
+    """The model's config, with as many classes as the saved head has."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(weights.checkpoint.folder)
+    classes = [value.shape[0] for name, value in weights.saved.items() if name.endswith(".weight")]
+    if task == "text-classification" and classes:
+        config.num_labels = classes[0]
+    # plain softmax(QKᵀ + mask)V: onnxruntime's optimizer knows it, and it can be traced without values
+    config._attn_implementation = "eager"
+    return config
+
+
+def _empty_model(config: Any, task: str, precision: str, share: bool) -> tuple[Any, dict[str, Any], dict[str, str]]:
     """The Hugging Face model on the meta device, its buffers' values (they are in no checkpoint), and what is tied."""
     import torch
     import transformers
     from accelerate import init_empty_weights
 
-    config = transformers.AutoConfig.from_pretrained(weights.checkpoint.folder)
-    auto = transformers.AutoModelForCausalLM
+    auto: Any = transformers.AutoModelForCausalLM
     if task == "text-classification":
         auto = transformers.AutoModelForSequenceClassification
-        classes = [value.shape[0] for name, value in weights.saved.items() if name.endswith(".weight")]
-        if classes:
-            config.num_labels = classes[0]
-    # plain softmax(QKᵀ + mask)V: onnxruntime's optimizer knows it, and it can be traced without values
-    config._attn_implementation = "eager"
     with init_empty_weights(include_buffers=False):
         model = auto.from_config(config, dtype=getattr(torch, _DTYPES[precision])).eval()
     buffers = {name: buffer.numpy() for name, buffer in model.named_buffers()}
@@ -191,7 +212,7 @@ def _simplified(program: Any, parameters: set[str], buffers: dict[str, Any]) -> 
 def _split_gemms(graph: ir.Graph) -> None:
     """Gemm with a weight becomes MatMul and Add: one form of linear layer for everything that follows."""
     for node in list(graph):
-        if node.op_type != "Gemm" or node.attributes.get_int("transA", 0):
+        if node.op_type != "Gemm" or node.attributes.get_int("transA", False):
             continue
         x, weight, bias = (*node.inputs, None)[:3]
         if (
@@ -200,7 +221,7 @@ def _split_gemms(graph: ir.Graph) -> None:
             or any(node.attributes.get_float(name, 1.0) != 1.0 for name in ("alpha", "beta"))
         ):
             continue
-        if node.attributes.get_int("transB", 0):
+        if node.attributes.get_int("transB", False):
             flipped = ir.node("Transpose", [weight], {"perm": [1, 0]})
             graph.insert_before(node, flipped)
             weight = flipped.outputs[0]

@@ -67,7 +67,8 @@ def hugging_face(model: Path) -> Any:
     import torch
     import transformers
 
-    return transformers.AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+    network: Any = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    return network.eval()
 
 
 def logits_of(network: Any, ids: Any, **more: Any) -> Logits:

@@ -100,13 +100,14 @@ def test_blocks_are_merged_on_the_way(
     """Also into fused modules, and before quantization: the reference is the tuned model with quantized weights."""
     import torch
 
+    from diablo_export.trainer.layer import DiabloLinear
     from diablo_export.trainer.model import load_tuned
 
     adapter = Adapter.load(tiny_adapter(name))
     build(tiny_model(name), tmp_path / "out", merged=adapter, quantize=quantize_to, accuracy_level=1, group_size=16)
     network, _ = load_tuned(tiny_model(name), adapter)
     for module in network.modules():
-        if hasattr(module, "merge"):
+        if isinstance(module, DiabloLinear):
             module.merge()
     if quantize_to != "none":
         bits = int(quantize_to.removeprefix("int"))

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 import pytest
+import torch
 
 from diablo_export.adapter import Adapter
 from diablo_export.checkpoint import Checkpoint, write_safetensors
@@ -17,6 +18,7 @@ from diablo_export.converters import genai_graph, torch_graph
 from diablo_export.converters.onnx_graph import build_graph
 from diablo_export.converters.onnx_trial import try_graph
 from diablo_export.errors import CheckpointError, ExportError, InputError
+from tests import graphs, tiny
 
 
 def copy_of(model: Path, folder: Path, **changes: Any) -> Path:
@@ -40,7 +42,13 @@ def test_hashes_and_files(tiny_model: Callable[[str], Path], tmp_path: Path) -> 
 def test_every_wrong_option_is_named_at_once(tmp_path: Path) -> None:
     with pytest.raises(InputError) as caught:
         build_graph("x", tmp_path, task="translation", quantize="int3", precision="bf16", accuracy_level=9)
-    for part in ("task is 'translation'", "quantize is 'int3'", "none, int8, int4", "precision is 'bf16'", "level is 9"):
+    for part in (
+        "task is 'translation'",
+        "quantize is 'int3'",
+        "none, int8, int4",
+        "precision is 'bf16'",
+        "level is 9",
+    ):
         assert part in str(caught.value)
     with pytest.raises(InputError, match="groups of 48"):
         build_graph("x", tmp_path, quantize="int4", group_size=48)
@@ -69,8 +77,6 @@ def test_graph_that_the_runtime_refuses_takes_the_other_road(
     tiny_model: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A head size of 8, had it not been asked about first: the builder accepts it, onnxruntime does not."""
-    from tests import tiny
-
     model = tiny.make_model("llama", tmp_path / "m", head_dim=8)
     monkeypatch.setattr(genai_graph, "_HEAD_SIZE_STEP", 1)
     seen: list[set[str]] = []
@@ -96,7 +102,7 @@ def test_architecture_that_nobody_has(tiny_model: Callable[[str], Path], tmp_pat
 
 
 def test_missing_genai_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(genai_graph.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     said = genai_graph.refusal({"architectures": ["LlamaForCausalLM"], "head_dim": 16})
     assert said is not None and "diablo-export[genai]" in said
 
@@ -115,16 +121,12 @@ def test_logits_that_are_not_finite_are_refused(tmp_path: Path) -> None:
 
 def test_saved_parameters_replace_the_models(tiny_model: Callable[[str], Path], tmp_path: Path) -> None:
     """Whole modules that an adapter brings, here a head and a norm, are written in place of the checkpoint's."""
-    from tests import graphs
-
     model = tiny_model("llama")
     norm = np.full(64, 0.5, np.float32)
     head = np.random.default_rng(0).normal(0, 0.1, (320, 64)).astype(np.float32)
     adapter = Adapter({}, saved={"lm_head.weight": head, "model.norm.weight": norm})
     build_graph(model, tmp_path, head=adapter)
     network = graphs.hugging_face(model)
-    import torch
-
     network.lm_head.weight = torch.nn.Parameter(torch.from_numpy(head))
     network.model.norm.weight = torch.nn.Parameter(torch.from_numpy(norm))
     got = graphs.in_steps(graphs.open_session(tmp_path), graphs.IDS, 12)

@@ -78,7 +78,7 @@ def test_conv1d_weight_is_turned_before_blocks_are_added(tmp_path: Path) -> None
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_quantized_weight_is_what_quantize_gives(tmp_path: Path, bits: int, symmetric: bool) -> None:
-    weight = RANDOM.normal(size=(40, 50)).astype(ml_dtypes.bfloat16)  # 50: the last group is padded
+    weight: Array = RANDOM.normal(size=(40, 50)).astype(ml_dtypes.bfloat16)  # 50: the last group is padded
     wanted = quantize(weight.astype(np.float32), bits, 16, symmetric)
     codes = initializer("c", ir.DataType.UINT8, wanted.codes.shape)
     scales = initializer("s", ir.DataType.FLOAT, wanted.scales.shape)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from diablo_export.blockdiag import Array
 from diablo_export.converters.onnx_graph import Graph, build_graph
 from diablo_export.converters.torch_graph import SCOPES
 from diablo_export.quantization import dequantize, quantize
+from diablo_export.trainer.layer import DiabloLinear
 from diablo_export.trainer.model import load_base, load_tuned
 from tests import graphs, tiny
 
@@ -126,8 +128,6 @@ def test_classifier_has_the_adapters_blocks_and_head(
         assert np.abs(wanted - classify(base, inputs)).max() > 100 * CLOSE  # the adapter does something
     assert "bert.encoder.layer.1.intermediate.dense" in graph.modules
     assert "text-classification" in graph.reason
-    import json
-
     assert json.loads((folder / "config.json").read_text())["id2label"] == {"0": "negative", "1": "positive"}
 
 
@@ -150,14 +150,16 @@ def test_quantized_graphs_of_tuned_models(
     assert {entry["layout"] for entry in graph.modules.values()} == {"MatMulNBits"}
     network, _ = load_tuned(tiny_model(name), adapter)
     for module in network.modules():
-        if hasattr(module, "merge"):
+        if isinstance(module, DiabloLinear):
             module.merge()
     for module in list(network.modules()):
         if isinstance(module, torch.nn.Linear | Conv1D):
             weight = module.weight.detach().numpy()
             oriented = weight.T if isinstance(module, Conv1D) else weight
             rounded = dequantize(quantize(np.ascontiguousarray(oriented), int(quantize_to.removeprefix("int"))))
-            module.weight = torch.nn.Parameter(torch.from_numpy((rounded.T if isinstance(module, Conv1D) else rounded).copy()))
+            module.weight = torch.nn.Parameter(
+                torch.from_numpy((rounded.T if isinstance(module, Conv1D) else rounded).copy())
+            )
     session = graphs.open_session(tmp_path)
     if name == "bert":
         inputs = classifier_inputs(3, 9)

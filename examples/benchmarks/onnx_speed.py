@@ -18,8 +18,9 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
-SIZES = {
+SIZES: dict[str, Any] = {
     "vocab_size": 151936,
     "hidden_size": 896,
     "intermediate_size": 4864,
@@ -36,6 +37,7 @@ SIZES = {
 BUILD = """
 import sys
 from pathlib import Path
+from typing import Any
 from diablo_export.converters.onnx_graph import build_graph
 build_graph(sys.argv[1], Path(sys.argv[2]), quantize=sys.argv[3])
 """
@@ -48,14 +50,15 @@ def make_model(folder: Path) -> None:
     from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
     torch.manual_seed(0)
-    Qwen2ForCausalLM(Qwen2Config(**SIZES)).to(torch.bfloat16).save_pretrained(folder, max_shard_size="400MB")
+    model: Any = Qwen2ForCausalLM(Qwen2Config(**SIZES))
+    model.to(torch.bfloat16).save_pretrained(folder, max_shard_size="400MB")
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel()
     special = ["<pad>", "<s>", "</s>"]
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(special_tokens=special, initial_alphabet=alphabet, show_progress=False)
     tokenizer.train_from_iterator(["a few words"], trainer)
-    PreTrainedTokenizerFast(
+    PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
         tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>"
     ).save_pretrained(folder)
 
