@@ -171,11 +171,12 @@ def test_a_quantized_classifier_is_held_against_what_its_adapter_changes(
     true = tiny_adapter("bert")
     went_in = exports.scaled(true, tmp_path / "wrong", scale)
     out = exports.merged(tiny_model("bert"), went_in, tmp_path / "out", quantize="int8")
-    report = parity(exports.pretend(out, true), **SMALL)
+    # random weights are hard to round: int8 activations alone take more of this effect than a trained model loses
+    report = parity(exports.pretend(out, true), limit={"adapter.survival_gain": 0.75}, **SMALL)
     held = exports.checks(report)
     assert not {"kl.ratio", "top1_agreement.drop"} & set(held)
     assert held["kl.share"] is (scale == 1)
-    assert report["verdict"] == ("pass" if scale == 1 else "fail")
+    assert report["verdict"] == ("pass" if scale == 1 else "fail"), (exports.failed(report), report["checks"])
 
 
 @pytest.mark.slow  # another export by torch
