@@ -20,8 +20,7 @@ from diablo_export.converters.export import export
 from diablo_export.converters.merge import merge
 from diablo_export.output import check_output, new_folder
 
-PROMPT = "for"  # goes on as English and as Python
-TOKENS = 72  # of each text
+TOKENS = 80  # of each text
 TEMPERATURE = 0.5
 
 
@@ -30,8 +29,7 @@ class Demo:
     """What the demo made and measured."""
 
     output: Path
-    prompt: str
-    texts: dict[str, str]  # base, tuned, int4: what each writes after the prompt
+    texts: dict[str, str]  # base, tuned, int4: what each writes on an empty page
     parity: dict[str, dict[str, Any]]  # merged, branch: their reports
     base_loss: float
     eval_losses: tuple[float, float]  # of the held-out code, before and after the adapter was trained
@@ -89,9 +87,9 @@ def demo(output: str | Path = "diablo-demo", quick: bool = False, overwrite: boo
         lambda: export(base, {"code": adapter}, branch, quantize="int4", overwrite=overwrite),
     )  # fmt: skip
     reports = stage("parity", "Both are compared with the tuned model", lambda: _prove(data, int4, branch, quick))
-    texts = stage("texts", "Base, tuned and int4 go on after the same word", lambda: _write(base, adapter, int4))
+    texts = stage("texts", "Base, tuned and int4 write on an empty page", lambda: _write(base, adapter, int4))
     before, after = training.evaluations[0]["eval_loss"], training.evaluations[-1]["eval_loss"]
-    return Demo(place, PROMPT, texts, reports, loss, (before, after), seconds)
+    return Demo(place, texts, reports, loss, (before, after), seconds)
 
 
 def _base(folder: Path, data: Path, quick: bool, overwrite: bool) -> float:
@@ -106,7 +104,7 @@ def _adapt(base: Path, data: Path, adapter: Path, quick: bool, overwrite: bool) 
 
     steps = 10 if quick else 200
     return train(
-        base, data / "train.jsonl", adapter, eval_data=data / "test.jsonl", num_blocks=8, target_modules="all-linear",
+        base, data / "train.jsonl", adapter, eval_data=data / "test.jsonl", num_blocks=4, target_modules="all-linear",
         lr=8e-3, max_steps=steps, batch_size=8, max_length=128, eval_every=steps, overwrite=overwrite,
     )  # fmt: skip
 
@@ -119,7 +117,7 @@ def _prove(data: Path, int4: Path, branch: Path, quick: bool) -> dict[str, dict[
 
 
 def _write(base: Path, adapter: Path, int4: Path) -> dict[str, str]:
-    """What the three models write after the prompt; the same random numbers for each."""
+    """What the three models write on an empty page; the same random numbers for each."""
     from diablo_export.measure.onnx_runner import OnnxRunner, cache_shape
     from diablo_export.measure.torch_runner import TorchRunner
     from diablo_export.trainer.model import load_tuned
@@ -127,18 +125,17 @@ def _write(base: Path, adapter: Path, int4: Path) -> dict[str, str]:
     tuned, tokenizer = load_tuned(base, Adapter.load(adapter))
     exported = OnnxRunner(runtime.session(int4 / "model.onnx"), cache_shape=cache_shape(int4))
     models: dict[str, Model] = {"base": TorchRunner(tuned, False), "tuned": TorchRunner(tuned), "int4": exported}
-    prompt = np.array(tokenizer(PROMPT)["input_ids"], np.int64)
     end: int = tokenizer.eos_token_id
-    return {name: str(tokenizer.decode(_continue(model, prompt, end))) for name, model in models.items()}
+    return {name: str(tokenizer.decode(_sample(model, end))) for name, model in models.items()}
 
 
-def _continue(model: Model, prompt: npt.NDArray[np.int64], end: int) -> list[int]:
-    """TOKENS tokens after the prompt, up to `end`.
+def _sample(model: Model, end: int) -> list[int]:
+    """At most TOKENS tokens after an `end`, which is where a document begins, up to the next one.
 
     The noise that picks them is the same for every model, so that texts differ where logits do.
     """
     random = np.random.default_rng(0)
-    ids = prompt
+    ids = np.array([end])
     for _ in range(TOKENS):
         logits = model.prefill(ids)[-1].copy()
         if len(ids) < TOKENS // 2:
@@ -147,4 +144,4 @@ def _continue(model: Model, prompt: npt.NDArray[np.int64], end: int) -> list[int
         if choice == end:
             break
         ids = np.append(ids, choice)
-    return [int(token) for token in ids]
+    return [int(token) for token in ids[1:]]

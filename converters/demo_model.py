@@ -1,12 +1,14 @@
 """A small language model, trained on the spot on text that every Python installation has.
 
-It learns English prose from Python's own reference manual (`pydoc_data.topics`); functions of the standard library,
-another kind of text altogether, are left for an adapter to learn.
+It learns English prose from Python's own reference manual (`pydoc_data.topics`). Functions of the standard library,
+another kind of text altogether, are for an adapter to learn; the base sees a few of them, as any base has seen a
+little of everything: the vectors of tokens that it never met would stay noise, and an adapter leaves them as they are.
 """
 
 from __future__ import annotations
 
 import ast
+import functools
 import json
 import re
 import sysconfig
@@ -20,7 +22,7 @@ from diablo_export.errors import CheckpointError, require
 
 VOCABULARY = 2048
 LENGTH = 64  # tokens of a training sequence; many small steps learn more in a minute than few large ones
-BATCH = 8
+BATCH = 8  # of which one is code
 PEAK_RATE = 5e-3
 SIZES: dict[str, Any] = {
     "hidden_size": 128,
@@ -54,17 +56,17 @@ def prose() -> list[str]:
     return list(found)
 
 
-def functions() -> list[str]:
-    """Source of functions of the standard library, docstrings removed, about CODE_BYTES in all."""
-    found: list[str] = []
-    size = 0
+@functools.cache
+def functions() -> tuple[list[str], list[str]]:
+    """Functions of the standard library without docstrings, about CODE_BYTES: to train on, and held out (a tenth)."""
+    found: dict[str, None] = {}  # in order, once each
     for file in sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py")):
-        for text in _functions_of(file):
-            found.append(text)
-            size += len(text)
-        if size > CODE_BYTES:
+        found |= dict.fromkeys(_functions_of(file))
+        if sum(map(len, found)) > CODE_BYTES:
             break
-    return found
+    texts = list(found)
+    cut = len(texts) * 9 // 10
+    return texts[:cut], texts[cut:]
 
 
 def _functions_of(file: Path) -> Iterator[str]:
@@ -84,12 +86,10 @@ def _functions_of(file: Path) -> Iterator[str]:
 
 
 def write_data(folder: Path) -> tuple[Path, Path]:
-    """train.jsonl and test.jsonl (the last tenth) of functions."""
-    texts = functions()
-    cut = len(texts) * 9 // 10
+    """train.jsonl and test.jsonl, of functions."""
     files = folder / "train.jsonl", folder / "test.jsonl"
-    for file, part in zip(files, (texts[:cut], texts[cut:]), strict=True):
-        file.write_text("".join(json.dumps({"text": text}) + "\n" for text in part), encoding="utf-8")
+    for file, texts in zip(files, functions(), strict=True):
+        file.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
     return files
 
 
@@ -98,23 +98,25 @@ def train_model(folder: Path, steps: int, seed: int = 0) -> float:
     torch = require("torch", "train")
     transformers = require("transformers", "train")
     torch.manual_seed(seed)
-    tokenizer = make_tokenizer([*prose(), *functions()])
+    tokenizer = make_tokenizer([*prose(), *functions()[0]])
     end: int = tokenizer.eos_token_id
-    tokens = torch.tensor([token for text in prose() for token in (*tokenizer(text)["input_ids"], end)])
+    kinds = [
+        torch.tensor([token for text in texts for token in (*tokenizer(text)["input_ids"], end)])
+        for texts in (prose(), functions()[0][::2])
+    ]
     config = transformers.LlamaConfig(
         **SIZES, vocab_size=VOCABULARY, max_position_embeddings=512, tie_word_embeddings=True,
         bos_token_id=end, eos_token_id=end, pad_token_id=tokenizer.pad_token_id,
     )  # fmt: skip
     model = transformers.LlamaForCausalLM(config)
-    log.info("base: %s parameters, %s tokens of prose", f"{model.num_parameters():,}", f"{len(tokens):,}")
+    log.info("base: %s parameters, %s tokens of prose", f"{model.num_parameters():,}", f"{len(kinds[0]):,}")
     optimizer = torch.optim.AdamW(model.parameters(), lr=PEAK_RATE, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, PEAK_RATE, total_steps=steps, pct_start=0.1)
     loss = torch.zeros(())
     model.train()
     with progress("Training a base model", steps) as advance:
         for _ in range(steps):
-            starts = torch.randint(len(tokens) - LENGTH, (BATCH, 1))
-            batch = tokens[starts + torch.arange(LENGTH)]  # (BATCH, LENGTH)
+            batch = torch.cat([_windows(kinds[0], BATCH - 1), _windows(kinds[1], 1)])  # (BATCH, LENGTH)
             loss = model(input_ids=batch, labels=batch).loss
             optimizer.zero_grad()
             loss.backward()
@@ -125,6 +127,13 @@ def train_model(folder: Path, steps: int, seed: int = 0) -> float:
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return float(loss.detach())
+
+
+def _windows(tokens: Any, count: int) -> Any:
+    """Random runs of LENGTH tokens: (count, LENGTH)."""
+    torch = require("torch", "train")
+    starts = torch.randint(len(tokens) - LENGTH, (count, 1))
+    return tokens[starts + torch.arange(LENGTH)]
 
 
 def make_tokenizer(texts: list[str]) -> Any:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import ast
+import os
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -115,12 +115,13 @@ def test_help_loads_nothing_heavy(arguments: list[str]) -> None:
 
 
 def test_help_answers_at_once() -> None:
-    """Under 0.3 s: the best of several runs, as other programs share the machine."""
+    """Under 0.3 s of processor time, the best of several runs: other programs share the machine, and its clock."""
     best = 10.0
-    for _ in range(10):
-        start = time.perf_counter()
-        subprocess.run([sys.executable, "-m", "diablo_export.cli", "--help"], capture_output=True, check=True)
-        best = min(best, time.perf_counter() - start)
-        if best < 0.3:
-            break
+    for _ in range(5):
+        before = os.times()
+        code = "from diablo_export.cli import main; main(['--help'])"  # what the console script does
+        subprocess.run([sys.executable, "-c", code], capture_output=True, check=True)
+        after = os.times()
+        spent = after.children_user + after.children_system - before.children_user - before.children_system
+        best = min(best, spent)
     assert best < 0.3

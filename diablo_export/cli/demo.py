@@ -55,7 +55,12 @@ def _show(done: Demo) -> None:
 
     console = Console(highlight=False)
     titles = {"base": "base: English prose", "tuned": "tuned: base + blocks", "int4": "exported: int4, blocks merged"}
-    texts = Table(title=f"After the word {done.prompt!r}", box=SIMPLE_HEAD, expand=True, title_justify="left")
+    texts = Table(
+        title="On an empty page, with the same random numbers, they write",
+        box=SIMPLE_HEAD,
+        expand=True,
+        title_justify="left",
+    )
     for title in titles.values():
         texts.add_column(title, ratio=1, overflow="fold")
     texts.add_row(*(Text(done.texts[name]) for name in titles))
