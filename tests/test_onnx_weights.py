@@ -44,7 +44,7 @@ def pieces(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> N
 @pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16])
 @pytest.mark.parametrize("transposed", [False, True])
 def test_float_weight_keeps_every_value(tmp_path: Path, dtype: type, transposed: bool) -> None:
-    weight = RANDOM.normal(size=(37, 24)).astype(dtype)
+    weight: Array = RANDOM.normal(size=(37, 24)).astype(dtype)
     target = initializer("w", ir.DataType.FLOAT, (24, 37) if transposed else (37, 24))
     write(tmp_path, [float_job(target, Source(stored(tmp_path, weight)), transposed)])
     # widening to float32 is exact
