@@ -18,6 +18,7 @@ from diablo_export.converters.onnx_adapters import ENDING, FOLDER, tensors, writ
 from diablo_export.converters.onnx_branch import add_branches, blocks_dtype
 from diablo_export.converters.onnx_graph import Graph, build_graph
 from diablo_export.converters.onnx_head import feed_parameters
+from diablo_export.converters.onnx_linears import kind, linears
 from diablo_export.converters.onnx_match import Match, match
 from diablo_export.converters.onnx_nodes import MODEL
 from diablo_export.converters.sizes import check_options, onnx_bytes
@@ -86,9 +87,12 @@ def export(
         options: dict[str, Any] = {"model": str(model), "adapter": folders}
         options |= {"quantize": quantize, "group_size": group_size, "precision": precision}
         entries = [_entry(name, one) for name, one in adapters.items()]
+        what = {"quantize": quantize, "precision": precision}
+        if isinstance(source, onnx_file.OnnxModel):
+            what = kind(linears(ir.load(source.file)))
         return write_manifest(
-            folder, "export", options, base(), entries, modules, hashes, task=task, quantize=quantize,
-            precision=precision, exporter=built.exporter, reason=built.reason,
+            folder, "export", options, base(), entries, modules, hashes, task=task, exporter=built.exporter,
+            reason=built.reason, **what,
         )  # fmt: skip
 
 
@@ -106,7 +110,7 @@ def load_adapters(given: Given) -> dict[str, Adapter]:
     twice = sorted({name for name in names if names.count(name) > 1})
     if bad:
         raise InputError(
-            f"adapter name {bad[0]!r}: use letters, digits, '.', '_' and '-': it becomes a file name; say it with NAME=FOLDER"
+            f"adapter name {bad[0]!r}: use letters, digits, '.', '_' and '-': it becomes a file name; give NAME=FOLDER"
         )
     if twice:
         raise InputError(f"adapter name {twice[0]!r} was given twice; name them apart with --adapter NAME=FOLDER")

@@ -5,10 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import onnx_ir as ir
+
 from diablo_export.adapter import TASKS, Adapter
 from diablo_export.checkpoint import Checkpoint
 from diablo_export.converters import onnx_file
 from diablo_export.converters.base import hashing
+from diablo_export.converters.onnx_linears import kind, linears
 from diablo_export.converters.onnx_nodes import MODEL
 from diablo_export.converters.sizes import check_options, checkpoint_bytes, onnx_bytes
 from diablo_export.errors import AdapterError, ExportError, InputError
@@ -115,14 +118,8 @@ def _into_onnx(
     onnx_file.copy(source, folder)
     modules = onnx_merge(folder / MODEL, adapter)
     session(folder / MODEL)  # a graph that the runtime refuses is no merge
-    bits = sorted({part["bits"] for one in modules for part in one.get("parts", [one]) if "bits" in part})
     reason = f"{source.file.name} is an ONNX model already"
-    return modules, {
-        "hashes": {},
-        "exporter": "given",
-        "reason": reason,
-        "quantize": f"int{bits[0]}" if bits else "none",
-    }
+    return modules, {"hashes": {}, "exporter": "given", "reason": reason, **kind(linears(ir.load(source.file)))}
 
 
 def _to_hf(model: str | Path, adapter: Adapter, folder: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:

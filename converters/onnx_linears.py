@@ -6,7 +6,7 @@ a weight does not load it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -101,6 +101,13 @@ def linears(model: ir.Model) -> list[Linear]:
         ExportError: MatMulNBits weights in a layout that is not the documented one.
     """
     return list(_linears(model))
+
+
+def kind(layers: Sequence[Linear]) -> dict[str, str]:
+    """What an ONNX model is, as the options of an export would say it: its quantize and precision."""
+    bits = sorted({layer.bits for layer in layers if layer.bits})
+    half = any(layer.dtype == ir.DataType.FLOAT16 for layer in layers)
+    return {"quantize": f"int{bits[0]}" if bits else "none", "precision": "fp16" if half else "fp32"}
 
 
 def numpy_of(initializer: ir.Value) -> Array:

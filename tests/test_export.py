@@ -172,6 +172,7 @@ def test_onnx_of_another_builder(
     before = {path.name: file_sha256(path) for path in given.parent.iterdir() if path.is_file()}
     manifest = export(given.parent, tiny_adapter("llama"), tmp_path / "out")
     assert (manifest["exporter"], manifest["base"]["sha256"]["model.onnx"]) == ("given", before["model.onnx"])
+    assert manifest["quantize"] == ("int4" if precision == "int4" else "none"), "parity goes by what the model is"
     data = "model.onnx.data"
     assert manifest["files"][data]["sha256"] == before[data], "external data must be copied as it is"
     assert "genai_config.json" in manifest["files"]
