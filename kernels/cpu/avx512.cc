@@ -17,6 +17,7 @@ struct Avx512 {
   static Vector add(Vector a, Vector b) { return _mm512_add_ps(a, b); }
   static Vector mul(Vector a, Vector b) { return _mm512_mul_ps(a, b); }
   static Vector fma(Vector a, Vector b, Vector c) { return _mm512_fmadd_ps(a, b, c); }
+  static float sum(Vector value) { return _mm512_reduce_add_ps(value); }
 
   static Lanes lanes(int count) { return static_cast<Lanes>((1u << count) - 1u); }
   static Vector load(const float* at) { return _mm512_loadu_ps(at); }

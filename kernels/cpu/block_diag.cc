@@ -9,14 +9,16 @@ using diablo::Piece;
 
 // What makes a piece worth handing to another thread, in products: about five microseconds on one core.
 constexpr int64_t kPieceWork = 256 * 1024;
-constexpr int64_t kFewestRows = 96;  // each piece copies its panels of the block again, so not too few rows share one
 constexpr int64_t kPiecesWanted = 16;
+// Columns of a block are shared out before rows: two pieces of the same columns copy the same panels of the block. Few
+// rows read the block in long runs, which must not become short.
+constexpr int64_t kManyRows = 32, kFewestRows = 384, kFewestColumns = 128, kFewestLongColumns = 1024;
 
 struct Plan {
   Job job;
   Kernel kernel;
-  int64_t rows, blocks;              // per piece
-  int64_t row_pieces, block_pieces;  // how many
+  int64_t blocks, columns, rows;                    // per piece
+  int64_t block_pieces, column_pieces, row_pieces;  // how many
 };
 
 int64_t ceil_divide(int64_t a, int64_t b) { return a / b + (a % b != 0); }
@@ -51,23 +53,38 @@ DiabloIsa best_isa() {
 
 bool is_empty(const DiabloShape& s) { return s.num_blocks == 0 || s.block_size_in == 0 || s.block_size_out == 0; }
 
-// Rows are cut only where the blocks alone are too few pieces to keep threads busy.
+// Into how many parts to cut `size`, so that there are `wanted` pieces if none becomes smaller than `fewest`.
+int64_t parts(int64_t wanted, int64_t size, int64_t fewest) { return clamp(wanted, 1, ceil_divide(size, fewest)); }
+
+// Columns and rows are cut only where the blocks alone are too few pieces to keep threads busy.
 Plan make_plan(const Job& job, Kernel kernel) {
   const DiabloShape& s = job.shape;
-  const int64_t row_pieces = clamp(ceil_divide(kPiecesWanted, s.num_blocks), 1, ceil_divide(s.rows, kFewestRows));
-  const int64_t rows = ceil_divide(s.rows, row_pieces);
+  Plan plan{job, kernel, 0, 0, 0, 0, 0, 0};
+  const int64_t fewest = s.rows > kManyRows ? kFewestColumns : kFewestLongColumns;
+  const int64_t column_parts = parts(ceil_divide(kPiecesWanted, s.num_blocks), s.block_size_out, fewest);
+  plan.columns = ceil_divide(ceil_divide(s.block_size_out, column_parts), fewest) * fewest;
+  plan.column_pieces = ceil_divide(s.block_size_out, plan.columns);
+  const int64_t row_parts = parts(ceil_divide(kPiecesWanted, s.num_blocks * plan.column_pieces), s.rows, kFewestRows);
+  plan.rows = ceil_divide(s.rows, row_parts);
+  plan.row_pieces = ceil_divide(s.rows, plan.rows);
   // Below 8 rows the time goes into reading the block, whatever the number of rows.
-  const int64_t work = s.block_size_in * s.block_size_out * (rows < 8 ? 8 : rows);
-  const int64_t blocks = clamp(kPieceWork / work, 1, s.num_blocks);
-  return {job, kernel, rows, blocks, ceil_divide(s.rows, rows), ceil_divide(s.num_blocks, blocks)};
+  const int64_t columns = clamp(plan.columns, 1, s.block_size_out);
+  const int64_t work = s.block_size_in * columns * (plan.rows < 8 ? 8 : plan.rows);
+  plan.blocks = clamp(kPieceWork / work, 1, s.num_blocks);
+  plan.block_pieces = ceil_divide(s.num_blocks, plan.blocks);
+  return plan;
 }
 
 void run_piece(void* data, size_t i) {
   const Plan& plan = *static_cast<const Plan*>(data);
   const DiabloShape& s = plan.job.shape;
-  const int64_t block = static_cast<int64_t>(i) % plan.block_pieces * plan.blocks;
-  const int64_t row = static_cast<int64_t>(i) / plan.block_pieces * plan.rows;
-  plan.kernel(plan.job, Piece{block, clamp(block + plan.blocks, 0, s.num_blocks), row, clamp(row + plan.rows, 0, s.rows)});
+  const int64_t column_piece = static_cast<int64_t>(i) % plan.column_pieces;
+  const int64_t block_piece = static_cast<int64_t>(i) / plan.column_pieces % plan.block_pieces;
+  const int64_t row_piece = static_cast<int64_t>(i) / plan.column_pieces / plan.block_pieces;
+  const int64_t block = block_piece * plan.blocks, column = column_piece * plan.columns, row = row_piece * plan.rows;
+  plan.kernel(plan.job, Piece{block, clamp(block + plan.blocks, 0, s.num_blocks), column,
+                              clamp(column + plan.columns, 0, s.block_size_out), row,
+                              clamp(row + plan.rows, 0, s.rows)});
 }
 
 void copy(const Job& job) {
@@ -109,7 +126,7 @@ DiabloError diablo_block_diag_cpu(const DiabloShape* shape, const void* x, const
   }
   if (shape->block_type == DIABLO_I8 && scales == nullptr) return DIABLO_NO_SCALES;
   Plan plan = make_plan(job, kernel_of(isa == DIABLO_AUTO ? best_isa() : isa));
-  const size_t pieces = static_cast<size_t>(plan.row_pieces * plan.block_pieces);
+  const size_t pieces = static_cast<size_t>(plan.row_pieces * plan.block_pieces * plan.column_pieces);
   if (pool != nullptr && pieces > 1) {
     pool->run(pool->pool, run_piece, &plan, pieces);
   } else {

@@ -14,9 +14,10 @@ struct Job {
   void* y;
 };
 
-// Some blocks on some rows: what one thread does at a time. Pieces of one job write disjoint parts of y.
+// What one thread does at a time: some columns of some blocks on some rows. Pieces of one job write disjoint parts of y.
 struct Piece {
   int64_t first_block, end_block;
+  int64_t first_column, end_column;  // of each of these blocks
   int64_t first_row, end_row;
 };
 

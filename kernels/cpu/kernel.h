@@ -17,6 +17,7 @@ constexpr int64_t kColumns = 128, kDepth = 128;
 // Few rows: reading the block is what takes time, so it is read in long runs that the prefetcher follows; the sums wait
 // in the first-level cache. A block that one tile of rows reads once needs no copy, and less depth to spread over.
 constexpr int64_t kFewRows = 32, kLongColumns = 1024, kLongDepth = 16, kOnceDepth = 8;
+constexpr int64_t kRowsForDots = 4;  // that make up for transposing the block
 // 16-bit outputs: the sums of so many rows wait in float32 until their last panel, to be rounded once.
 constexpr int64_t kSumRows = 96;
 static_assert(kLongColumns * kLongDepth <= kColumns * kDepth && kMostRows * kLongColumns <= kSumRows * kColumns);
@@ -48,6 +49,12 @@ void narrow_rows(Matrix<const float> from, int64_t rows, int64_t columns, Matrix
   for (int64_t r = 0; r < rows; ++r) narrow<Simd>(from.data + r * from.stride, columns, to.data + r * to.stride);
 }
 
+template <class T>
+void transpose(Matrix<const T> from, int64_t rows, int64_t columns, float scale, Matrix<float> to) {
+  for (int64_t r = 0; r < rows; ++r)
+    for (int64_t c = 0; c < columns; ++c) to.data[c * to.stride + r] = scale * to_float(from.data[r * from.stride + c]);
+}
+
 // How many rows to take at once: as many as the registers hold, and no odd few left over at the end.
 template <class Simd>
 int64_t even_rows(int64_t rows, int64_t columns) {
@@ -62,12 +69,13 @@ template <class Simd, class T, class B>
 void multiply_block(Matrix<const T> x, Matrix<const B> d, float scale, Matrix<const T> y0, Matrix<T> y, int64_t rows,
                     int64_t depth, int64_t columns, Scratch& scratch) {
   constexpr bool kWideRows = std::is_same<T, float>::value, kWideBlocks = std::is_same<B, float>::value;
-  const int64_t tile_rows = even_rows<Simd>(rows, columns);
+  const bool dots = 4 * columns <= Simd::width && rows >= kRowsForDots;
+  const int64_t tile_rows = dots && kWideRows ? rows : even_rows<Simd>(rows, columns);
   const bool once = tile_rows == rows;  // each element of the block is used by one tile alone
   const bool few = columns > kColumns && (once || (kWideRows && rows <= kFewRows));
   const int64_t panel_columns = few ? kLongColumns : kColumns;
   const int64_t panel_depth = !few ? kDepth : once ? kOnceDepth : kLongDepth;
-  const bool in_place = kWideBlocks && (once || columns <= kColumns);
+  const bool in_place = kWideBlocks && !dots && (once || columns <= kColumns);
 
   for (int64_t c = 0; c < columns; c += panel_columns) {
     const int64_t width = smaller(panel_columns, columns - c);
@@ -80,7 +88,12 @@ void multiply_block(Matrix<const T> x, Matrix<const B> d, float scale, Matrix<co
       if constexpr (kWideBlocks) {
         if (in_place) panel = d.from(k, c);
       }
-      if (!in_place) widen_rows<Simd>(d.from(k, c), height, width, scale, Matrix<float>{scratch.d, width});
+      if (dots) {
+        panel.stride = kDepth;
+        transpose(d.from(k, c), height, width, scale, Matrix<float>{scratch.d, kDepth});
+      } else if (!in_place) {
+        widen_rows<Simd>(d.from(k, c), height, width, scale, Matrix<float>{scratch.d, width});
+      }
 
       for (int64_t r = 0; r < rows; r += tile_rows) {
         const int64_t taken = smaller(tile_rows, rows - r);
@@ -93,7 +106,11 @@ void multiply_block(Matrix<const T> x, Matrix<const B> d, float scale, Matrix<co
           widen_rows<Simd>(x.from(r, k), taken, height, 1.0f, Matrix<float>{scratch.x, kDepth});
           tile.y0 = tile.y = sums.from(r, 0).data, tile.y_stride = width;
         }
-        multiply_rows<Simd>(tile, static_cast<int>(taken), width);
+        if (dots) {
+          dot_rows<Simd>(tile, taken, width);
+        } else {
+          multiply_rows<Simd>(tile, static_cast<int>(taken), width);
+        }
       }
     }
     if constexpr (!kWideRows) narrow_rows<Simd>(Matrix<const float>{scratch.y, width}, rows, width, y.from(0, c));
@@ -113,21 +130,24 @@ void run_piece(const diablo::Job& job, const diablo::Piece& piece) {
   const Matrix<const T> x{static_cast<const T*>(job.x), s.x_stride}, y0{static_cast<const T*>(job.y0), s.y_stride};
   const Matrix<T> y{static_cast<T*>(job.y), s.y_stride};
   const Matrix<const B> blocks{static_cast<const B*>(job.blocks), s.block_size_out};
-  const int64_t step = std::is_same<T, float>::value ? piece.end_row - piece.first_row : kSumRows;
+  // Small blocks: a few rows by all blocks, so that whole rows pass through the cache, not one line of each. Large ones
+  // by all rows, for what copying their panels costs. 16-bit outputs have no room for more sums than these.
+  const bool small = s.block_size_out <= kColumns || !std::is_same<T, float>::value;
+  const int64_t step = small ? kSumRows : piece.end_row - piece.first_row;
   Scratch scratch;
 
-  for (int64_t block = piece.first_block; block < piece.end_block; ++block) {
-    const int64_t input = block * s.block_size_in, output = block * s.block_size_out;
-    const int64_t depth = smaller(s.block_size_in, s.in_features - input);
-    const int64_t columns = smaller(s.block_size_out, s.out_features - output);
-    if (columns <= 0) return;  // this block and all behind it are padding
-    const float scale = std::is_same<B, int8_t>::value ? job.scales[block] : 1.0f;
-    for (int64_t r = piece.first_row; r < piece.end_row; r += step) {
-      const int64_t rows = smaller(step, piece.end_row - r);
-      if (depth <= 0) {  // it meets no input
+  for (int64_t r = piece.first_row; r < piece.end_row; r += step) {
+    const int64_t rows = smaller(step, piece.end_row - r);
+    for (int64_t block = piece.first_block; block < piece.end_block; ++block) {
+      const int64_t input = block * s.block_size_in, output = block * s.block_size_out + piece.first_column;
+      const int64_t depth = smaller(s.block_size_in, s.in_features - input);
+      const int64_t columns = smaller(piece.end_column - piece.first_column, s.out_features - output);
+      if (columns <= 0) break;  // here and in all blocks behind it there is only padding
+      if (depth <= 0) {         // it meets no input
         copy_rows(y0.from(r, output), rows, columns, y.from(r, output));
       } else {
-        multiply_block<Simd>(x.from(r, input), blocks.from(block * s.block_size_in, 0), scale, y0.from(r, output),
+        const float scale = std::is_same<B, int8_t>::value ? job.scales[block] : 1.0f;
+        multiply_block<Simd>(x.from(r, input), blocks.from(input, piece.first_column), scale, y0.from(r, output),
                              y.from(r, output), rows, depth, columns, scratch);
       }
     }

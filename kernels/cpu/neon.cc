@@ -17,6 +17,7 @@ struct Neon {
   static Vector add(Vector a, Vector b) { return vaddq_f32(a, b); }
   static Vector mul(Vector a, Vector b) { return vmulq_f32(a, b); }
   static Vector fma(Vector a, Vector b, Vector c) { return vfmaq_f32(c, a, b); }
+  static float sum(Vector value) { return vaddvq_f32(value); }
 
   static Lanes lanes(int count) { return count; }
   static Vector load(const float* at) { return vld1q_f32(at); }

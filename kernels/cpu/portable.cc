@@ -34,6 +34,7 @@ struct Portable {
   static Vector fma(Vector a, Vector b, Vector c) {
     return each([&](int i) { return a.lane[i] * b.lane[i] + c.lane[i]; });
   }
+  static float sum(Vector a) { return (a.lane[0] + a.lane[1]) + (a.lane[2] + a.lane[3]); }
 
   static Lanes lanes(int count) { return count; }
   static Vector load(const float* at) {

@@ -111,4 +111,24 @@ void multiply_rows(Tile tile, int rows, int64_t columns) {
   }
 }
 
+// The same for so few columns that most of a vector would be idle: dot products instead. Here tile.d is transposed,
+// (columns, depth).
+template <class Simd>
+void dot_rows(const Tile tile, int64_t rows, int64_t columns) {
+  using Vector = typename Simd::Vector;
+  const int64_t whole = (tile.depth - 1) / Simd::width * Simd::width;
+  const typename Simd::Lanes lanes = Simd::lanes(static_cast<int>(tile.depth - whole));
+  for (int64_t c = 0; c < columns; ++c) {
+    const float* d = tile.d + c * tile.d_stride;
+    const Vector rest = Simd::load(d + whole, lanes);  // all there is of a tiny block, read once for all rows
+    const float *x = tile.x, *from = tile.y0 + c;
+    float* to = tile.y + c;
+    for (int64_t r = 0; r < rows; ++r, x += tile.x_stride, from += tile.y_stride, to += tile.y_stride) {
+      Vector sum = Simd::mul(Simd::load(x + whole, lanes), rest);
+      for (int64_t k = 0; k < whole; k += Simd::width) sum = Simd::fma(Simd::load(x + k), Simd::load(d + k), sum);
+      *to = *from + Simd::sum(sum);
+    }
+  }
+}
+
 }  // namespace
