@@ -15,7 +15,6 @@ import time
 from typing import Any
 
 import numpy as np
-import onnx
 import onnxruntime
 from onnx import TensorProto, helper
 
@@ -37,10 +36,13 @@ def model(k: int, n: int, element: int) -> bytes:
     nodes = [
         helper.make_node("Add", ["Y1", "zero"], ["Y0"]),
         helper.make_node(opschema.NAME, list(opschema.INPUTS), ["Y2"], domain=opschema.DOMAIN),
-        helper.make_node("Slice", ["Y2", "start", "stop", "axis"], ["Y"]),  # so that Y0 may be overwritten: not an output
+        helper.make_node(
+            "Slice", ["Y2", "start", "stop", "axis"], ["Y"]
+        ),  # so that Y0 may be overwritten: not an output
     ]
-    places = [helper.make_tensor(name, TensorProto.INT64, [1], [at]) for name, at in
-              (("start", 0), ("stop", 1), ("axis", 1))]
+    places = [
+        helper.make_tensor(name, TensorProto.INT64, [1], [at]) for name, at in (("start", 0), ("stop", 1), ("axis", 1))
+    ]
     graph = helper.make_graph(nodes, "g", inputs, [value("Y", element, ["m", 1])], [zero, *places])
     imports = [helper.make_opsetid("", 18), helper.make_opsetid(opschema.DOMAIN, opschema.VERSION)]
     made = helper.make_model(graph, functions=[opschema.function()], opset_imports=imports, ir_version=8)
@@ -87,8 +89,10 @@ def compare(
     blocks = random.standard_normal(shape.blocks, np.float32).astype(dtype)
     data = model(k, n, element)
     # The last has no adapter: what the nodes around take is in all three
-    runs = [(session(data, threads, library), d) for library, d in
-            ((True, blocks), (False, blocks), (True, np.zeros((0, 0, 0), dtype)))]
+    runs = [
+        (session(data, threads, library), d)
+        for library, d in ((True, blocks), (False, blocks), (True, np.zeros((0, 0, 0), dtype)))
+    ]
     bindings = [(opened, bound(opened, {"X": x, "D": d, "Y1": y})) for opened, d in runs]
     once = max(seconds(*pair, 2) for pair in bindings)
     repeats, times = max(1, int(0.002 / once)), []
@@ -129,7 +133,8 @@ def main() -> None:
                             got = compare(rows, k, n, num_blocks, threads, precision, asked.seconds)
                             print(
                                 f"{name:13} {layer:6} {precision:5} {threads:3} {rows:4} {num_blocks:4} "
-                                f"{got[0] * 1e6:11.1f} {got[1] * 1e6:11.1f} {got[2]:6.2f} {got[3]:9.2f}", flush=True
+                                f"{got[0] * 1e6:11.1f} {got[1] * 1e6:11.1f} {got[2]:6.2f} {got[3]:9.2f}",
+                                flush=True,
                             )
 
 
