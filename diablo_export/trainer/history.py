@@ -59,10 +59,8 @@ def draw(history: History, file: Path, title: str) -> None:
     axes.plot(steps, losses, color=_BLUE, alpha=0.25, linewidth=1)
     axes.plot(steps, running_mean(losses), color=_BLUE, linewidth=2, label="training loss (running mean)")
     if held:
-        axes.plot(held_steps, held, color=_ORANGE, marker="o", markersize=4, linewidth=2, label="held-out loss")
-        axes.annotate(
-            f"{held[-1]:.3f}", (held_steps[-1], held[-1]), (0, 7), textcoords="offset points", ha="right", color=_ORANGE
-        )
+        label = f"held-out loss, {held[-1]:.3f} at last"
+        axes.plot(held_steps, held, color=_ORANGE, marker="o", markersize=4, linewidth=2, label=label)
     axes.set_xlabel("step")
     axes.set_ylabel("loss")
     axes.set_xlim(0, steps[-1] * 1.01)
@@ -73,13 +71,12 @@ def draw(history: History, file: Path, title: str) -> None:
     handles, _ = axes.get_legend_handles_labels()
     if right:
         other = axes.twinx()
-        handles += other.plot(
-            right_steps, right, color=_GREEN, marker="s", markersize=4, linewidth=1.5, label="held-out accuracy"
-        )
+        label = f"held-out accuracy, {right[-1]:.3f} at last"
+        handles += other.plot(right_steps, right, color=_GREEN, marker="s", markersize=4, linewidth=1.5, label=label)
         other.set_ylabel("accuracy", color=_GREEN)
         other.tick_params(axis="y", colors=_GREEN)
         other.spines[["top"]].set_visible(False)
-    axes.legend(handles=handles, frameon=False, loc="upper right")
+    figure.legend(handles=handles, frameon=False, loc="outside lower center", ncols=3)
     axes.set_title(title, fontsize=11, color=_GREY)
     figure.savefig(file, dpi=150)
     pyplot.close(figure)
