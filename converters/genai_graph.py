@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import io
+import math
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -30,6 +31,9 @@ ARCHITECTURES = (
     "Qwen2ForCausalLM",
     "Qwen3ForCausalLM",
 )
+# rotary embeddings whose tables in the builder are Hugging Face's; for others (linear, dynamic, yarn) it makes
+# different ones without a word
+_ROPES = {"LlamaForCausalLM": {"default", "llama3"}, "Phi3ForCausalLM": {"default", "longrope"}}
 _HEAD_SIZE_STEP = 16  # GroupQueryAttention on CPU refuses other head sizes, and only when it runs
 
 
@@ -45,6 +49,12 @@ def refusal(config: dict[str, Any], task: str = "causal-lm") -> str | None:
             f"the head size is {head_size(config)}; onnxruntime-genai's graphs use GroupQueryAttention, which needs a "
             f"multiple of {_HEAD_SIZE_STEP}"
         )
+    strange = _rope_types(config) - _ROPES.get(_architecture(config), {"default"})
+    if strange:
+        return (
+            f"its rotary embedding is of type {', '.join(sorted(strange))}, for which onnxruntime-genai's builder makes "
+            "other tables than Hugging Face"
+        )
     if importlib.util.find_spec("onnxruntime_genai") is None:
         return 'onnxruntime-genai is not installed; pip install "diablo-export[genai]" for its faster graphs'
     return None
@@ -58,6 +68,13 @@ def reason(config: dict[str, Any], precision: str) -> str:
 
 def _architecture(config: dict[str, Any]) -> str:
     return str((config.get("architectures") or ["a model whose config.json names no architecture"])[0])
+
+
+def _rope_types(config: dict[str, Any]) -> set[str]:
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    # Gemma 3 has one set of parameters per kind of layer
+    kinds = list(rope.values()) if rope and all(isinstance(value, dict) for value in rope.values()) else [rope]
+    return {str(kind.get("rope_type") or kind.get("type") or "default") for kind in kinds}
 
 
 def head_size(config: dict[str, Any]) -> int:
@@ -83,13 +100,19 @@ def layout(weights: Weights, folder: Path, *, precision: str = "fp32", share_emb
     model, placeholders, tied = _placeholder_model(weights)
     made: dict[str, Any] = {}  # initializer name → the tensor it was made of
     finished: list[ir.Model] = []
-    make_initializer = base.make_initializer
+    make_initializer, make_model = base.make_initializer, base.make_model
 
     def record(self: Any, tensor: Any, /, name: str, **how: Any) -> None:
         made[name] = tensor
         make_initializer(self, tensor, name, **how)
 
+    def make_exact(self: Any, path: str) -> None:
+        if self.embed_attrs["scale"] != 1:  # Gemma's √hidden_size, which the builder rounds to two decimals
+            self.embed_attrs["scale"] = math.sqrt(self.hidden_size)
+        make_model(self, path)
+
     patches = {
+        "make_model": make_exact,
         "load_weights": lambda self, path: model,
         "make_initializer": record,
         "save_model": lambda self, path: finished.append(self.model),
@@ -122,7 +145,12 @@ def _adjust(config: Any) -> None:
         config.rope_local_base_freq = rope["sliding_attention"]["rope_theta"]
         config.rope_parameters = rope = dict(rope["full_attention"])
         config.rope_theta = rope["rope_theta"]
-    if config.model_type == "phi3" and rope.get("rope_type") != "longrope":
+    if getattr(config, "layer_types", None) is None and getattr(config, "sliding_window", None):
+        # without this list the builder takes every layer of Mistral and Phi-3 for a full one, and says nothing
+        config.layer_types = ["sliding_attention"] * config.num_hidden_layers
+    if rope.get("rope_type") == "longrope":
+        config.rope_parameters = {**rope, "type": "longrope"}
+    elif config.model_type == "phi3":
         # the builder takes any difference between these two for the long-context variant
         config.original_max_position_embeddings = config.max_position_embeddings
 

@@ -71,6 +71,7 @@ def build_graph(
     Raises:
         InputError: an option's value. CheckpointError: the model cannot be read.
         ExportError: no road can take this model; says why of each.
+        MatchError: `merged` has modules that the graph does not show; lists them.
     """
     _check_options(task, quantize, group_size, precision, accuracy_level)
     from diablo_export.converters import genai_graph, torch_graph
@@ -81,7 +82,7 @@ def build_graph(
     weights = Weights(checkpoint, merged, saved)
     # a head with blocks of its own, or quantized, cannot share the embedding's table
     share = quantize == "none" and not (merged and "lm_head" in merged.modules)
-    how = {
+    how: Any = {
         "quantize": quantize, "group_size": group_size, "symmetric": symmetric, "accuracy_level": accuracy_level,
     }  # fmt: skip
 
@@ -133,8 +134,8 @@ def _check_float(checkpoint: Checkpoint) -> None:
     method = (checkpoint.config.get("quantization_config") or {}).get("quant_method")
     if method:
         raise ExportError(
-            f"{checkpoint.folder}: its weights are quantized already ({method}); give the float model with --quantize, or "
-            "an ONNX model whose weights are int4"
+            f"{checkpoint.folder}: its weights are quantized already ({method}); give the float model with "
+            "--quantize, or an ONNX model whose weights are int4"
         )
 
 

@@ -17,7 +17,7 @@ from diablo_export.adapter import Adapter
 from diablo_export.checkpoint import Checkpoint
 from diablo_export.console import progress
 from diablo_export.converters.onnx_weights import Job, Source, float_job, quantized_job, write
-from diablo_export.errors import CheckpointError
+from diablo_export.errors import CheckpointError, MatchError
 
 MODEL = "model.onnx"
 MODULE = "diablo.module"  # node metadata: the Hugging Face module path(s) that the node computes
@@ -95,6 +95,9 @@ def finish(
 
     Returns:
         Per module how its weight lies in the graph, and the SHA-256 of the data file.
+
+    Raises:
+        MatchError: modules to be merged that are no linear node of the graph.
     """
     _drop_unread(layout.model.graph)
     nodes = list(layout.model.graph.all_nodes())
@@ -118,7 +121,10 @@ def finish(
             job = float_job(weight, source, origin.transposed)
         modules.setdefault(origin.module, []).append(entry | {"rows": list(origin.rows) if origin.rows else None})
         jobs[weight.name or ""] = job
+    _check_all_merged(weights.merged, modules)
     for value, origin in named.items():
+        if quantize != "none":
+            _keep_16_bits(layout.model.graph, value, weights.source(origin))
         if value.name not in jobs and value.is_initializer():
             jobs[value.name or ""] = float_job(value, weights.source(origin), origin.transposed)
     ordered = [*jobs.values(), *_constants(layout, jobs)]
@@ -133,6 +139,16 @@ def linear_weight(node: ir.Node, named: Mapping[ir.Value, Origin]) -> tuple[ir.V
     weight = node.inputs[1]
     origin = named.get(weight) if weight is not None else None
     return (weight, origin) if weight is not None and origin is not None else None
+
+
+def _check_all_merged(merged: Adapter | None, modules: Mapping[str, Any]) -> None:
+    lost = [name for name in (merged.modules if merged else ()) if name not in modules]
+    if lost:
+        shown = "\n".join(f"  {name}: no linear node of the graph is this module" for name in lost[:20])
+        raise MatchError(
+            f"{len(lost)} of the adapter's modules cannot be merged into this graph:\n{shown}\n"
+            f"the graph has {', '.join(list(modules)[:4])}, …; `diablo-export inspect` lists them all"
+        )
 
 
 def _drop_unread(graph: ir.Graph) -> None:
@@ -187,6 +203,27 @@ def _quantize(
         "transposed": False,
     }
     return entry, quantized_job(codes, scales, zeros, source, bits, group_size)
+
+
+def _keep_16_bits(graph: ir.Graph, table: ir.Value, source: Source) -> None:
+    """Let an embedding keep the 16 bits of its checkpoint: looked up first, widened after. Same numbers, half the size.
+
+    Only in quantized models, where the table can outweigh all the rest.
+    """
+    narrow = {"BF16": ir.DataType.BFLOAT16, "F16": ir.DataType.FLOAT16}.get(source.dtype)
+    wide = table.dtype
+    lookups = list(table.consumers())
+    if narrow is None or wide != ir.DataType.FLOAT or {node.op_type for node in lookups} != {"Gather"}:
+        return
+    table.dtype = narrow
+    for node in lookups:
+        found = node.outputs[0]
+        cast = ir.node("Cast", [found], {"to": wide}, name=f"{node.name}/Cast")
+        cast.outputs[0].shape, cast.outputs[0].dtype, found.dtype = found.shape, wide, narrow
+        graph.insert_after(node, cast)
+        for user, index in found.uses():
+            if user is not cast:
+                user.replace_input_with(index, cast.outputs[0])
 
 
 def _new(graph: ir.Graph, name: str, dtype: ir.DataType | None, shape: tuple[int, ...]) -> ir.Value:

@@ -12,12 +12,12 @@ import onnx_ir as ir
 import pytest
 import torch
 
-from diablo_export.adapter import Adapter
+from diablo_export.adapter import AdaptedModule, Adapter
 from diablo_export.checkpoint import Checkpoint, write_safetensors
 from diablo_export.converters import genai_graph, torch_graph
 from diablo_export.converters.onnx_graph import build_graph
 from diablo_export.converters.onnx_trial import try_graph
-from diablo_export.errors import CheckpointError, ExportError, InputError
+from diablo_export.errors import CheckpointError, ExportError, InputError, MatchError
 from tests import graphs, tiny
 
 
@@ -117,6 +117,13 @@ def test_logits_that_are_not_finite_are_refused(tmp_path: Path) -> None:
     ir.save(ir.Model(graph, ir_version=10), tmp_path / "model.onnx")
     with pytest.raises(ExportError, match="not finite"):
         try_graph(tmp_path / "model.onnx")
+
+
+def test_module_that_cannot_be_merged_is_listed(tiny_model: Callable[[str], Path], tmp_path: Path) -> None:
+    name = "model.embed_tokens"
+    module = AdaptedModule(name, np.zeros((4, 16, 80), np.float32), 64, 320)
+    with pytest.raises(MatchError, match=r"1 of the adapter's modules .*\n  model\.embed_tokens: no linear node"):
+        build_graph(tiny_model("llama"), tmp_path, merged=Adapter({name: module}))
 
 
 def test_saved_parameters_replace_the_models(tiny_model: Callable[[str], Path], tmp_path: Path) -> None:
