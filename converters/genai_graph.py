@@ -52,8 +52,8 @@ def refusal(config: dict[str, Any], task: str = "causal-lm") -> str | None:
     strange = _rope_types(config) - _ROPES.get(_architecture(config), {"default"})
     if strange:
         return (
-            f"its rotary embedding is of type {', '.join(sorted(strange))}, for which onnxruntime-genai's builder makes "
-            "other tables than Hugging Face"
+            f"its rotary embedding is of type {', '.join(sorted(strange))}, for which onnxruntime-genai's builder "
+            "makes other tables than Hugging Face"
         )
     if importlib.util.find_spec("onnxruntime_genai") is None:
         return 'onnxruntime-genai is not installed; pip install "diablo-export[genai]" for its faster graphs'
