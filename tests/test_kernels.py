@@ -1,4 +1,4 @@
-"""The kernel library inside ONNX Runtime: its numbers, that it runs at all, and that the function body agrees with it."""
+"""The kernel library in ONNX Runtime: its numbers, that it is what runs, and that the function body agrees with it."""
 
 from __future__ import annotations
 

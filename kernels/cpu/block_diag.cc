@@ -12,7 +12,7 @@ constexpr int64_t kPieceWork = 256 * 1024;
 constexpr int64_t kPiecesWanted = 16;
 // Columns of a block are shared out before rows: two pieces of the same columns copy the same panels of the block. Few
 // rows read the block in long runs, which must not become short.
-constexpr int64_t kManyRows = 32, kFewestRows = 384, kFewestColumns = 128, kFewestLongColumns = 1024;
+constexpr int64_t kManyRows = 32, kFewestRows = 384, kFewestColumns = 128, kFewestLongColumns = 4096;
 
 struct Plan {
   Job job;

@@ -17,9 +17,6 @@ DiabloError diablo_check(const DiabloShape* shape) {
     if (size < 0) return DIABLO_NEGATIVE_SIZE;
   if (s.rows > 1 && (s.x_stride < s.in_features || s.y_stride < s.out_features)) return DIABLO_ROWS_OVERLAP;
   if (s.type != DIABLO_F32 && s.type != DIABLO_F16 && s.type != DIABLO_BF16) return DIABLO_UNKNOWN_TYPE;
-  if (s.block_type != DIABLO_F32 && s.block_type != DIABLO_F16 &&
-      s.block_type != DIABLO_BF16 && s.block_type != DIABLO_I8)
-    return DIABLO_UNKNOWN_TYPE;
   if (s.num_blocks == 0 || s.block_size_in == 0 || s.block_size_out == 0) return DIABLO_OK;
   if (!covers(s.num_blocks, s.block_size_in, s.in_features)) return DIABLO_INPUTS_NOT_COVERED;
   if (!covers(s.num_blocks, s.block_size_out, s.out_features)) return DIABLO_OUTPUTS_NOT_COVERED;
@@ -39,7 +36,7 @@ const char* diablo_error_text(DiabloError error) {
     case DIABLO_ROWS_OVERLAP:
       return "a stride is below the length of a row";
     case DIABLO_UNKNOWN_TYPE:
-      return "x and y must be float32, float16 or bfloat16, blocks one of these or int8";
+      return "x and y must be float32, float16 or bfloat16";
     case DIABLO_NO_SCALES:
       return "int8 blocks need scales";
     case DIABLO_NO_SUCH_ISA:

@@ -3,10 +3,6 @@
 #include <climits>
 #include <cstdio>
 
-#ifdef DIABLO_CUDA
-#include "diablo/block_diag_cuda.h"
-#endif
-
 namespace diablo {
 namespace {
 
@@ -17,9 +13,7 @@ const BlockDiagOp& self(const OrtCustomOp* op) { return *static_cast<const Block
 
 const char* ORT_CALL name(const OrtCustomOp*) { return "BlockDiagMatMul"; }
 
-const char* ORT_CALL provider(const OrtCustomOp* op) {
-  return self(op).device == Device::kCuda ? "CUDAExecutionProvider" : "CPUExecutionProvider";
-}
+const char* ORT_CALL provider(const OrtCustomOp*) { return "CPUExecutionProvider"; }
 
 OrtElementType ORT_CALL element(const OrtCustomOp* op, size_t) {
   switch (self(op).type) {
@@ -35,7 +29,7 @@ OrtElementType ORT_CALL element(const OrtCustomOp* op, size_t) {
 size_t ORT_CALL input_count(const OrtCustomOp*) { return kInputs; }
 size_t ORT_CALL output_count(const OrtCustomOp*) { return 1; }
 OrtCharacteristic ORT_CALL required(const OrtCustomOp*, size_t) { return kOrtRequired; }
-OrtMemType ORT_CALL on_device(const OrtCustomOp*, size_t) { return kOrtMemDefault; }
+OrtMemType ORT_CALL in_main_memory(const OrtCustomOp*, size_t) { return kOrtMemDefault; }
 int ORT_CALL one(const OrtCustomOp*) { return 1; }
 int ORT_CALL any_later(const OrtCustomOp*) { return INT_MAX; }
 
@@ -144,7 +138,7 @@ struct Pool {
   }
 };
 
-OrtStatus* run_on_cpu(const ort::Api& api, const OrtKernelContext* context, const DiabloShape& shape, const Tensor& x,
+OrtStatus* multiply(const ort::Api& api, const OrtKernelContext* context, const DiabloShape& shape, const Tensor& x,
                       const Tensor& blocks, const Tensor& y0, void* y) {
   Pool pool{api, context, nullptr};
   const DiabloParallelFor parallel{Pool::run, &pool};
@@ -154,20 +148,9 @@ OrtStatus* run_on_cpu(const ort::Api& api, const OrtKernelContext* context, cons
   return pool.status;
 }
 
-#ifdef DIABLO_CUDA
-OrtStatus* run_on_cuda(const ort::Api& api, const OrtKernelContext* context, const DiabloShape& shape, const Tensor& x,
-                       const Tensor& blocks, const Tensor& y0, void* y) {
-  void* stream = nullptr;
-  if (OrtStatus* status = api.gpu_stream(context, &stream)) return status;
-  const int error = diablo_block_diag_cuda(&shape, x.data, blocks.data, y0.data, y, stream);
-  return error == 0 ? nullptr : refuse(api, x, blocks, y0, diablo_cuda_error_text(error));
-}
-#endif
-
 }  // namespace
 
-BlockDiagOp::BlockDiagOp(DiabloType element_type, Device where, ort::Api table)
-    : OrtCustomOp{}, type(element_type), device(where), api(table) {
+BlockDiagOp::BlockDiagOp(DiabloType element_type, ort::Api table) : OrtCustomOp{}, type(element_type), api(table) {
   version = ort::kVersion;
   GetName = name;
   GetExecutionProviderType = provider;
@@ -175,7 +158,7 @@ BlockDiagOp::BlockDiagOp(DiabloType element_type, Device where, ort::Api table)
   GetInputTypeCount = input_count;
   GetOutputTypeCount = output_count;
   GetInputCharacteristic = GetOutputCharacteristic = required;
-  GetInputMemoryType = on_device;
+  GetInputMemoryType = in_main_memory;
   GetVariadicInputMinArity = GetVariadicInputHomogeneity = one;
   GetVariadicOutputMinArity = GetVariadicOutputHomogeneity = one;
   CreateKernelV2 = create;
@@ -200,10 +183,7 @@ OrtStatus* BlockDiagOp::compute(OrtKernelContext* context) const {
   void* y = nullptr;
   if (OrtStatus* status = api.output(context, 0, y0.sizes, y0.rank, &output)) return status;
   if (OrtStatus* status = api.data(output, &y)) return status;
-#ifdef DIABLO_CUDA
-  if (device == Device::kCuda) return run_on_cuda(api, context, shape, x, blocks, y0, y);
-#endif
-  return run_on_cpu(api, context, shape, x, blocks, y0, y);
+  return multiply(api, context, shape, x, blocks, y0, y);
 }
 
 }  // namespace diablo

@@ -1,4 +1,4 @@
-// The operator ai.diablo::BlockDiagMatMul for ONNX Runtime, one for each element type and device.
+// The operator ai.diablo::BlockDiagMatMul for ONNX Runtime, one for each element type.
 #pragma once
 
 #include "diablo/block_diag.h"
@@ -6,15 +6,12 @@
 
 namespace diablo {
 
-enum class Device { kCpu, kCuda };
-
 // What ONNX Runtime sees of one kernel. It has no state: the same object is the operator and its kernel.
 struct BlockDiagOp : OrtCustomOp {
   DiabloType type;
-  Device device;
   ort::Api api;
 
-  BlockDiagOp(DiabloType type, Device device, ort::Api api);
+  BlockDiagOp(DiabloType type, ort::Api api);
   OrtStatus* compute(OrtKernelContext* context) const;
 };
 

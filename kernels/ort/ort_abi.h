@@ -119,9 +119,6 @@ struct Api {
   void release_info(OrtTensorTypeAndShapeInfo* info) const {
     at<void(ORT_CALL*)(OrtTensorTypeAndShapeInfo*)>(99)(info);
   }
-  OrtStatus* gpu_stream(const OrtKernelContext* context, void** stream) const {
-    return at<OrtStatus*(ORT_CALL*)(const OrtKernelContext*, void**)>(193)(context, stream);
-  }
   OrtStatus* inferred_input(const OrtShapeInferContext* context, size_t index, OrtTensorTypeAndShapeInfo** info) const {
     using Function = OrtStatus*(ORT_CALL*)(const OrtShapeInferContext*, size_t, OrtTensorTypeAndShapeInfo**);
     return at<Function>(268)(context, index, info);

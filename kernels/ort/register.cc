@@ -10,31 +10,16 @@
 namespace {
 
 using diablo::BlockDiagOp;
-using diablo::Device;
-
-#ifdef DIABLO_CUDA
-constexpr int kOps = 6;
-#else
-constexpr int kOps = 3;
-#endif
 
 // Sessions keep pointers to the operators and do not own the domain: all live as long as the library. One domain holds
 // every kernel, as ONNX Runtime refuses a domain that comes twice, even from two libraries.
 struct Domain {
-  BlockDiagOp ops[kOps];
+  BlockDiagOp ops[3];
   OrtCustomOpDomain* handle = nullptr;
   OrtStatus* status = nullptr;
 
   explicit Domain(ort::Api api)
-      : ops{{DIABLO_F32, Device::kCpu, api},
-            {DIABLO_F16, Device::kCpu, api},
-            {DIABLO_BF16, Device::kCpu, api},
-#ifdef DIABLO_CUDA
-            {DIABLO_F32, Device::kCuda, api},
-            {DIABLO_F16, Device::kCuda, api},
-            {DIABLO_BF16, Device::kCuda, api},
-#endif
-        } {
+      : ops{{DIABLO_F32, api}, {DIABLO_F16, api}, {DIABLO_BF16, api}} {
     status = api.create_domain("ai.diablo", &handle);
     for (const BlockDiagOp& op : ops)
       if (status == nullptr) status = api.add_op(handle, &op);

@@ -21,7 +21,6 @@ void test_sizes_that_do_not_fit() {
   refused(DIABLO_OUTPUTS_NOT_COVERED, [](DiabloShape& s) { s.block_size_out = 1; });
   refused(DIABLO_ROWS_OVERLAP, [](DiabloShape& s) { s.y_stride = 3; });
   refused(DIABLO_UNKNOWN_TYPE, [](DiabloShape& s) { s.type = DIABLO_I8; });
-  refused(DIABLO_UNKNOWN_TYPE, [](DiabloShape& s) { s.block_type = static_cast<DiabloType>(9); });
   refused(DIABLO_NO_SCALES, [](DiabloShape& s) { s.block_type = DIABLO_I8; });
   refused(DIABLO_OK, [](DiabloShape& s) { s.num_blocks = INT64_MAX, s.rows = 0; });  // no product may overflow
 }
