@@ -5,19 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import onnx_ir as ir
-
 from diablo_export.adapter import TASKS, Adapter
 from diablo_export.checkpoint import Checkpoint
 from diablo_export.converters import onnx_file
 from diablo_export.converters.base import hashing
-from diablo_export.converters.onnx_linears import kind, linears
-from diablo_export.converters.onnx_nodes import MODEL
 from diablo_export.converters.sizes import check_options, checkpoint_bytes, onnx_bytes
 from diablo_export.errors import AdapterError, ExportError, InputError
 from diablo_export.manifest import adapter_entry, write_manifest
 from diablo_export.output import check_output, new_folder
-from diablo_export.runtime import session
 
 FORMATS = ("onnx", "hf")
 
@@ -113,11 +108,15 @@ def _into_onnx(
     source: onnx_file.OnnxModel, adapter: Adapter, folder: Path
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """Merge into a copy of an ONNX model; the modules' entries, and the rest of the manifest."""
+    import onnx_ir as ir
+
+    from diablo_export.converters.onnx_linears import kind, linears
     from diablo_export.converters.onnx_merge import onnx_merge
+    from diablo_export.runtime import session
 
     onnx_file.copy(source, folder)
-    modules = onnx_merge(folder / MODEL, adapter)
-    session(folder / MODEL)  # a graph that the runtime refuses is no merge
+    modules = onnx_merge(folder / onnx_file.MODEL, adapter)
+    session(folder / onnx_file.MODEL)  # a graph that the runtime refuses is no merge
     reason = f"{source.file.name} is an ONNX model already"
     return modules, {"hashes": {}, "exporter": "given", "reason": reason, **kind(linears(ir.load(source.file)))}
 

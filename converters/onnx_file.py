@@ -6,13 +6,15 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import onnx_ir as ir
-
-from diablo_export.converters.onnx_nodes import MODEL
 from diablo_export.errors import InputError
 from diablo_export.manifest import MANIFEST, PARITY, read_manifest
 
+if TYPE_CHECKING:  # it takes a second to load, and merges of Hugging Face folders have no use for it
+    import onnx_ir as ir
+
+MODEL = "model.onnx"
 _NOT_CONFIG = (".onnx", ".onnx_adapter", ".data")
 
 
@@ -45,6 +47,8 @@ def find(model: str | Path) -> OnnxModel | None:
     file = _graph_file(Path(model))
     if file is None:
         return None
+    import onnx_ir as ir
+
     try:
         graph = ir.load(file)
     except Exception as error:  # protobuf raises its own kinds
@@ -107,6 +111,8 @@ def refuse_adapted(model: OnnxModel) -> None:
 
 
 def _external(model: ir.Model) -> Iterator[ir.ExternalTensor]:
+    import onnx_ir as ir
+
     for graph in model.graphs():
         for value in graph.initializers.values():
             if isinstance(value.const_value, ir.ExternalTensor):

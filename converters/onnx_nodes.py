@@ -16,10 +16,10 @@ import onnx_ir as ir
 from diablo_export.adapter import Adapter
 from diablo_export.checkpoint import Checkpoint
 from diablo_export.console import progress
+from diablo_export.converters.onnx_file import MODEL as MODEL
 from diablo_export.converters.onnx_weights import Job, Source, float_job, quantized_job, write
 from diablo_export.errors import CheckpointError, MatchError
 
-MODEL = "model.onnx"
 MODULE = "diablo.module"  # node metadata: the Hugging Face module path(s) that the node computes
 ROWS = "diablo.rows"  # node metadata: which output rows of that module, where several nodes share it
 BITS = {"none": 0, "int8": 8, "int4": 4}

@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -297,3 +299,14 @@ def test_small_chunks_give_the_same_file(
     whole = merge(tiny_model("llama"), adapter, tmp_path / "whole")
     monkeypatch.setattr(hf_stream, "CHUNK", 1000)
     assert merge(tiny_model("llama"), adapter, tmp_path / "pieces").hashes == whole.hashes
+
+
+def test_the_verb_loads_neither_torch_nor_onnx_ir(tiny_model: Folder, tiny_adapter: Folder, tmp_path: Path) -> None:
+    """They take longer to load than a small merge takes."""
+    code = (
+        "import sys, diablo_export\ndiablo_export.merge(*sys.argv[1:])\n"
+        "found = {'torch', 'transformers', 'onnx_ir'} & set(sys.modules)\nassert not found, found"
+    )
+    places = [str(tiny_model("llama")), str(tiny_adapter("llama")), str(tmp_path / "out")]
+    done = subprocess.run([sys.executable, "-c", code, *places], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
