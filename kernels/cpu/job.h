@@ -14,7 +14,7 @@ struct Job {
   void* y;
 };
 
-// What one thread does at a time: some columns of some blocks on some rows. Pieces of one job write disjoint parts of y.
+// What one thread does at a time: some columns of some blocks on some rows. No two pieces write the same part of y.
 struct Piece {
   int64_t first_block, end_block;
   int64_t first_column, end_column;  // of each of these blocks

@@ -17,11 +17,10 @@ constexpr int64_t kColumns = 128, kDepth = 128;
 // Few rows: reading the block is what takes time, so it is read in long runs that the prefetcher follows; the sums wait
 // in the first-level cache. A block that one tile of rows reads once needs no copy, and less depth to spread over.
 constexpr int64_t kFewRows = 32, kLongColumns = 1024, kLongDepth = 16, kOnceColumns = 4096, kOnceDepth = 8;
-constexpr int64_t kOnceCopied = 2048;  // columns where a copy must be made after all, for its type
 constexpr int64_t kRowsForDots = 4;  // that make up for transposing the block
 // 16-bit outputs: the sums of so many rows wait in float32 until their last panel, to be rounded once.
 constexpr int64_t kSumRows = 96;
-static_assert(kLongColumns * kLongDepth <= kColumns * kDepth && kOnceCopied * kOnceDepth <= kColumns * kDepth);
+static_assert(kLongColumns * kLongDepth <= kColumns * kDepth && kMostRows * kLongColumns <= kSumRows * kColumns);
 
 // On the stack of the thread that runs a piece, and taken once: a compiler may touch every page of it at each call.
 struct Scratch {
@@ -74,7 +73,7 @@ void multiply_block(Matrix<const T> x, Matrix<const B> d, float scale, Matrix<co
   const int64_t tile_rows = dots && kWideRows ? rows : even_rows<Simd>(rows, columns);
   const bool once = tile_rows == rows;  // each element of the block is used by one tile alone
   const bool few = columns > kColumns && (once || (kWideRows && rows <= kFewRows));
-  const int64_t once_columns = kWideRows && kWideBlocks ? kOnceColumns : kOnceCopied;
+  const int64_t once_columns = kWideRows && kWideBlocks ? kOnceColumns : kLongColumns;
   const int64_t panel_columns = !few ? kColumns : once ? once_columns : kLongColumns;
   const int64_t panel_depth = !few ? kDepth : once ? kOnceDepth : kLongDepth;
   const bool in_place = kWideBlocks && !dots && (once || columns <= kColumns);

@@ -1,4 +1,4 @@
-// Random calls against the reference: every type, instruction set and odd size, in place and not, on one thread and more.
+// Random calls against the reference: every type, instruction set and odd size, in place or not, on one or more threads.
 //
 // usage: numbers_test [calls] [seed]
 #include "fixture.h"

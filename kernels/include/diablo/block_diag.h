@@ -1,8 +1,8 @@
 /* y = y0 + x · blockdiag(blocks), on plain pointers: no ONNX Runtime, no torch, no C++ in the interface.
  *
  * Block i reads the inputs [i·block_size_in, (i+1)·block_size_in) and writes the outputs
- * [i·block_size_out, (i+1)·block_size_out), both cropped to in_features and out_features. Where a block size is 0 there
- * is no adapter, and y is y0. Sums are taken in float32 and rounded once, to the type of y.
+ * [i·block_size_out, (i+1)·block_size_out), both cropped to in_features and out_features. Where a block size is 0
+ * there is no adapter, and y is y0. Sums are taken in float32 and rounded once, to the type of y.
  */
 #ifndef DIABLO_BLOCK_DIAG_H
 #define DIABLO_BLOCK_DIAG_H
