@@ -28,7 +28,8 @@ DiabloShape random_shape(std::mt19937& random) {
   s.rows = between(random, 0, 30) == 0 ? between(random, 90, 220) : between(random, 0, 27);
   s.num_blocks = between(random, 1, 9);
   s.block_size_in = odd_size(random);
-  s.block_size_out = between(random, 0, 60) == 0 ? between(random, 1020, 1100) : odd_size(random);
+  s.block_size_out = odd_size(random);
+  if (between(random, 0, 60) == 0) s.block_size_out += between(random, 0, 2) == 0 ? 4060 : 1000;  // beyond long panels
   // Cropped at its tail by up to two blocks: then the last ones are all padding, or meet no input.
   const auto crop = [&](int64_t size) {
     const int64_t whole = s.num_blocks * size;
