@@ -1,4 +1,4 @@
-"""The base model as a manifest names it: where it was, and the hash of each of its weight files."""
+"""The base model as a manifest names it: where it was, and what tells it from any other."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
-from diablo_export.adapter import file_sha256
+from diablo_export.manifest import base_sha256, file_xxh3
 
 
 class Entry(Protocol):
@@ -27,11 +27,11 @@ def hashing(model: str | Path, folder: Path, files: Sequence[Path]) -> Iterator[
         files: its weight files.
     """
     with ThreadPoolExecutor(1) as thread:
-        hashes = [(file.name, thread.submit(file_sha256, file)) for file in files]
+        hashes = [(file.name, thread.submit(file_xxh3, file)) for file in files]
 
         def entry() -> dict[str, Any]:
             known = {name: future.result() for name, future in hashes}
-            return {"path": str(folder.resolve()), "id": str(model), "sha256": known}
+            return {"path": str(folder.resolve()), "id": str(model), "sha256": base_sha256(known), "files": known}
 
         try:
             yield entry

@@ -8,7 +8,10 @@ checkpoint is read once.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+import os
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -23,6 +26,7 @@ from diablo_export.converters.hf_stream import Part, given, write_parts
 from diablo_export.errors import CheckpointError
 
 HEAD = "lm_head.weight"
+THREADS = 2  # files written side by side: more would only compete for the disk
 _FLOATS = ("F64", "F32", "F16", "BF16")
 _EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "embed_in.weight")
 
@@ -51,21 +55,56 @@ def hf_merge(model: str | Path, adapter: Adapter, folder: Path) -> MergeResult:
     untied = any(part.module and part.name.endswith(HEAD) for parts in files.values() for part in parts)
     write_config(checkpoint, adapter, folder, untied)
     copy_others(checkpoint, folder)
-    hashes: dict[str, str] = {}
-    modules: list[dict[str, Any]] = []
 
     def refuse(part: Part) -> None:
         adapter.check_base(checkpoint)  # names every module that differs
         refuse_base(adapter, str(checkpoint.folder), [f"{part.name}: its base weight has other values"])
 
-    with progress("Merging", sum(info.nbytes for info in checkpoint)) as advance:
-        for name, parts in files.items():
-            header = header_bytes({part.name: (part.dtype, part.shape) for part in parts}, checkpoint.metadata[name])
-            done = partial(_note, modules, name)
-            hashes[name] = write_parts(folder / name, header, parts, done, refuse, advance)
+    modules: dict[str, list[dict[str, Any]]] = {name: [] for name in files}
+
+    def write(name: str, advance: Callable[[float], None]) -> str:
+        parts = files[name]
+        header = header_bytes({part.name: (part.dtype, part.shape) for part in parts}, checkpoint.metadata[name])
+        return write_parts(folder / name, header, parts, partial(_note, modules[name], name), refuse, advance, flush)
+
+    size = sum(info.nbytes for info in checkpoint)
+    with progress("Merging", size) as advance, ThreadPoolExecutor(1) as flusher:
+
+        def flush(descriptor: int) -> None:  # the disk works while the processor hashes
+            flusher.submit(_flush, descriptor)
+
+        hashes = _side_by_side(write, list(files), advance)
+    entries = [entry for name in files for entry in modules[name]]
     write_index(checkpoint, {file: {p.name: _nbytes(p) for p in parts} for file, parts in files.items()}, folder)
-    _warn_of_rounding(modules)
-    return MergeResult(hashes, modules)
+    _warn_of_rounding(entries)
+    return MergeResult(hashes, entries)
+
+
+def _flush(descriptor: int) -> None:
+    os.fsync(descriptor)
+    os.close(descriptor)
+
+
+def _side_by_side(
+    write: Callable[[str, Callable[[float], None]], str], names: Sequence[str], advance: Callable[[float], None]
+) -> dict[str, str]:
+    """`write` every file, a few at a time; when one fails, or on Ctrl-C, the others stop at their next piece."""
+    stopped = threading.Event()
+
+    def step(amount: float) -> None:
+        if stopped.is_set():
+            raise InterruptedError
+        advance(amount)
+
+    with ThreadPoolExecutor(THREADS) as threads:
+        jobs = {name: threads.submit(write, name, step) for name in names}
+        try:
+            wait(jobs.values(), return_when=FIRST_EXCEPTION)
+            failed = [job for job in jobs.values() if job.done() and job.exception() is not None]
+            return {name: job.result() for name, job in jobs.items()} if not failed else {"": failed[0].result()}
+        finally:
+            stopped.set()
+            threads.shutdown(wait=False, cancel_futures=True)
 
 
 def _note(modules: list[dict[str, Any]], file: str, part: Part, gain: float) -> None:

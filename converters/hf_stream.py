@@ -9,24 +9,22 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
 import numpy.typing as npt
+import xxhash
 
 from diablo_export.adapter import AdaptedModule
 from diablo_export.blockdiag import Array
 from diablo_export.checkpoint import DTYPE_NAMES, DTYPES, TensorInfo
 from diablo_export.errors import AdapterError, CheckpointError
 
-CHUNK = 1 << 20  # bytes of a buffer
-BUFFERS = 8
-FLUSH = 128 << 20  # bytes between flushes to the disk
+CHUNK = 1 << 20  # bytes of a buffer: half of a small second-level cache
+FLUSH = 64 << 20  # bytes between flushes to the disk
 
 Bytes = npt.NDArray[np.uint8]
 
@@ -51,8 +49,9 @@ def write_parts(
     merged: Callable[[Part, float], None],
     refuse: Callable[[Part], None],
     advance: Callable[[float], None],
+    flush: Callable[[int], None],
 ) -> str:
-    """Write `header` and `parts` to `file`, flush it to the disk, and return its SHA-256.
+    """Write `header` and `parts` to `file` and return its SHA-256.
 
     Args:
         file: the file to write.
@@ -61,25 +60,20 @@ def write_parts(
         merged: called after each merged part with how much of its blocks is left after rounding.
         refuse: called for a part whose base weight is not the one of its fingerprint; must raise.
         advance: called with the bytes that are done.
+        flush: called now and then with a descriptor of the file, to be flushed to the disk and closed.
     """
     digest = hashlib.sha256(header)
-    ring = [np.empty(_buffer_size(parts), np.uint8) for _ in range(BUFFERS)]
-    under_way: deque[tuple[int, Future[None], Future[None]]] = deque()
-    one = ThreadPoolExecutor
-    with file.open("wb", buffering=0) as out, one(1) as hasher, one(1) as writer, one(1) as flusher:
+    buffer = np.empty(_buffer_size(parts), np.uint8)
+    with file.open("wb", buffering=0) as out:
         _write_all(out, memoryview(header))
         written = 0
-        for piece in _pieces(parts, ring, merged, refuse):
-            view = piece.data
-            under_way.append((len(view), hasher.submit(digest.update, view), writer.submit(_write_all, out, view)))
-            written += len(view)
-            if written // FLUSH != (written - len(view)) // FLUSH:  # the disk works while the processor hashes
-                flusher.submit(os.fsync, out.fileno())
-            while len(under_way) >= BUFFERS:  # the next piece takes the buffer of the oldest
-                _finish(under_way.popleft(), advance)
-        while under_way:
-            _finish(under_way.popleft(), advance)
-        flusher.submit(os.fsync, out.fileno()).result()
+        for piece in _pieces(parts, buffer, merged, refuse):
+            digest.update(piece.data)
+            _write_all(out, piece.data)
+            written += piece.size
+            if written // FLUSH != (written - piece.size) // FLUSH:
+                flush(os.dup(out.fileno()))
+            advance(piece.size)
     return digest.hexdigest()
 
 
@@ -89,13 +83,6 @@ def _buffer_size(parts: Sequence[Part]) -> int:
     return max([CHUNK, *rows])
 
 
-def _finish(job: tuple[int, Future[None], Future[None]], advance: Callable[[float], None]) -> None:
-    size, hashed, written = job
-    hashed.result()
-    written.result()
-    advance(size)
-
-
 def _write_all(stream: Any, view: memoryview) -> None:
     while len(view):
         view = view[stream.write(view) :]
@@ -103,23 +90,19 @@ def _write_all(stream: Any, view: memoryview) -> None:
 
 def _pieces(
     parts: Sequence[Part],
-    ring: list[Bytes],
+    buffer: Bytes,
     merged: Callable[[Part, float], None],
     refuse: Callable[[Part], None],
 ) -> Iterator[Bytes]:
-    """The bytes of `parts` in order, in pieces that lie in the ring's buffers in turn."""
-    count = 0
+    """The bytes of `parts` in order; a piece is gone when the next is asked for."""
     for part in parts:
         if part.value is not None:
-            for piece in _given(part.value):
-                count += 1
-                yield piece
+            yield from _given(part.value)
             continue
         adding = None if part.module is None else _Adding(part, part.module)
-        for piece in _read(part, ring, count):
+        for piece in _read(part, buffer):
             if adding is not None:
                 adding.add(piece)
-            count += 1
             yield piece
         if adding is not None:
             if not adding.matches():
@@ -133,18 +116,17 @@ def _given(value: Array) -> Iterator[Bytes]:
         yield flat[start : start + CHUNK]
 
 
-def _read(part: Part, ring: list[Bytes], count: int) -> Iterator[Bytes]:
-    """The stored bytes, whole rows at a time where blocks are to be added; piece i lies in buffer i of the ring."""
+def _read(part: Part, buffer: Bytes) -> Iterator[Bytes]:
+    """The stored bytes, whole rows at a time where blocks are to be added."""
     source = part.source
     assert source is not None
     row = part.shape[-1] * DTYPES[part.dtype].itemsize if part.module is not None else 1
-    step = max(1, ring[0].size // row) * row
+    step = max(1, buffer.size // row) * row
     with source.file.open("rb", buffering=0) as stream:
         stream.seek(source.start)
         for start in range(0, source.nbytes, step):
-            piece = ring[count % len(ring)][: min(step, source.nbytes - start)]
+            piece = buffer[: min(step, source.nbytes - start)]
             _fill(stream, piece, source)
-            count += 1
             yield piece
 
 
@@ -173,7 +155,7 @@ class _Adding:
         self.known: bool | None = None
         mark = module.fingerprint
         if mark is not None and mark.dtype == part.dtype and not part.transposed:
-            self.digest = hashlib.sha256()
+            self.digest = xxhash.xxh3_128()
         elif mark is not None:  # rows as they pass are not what was hashed: look at the whole weight beforehand
             assert part.source is not None
             weight = part.source.read()
@@ -184,7 +166,7 @@ class _Adding:
         if self.digest is None:
             return self.known is not False
         mark = self.module.fingerprint
-        return mark is not None and self.digest.hexdigest() == mark.sha256
+        return mark is not None and self.digest.hexdigest() == mark.xxh3_128
 
     def add(self, piece: Bytes) -> None:
         """Add to the rows in `piece`, in place: float32 sums (float64 where either side is), rounded once."""

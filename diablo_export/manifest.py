@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
 import json
 import platform
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+import xxhash
 
 from diablo_export import __version__
 from diablo_export.adapter import CONFIG, WEIGHTS, Adapter, file_sha256
@@ -36,6 +40,20 @@ def adapter_entry(name: str, adapter: Adapter) -> dict[str, Any]:
     return {"name": name, "path": str(adapter.path.resolve()), "sha256": files, "task_type": adapter.task_type}
 
 
+def file_xxh3(file: Path) -> str:
+    """XXH3-128 of a file, in hex: the base's gigabytes are told from others' in a tenth of SHA-256's time."""
+    digest, buffer = xxhash.xxh3_128(), bytearray(1 << 20)
+    with file.open("rb", buffering=0) as stream:
+        while count := stream.readinto(buffer):
+            digest.update(memoryview(buffer)[:count])
+    return digest.hexdigest()
+
+
+def base_sha256(files: Mapping[str, str]) -> str:
+    """One SHA-256 for a base: over the names and XXH3-128 digests of its weight files, a line each, in name order."""
+    return hashlib.sha256("".join(f"{name} {files[name]}\n" for name in sorted(files)).encode()).hexdigest()
+
+
 def write_manifest(
     folder: Path,
     command: str,
@@ -52,7 +70,7 @@ def write_manifest(
         folder: the output folder, filled.
         command: `merge` or `export`.
         options: the options that the command ran with.
-        base: `{"path", "sha256": {file: hash}, …}` of the base model.
+        base: `{"path", "id", "sha256", "files": {weight file: XXH3-128}}` of the base model.
         adapters: one `adapter_entry` each.
         modules: per module what happened to it and why: `{"name", "action", …}`.
         hashes: SHA-256 of files already known from writing them, by name relative to `folder`.

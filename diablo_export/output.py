@@ -6,9 +6,11 @@ the two names in one system call where Linux offers that.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import ctypes
 import errno
+import functools
 import os
 import shutil
 import sys
@@ -37,8 +39,10 @@ def new_folder(path: str | Path, overwrite: bool = False, needs: int = 0) -> Ite
     check_output(target, overwrite, needs)
     _remove_abandoned(target)
     work = Path(tempfile.mkdtemp(prefix=f".{target.name}.partial-{os.getpid()}-", dir=target.parent))
-    work.chmod(0o777 & ~_umask())  # mkdtemp makes private folders
+    clear = functools.partial(shutil.rmtree, work, ignore_errors=True)
+    atexit.register(clear)  # a Ctrl-C can arrive in the very clean-up below, or just before it
     try:
+        work.chmod(0o777 & ~_umask())  # mkdtemp makes private folders
         yield work
         _flush(work)
         _move_into_place(work, target)
@@ -50,7 +54,8 @@ def new_folder(path: str | Path, overwrite: bool = False, needs: int = 0) -> Ite
             ) from error
         raise
     finally:
-        shutil.rmtree(work, ignore_errors=True)
+        clear()
+        atexit.unregister(clear)
 
 
 def check_output(path: str | Path, overwrite: bool = False, needs: int = 0) -> None:

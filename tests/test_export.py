@@ -17,7 +17,7 @@ import diablo_export
 from diablo_export.adapter import Adapter, file_sha256
 from diablo_export.converters.export import export, load_adapters
 from diablo_export.errors import AdapterError, ExportError, InputError, MatchError, OutputError
-from diablo_export.manifest import read_manifest
+from diablo_export.manifest import base_sha256, file_xxh3, read_manifest
 from tests import tiny
 from tests.onnx_runs import LOGITS, in_torch, runner
 from tests.test_onnx_match import without_branches
@@ -128,10 +128,12 @@ def test_manifest_and_files(exported: Get, tiny_model: Get, tiny_adapter: Get) -
     for name, entry in manifest["files"].items():
         assert entry == {"bytes": (folder / name).stat().st_size, "sha256": file_sha256(folder / name)}
     assert manifest["command"] == "export"
+    files = {"model.safetensors": file_xxh3(tiny_model("llama") / "model.safetensors")}
     assert manifest["base"] == {
         "path": str(tiny_model("llama").resolve()),
         "id": str(tiny_model("llama")),
-        "sha256": {"model.safetensors": file_sha256(tiny_model("llama") / "model.safetensors")},
+        "sha256": base_sha256(files),
+        "files": files,
     }
     assert [(a["name"], a["file"]) for a in manifest["adapters"]] == [
         ("a", "adapters/a.onnx_adapter"), ("b", "adapters/b.onnx_adapter"),
@@ -171,7 +173,7 @@ def test_onnx_of_another_builder(
     given = genai_graph("llama", precision)
     before = {path.name: file_sha256(path) for path in given.parent.iterdir() if path.is_file()}
     manifest = export(given.parent, tiny_adapter("llama"), tmp_path / "out")
-    assert (manifest["exporter"], manifest["base"]["sha256"]["model.onnx"]) == ("given", before["model.onnx"])
+    assert (manifest["exporter"], manifest["base"]["files"]["model.onnx"]) == ("given", file_xxh3(given))
     assert manifest["quantize"] == ("int4" if precision == "int4" else "none"), "parity goes by what the model is"
     data = "model.onnx.data"
     assert manifest["files"][data]["sha256"] == before[data], "external data must be copied as it is"

@@ -51,11 +51,11 @@ def test_positions_lie_inside_and_are_fixed(shape: tuple[int, int]) -> None:
 def test_json_round_trip() -> None:
     mark = fingerprint(weight())
     again = Fingerprint.from_json(mark.to_json())
-    assert again.sha256 == mark.sha256 and again.dtype == "F32"
+    assert again.xxh3_128 == mark.xxh3_128 and again.dtype == "F32"
     np.testing.assert_array_equal(again.samples, mark.samples)
 
 
-@pytest.mark.parametrize("broken", [{}, {"dtype": "F32", "sha256": "x", "samples": "AAAA"}, {"samples": "%"}])
+@pytest.mark.parametrize("broken", [{}, {"dtype": "F32", "xxh3_128": "x", "samples": "AAAA"}, {"samples": "%"}])
 def test_broken_json(broken: dict[str, str]) -> None:
     with pytest.raises(AdapterError, match="broken fingerprint"):
         Fingerprint.from_json(broken)

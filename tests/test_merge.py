@@ -22,7 +22,7 @@ from diablo_export.checkpoint import Checkpoint
 from diablo_export.converters.export import export
 from diablo_export.converters.merge import merge
 from diablo_export.errors import AdapterError, CheckpointError, ExportError, InputError, OutputError
-from diablo_export.manifest import read_manifest
+from diablo_export.manifest import file_xxh3, read_manifest
 from tests import tiny
 from tests.onnx_runs import LOGITS, in_torch, runner
 
@@ -56,7 +56,7 @@ def test_manifest(tiny_model: Get, tiny_adapter: Get, tmp_path: Path) -> None:
         assert entry["sha256"] == file_sha256(tmp_path / "out" / name)
     assert {"model.onnx", "model.onnx.data", "genai_config.json", "tokenizer.json"} <= manifest["files"].keys()
     weights = tiny_model("llama") / "model.safetensors"
-    assert manifest["base"]["sha256"] == {"model.safetensors": file_sha256(weights)}
+    assert manifest["base"]["files"] == {"model.safetensors": file_xxh3(weights)}
     assert manifest["adapters"][0]["sha256"].keys() == {"adapter_config.json", "adapter_model.safetensors"}
     modules = {module["name"]: module for module in manifest["modules"]}
     assert modules.keys() == Adapter.load(tiny_adapter("llama")).modules.keys()

@@ -122,3 +122,25 @@ def test_a_run_that_is_alive_keeps_its_folder(tmp_path: Path) -> None:
         (tmp_path / "out" / "sub").rmdir()
     assert os.listdir(tmp_path) == ["out"]
     assert time.time() - (tmp_path / "out").stat().st_mtime < 60
+
+
+INTERRUPTED = """
+import shutil, sys
+from diablo_export import output
+remove, calls = shutil.rmtree, []
+def interrupted(folder, **how):
+    calls.append(folder)
+    if len(calls) == 1:
+        raise KeyboardInterrupt  # a Ctrl-C that arrives in the middle of the clean-up
+    remove(folder, **how)
+output.shutil.rmtree = interrupted
+with output.new_folder(sys.argv[1], overwrite=True) as work:
+    (work / "file").write_text("new")
+"""
+
+
+def test_an_interrupt_of_the_clean_up_itself_leaves_nothing_behind(tmp_path: Path) -> None:
+    write(tmp_path / "out", "one")
+    done = subprocess.run([sys.executable, "-c", INTERRUPTED, tmp_path / "out"], capture_output=True, text=True)
+    assert "KeyboardInterrupt" in done.stderr
+    assert os.listdir(tmp_path) == ["out"] and os.listdir(tmp_path / "out") == ["file"]

@@ -41,7 +41,7 @@ def test_hashes_tell_changed_missing_and_new_files(tmp_path: Path) -> None:
     (base / "model.safetensors").write_text("y")
     nothing = "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"  # SHA-256 of no bytes
     files = {name: {"sha256": nothing} for name in ("same", "adapters/changed", "gone")}
-    manifest = {"files": files, "base": {"path": str(base), "sha256": {"model.safetensors": nothing}}}
+    manifest = {"files": files, "base": {"path": str(base), "files": {"model.safetensors": "0" * 32}}}
     found = sources.hashes(out, manifest, base, {})
     assert found["files"]["same"] == nothing
     assert found["changed"] == ["adapters/changed", "gone", "new"]

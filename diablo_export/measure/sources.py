@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from diablo_export.adapter import TASKS, Adapter, file_sha256
 from diablo_export.checkpoint import Checkpoint, resolve
 from diablo_export.errors import CheckpointError, InputError
-from diablo_export.manifest import MANIFEST, PARITY
+from diablo_export.manifest import MANIFEST, PARITY, file_xxh3
 
 _PRECISIONS = {"F32": "fp32", "F64": "fp32", "F16": "fp16", "BF16": "bf16"}
 
@@ -86,15 +86,17 @@ def hashes(out: Path, manifest: Mapping[str, Any], base: Path, adapters: Mapping
         for path in sorted(out.rglob("*"))
         if path.is_file() and path.relative_to(out).as_posix() not in (MANIFEST, PARITY)
     }
-    base_announced: dict[str, str] = (manifest.get("base") or {}).get("sha256") or {}
+    base_announced: dict[str, str] = (manifest.get("base") or {}).get("files") or {}
     # an ONNX base is not the folder that torch loads
     told = Path((manifest.get("base") or {}).get("path") or base)
-    base_found = _of(base if any((base / name).is_file() for name in base_announced) else told, base_announced)
+    base_found = _of(
+        base if any((base / name).is_file() for name in base_announced) else told, base_announced, file_xxh3
+    )
     strange = [f"base:{name}" for name in _differing(base_announced, base_found)]
     adapter_found: dict[str, dict[str, str]] = {}
     for entry in manifest.get("adapters") or []:
         if entry["name"] in adapters:
-            adapter_found[entry["name"]] = now = _of(adapters[entry["name"]], entry["sha256"])
+            adapter_found[entry["name"]] = now = _of(adapters[entry["name"]], entry["sha256"], file_sha256)
             strange += [f"{entry['name']}:{name}" for name in _differing(entry["sha256"], now)]
     return {
         "files": found,
@@ -142,8 +144,8 @@ def is_onnx(out: Path) -> bool:
     raise InputError(f"{out}: holds neither model.onnx nor config.json with *.safetensors; make the folder again")
 
 
-def _of(folder: Path, names: Iterable[str]) -> dict[str, str]:
-    return {name: file_sha256(folder / name) for name in names if (folder / name).is_file()}
+def _of(folder: Path, names: Iterable[str], digest: Callable[[Path], str]) -> dict[str, str]:
+    return {name: digest(folder / name) for name in names if (folder / name).is_file()}
 
 
 def _differing(announced: Mapping[str, str], found: Mapping[str, str]) -> list[str]:

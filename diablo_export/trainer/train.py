@@ -277,7 +277,7 @@ def _fingerprints(checkpoint: Checkpoint, targets: Sequence[str]) -> dict[str, F
 
 
 def _digest(marks: dict[str, Fingerprint]) -> str:
-    return hashlib.sha256("".join(mark.sha256 for mark in marks.values()).encode()).hexdigest()
+    return hashlib.sha256("".join(mark.xxh3_128 for mark in marks.values()).encode()).hexdigest()
 
 
 def _trainable(network: Any, head: Sequence[str]) -> dict[str, nn.Parameter]:
