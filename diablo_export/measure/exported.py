@@ -69,7 +69,7 @@ def open_exported(
     if not is_onnx(out):
         return _torch(out, base, adapter)
     path, shape = out / "model.onnx", cache_shape(out)
-    session = runtime.session(path, threads=threads)
+    session = runtime.session(path, threads=threads, spin=False)
     provider = session.get_providers()[0]
     if is_branch(manifest):
         on, off, zero = _branch(session, out, name, shape)
@@ -79,7 +79,9 @@ def open_exported(
     rebuilt = rebuild(path, list(manifest["modules"]), checkpoint, adapter)
     if not rebuilt.initializers:
         raise InputError(f"{out}: the manifest lists no merged weights; make the folder again")
-    off = OnnxRunner(runtime.session(path, initializers=rebuilt.initializers, threads=threads), cache_shape=shape)
+    off = OnnxRunner(
+        runtime.session(path, initializers=rebuilt.initializers, threads=threads, spin=False), cache_shape=shape
+    )
     return Exported(on, off, None, rebuilt.foreign, provider, on.has_cache)
 
 
