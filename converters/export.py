@@ -38,6 +38,7 @@ def export(
     *,
     quantize: str = "none",
     group_size: int = 32,
+    asymmetric: bool = False,
     precision: str = "fp32",
     overwrite: bool = False,
 ) -> dict[str, Any]:
@@ -50,6 +51,7 @@ def export(
         output: the folder to write.
         quantize: none, int8 or int4: the base's linear layers. The blocks stay float.
         group_size: input positions that share a scale, when quantizing.
+        asymmetric: a zero point for each group, when quantizing.
         precision: fp32 or fp16, of everything that is not quantized.
         overwrite: replace `output` if it exists.
 
@@ -79,13 +81,20 @@ def export(
         else:
             head = next(iter(adapters.values()))
             built = build_graph(
-                model, folder, task=task, quantize=quantize, group_size=group_size, precision=precision, head=head
+                model,
+                folder,
+                task=task,
+                quantize=quantize,
+                group_size=group_size,
+                symmetric=not asymmetric,
+                precision=precision,
+                head=head,
             )
         modules = _branch(folder, adapters)
         hashes = {name: value for name, value in built.hashes.items() if name != MODEL}  # that one has changed since
         folders = {name: str(one.path) for name, one in adapters.items()}
         options: dict[str, Any] = {"model": str(model), "adapter": folders}
-        options |= {"quantize": quantize, "group_size": group_size, "precision": precision}
+        options |= {"quantize": quantize, "group_size": group_size, "asymmetric": asymmetric, "precision": precision}
         entries = [_entry(name, one) for name, one in adapters.items()]
         what = {"quantize": quantize, "precision": precision}
         if isinstance(source, onnx_file.OnnxModel):

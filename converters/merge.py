@@ -25,6 +25,7 @@ def merge(
     quantize: str = "none",
     format: str | None = None,
     group_size: int = 32,
+    asymmetric: bool = False,
     precision: str = "fp32",
     overwrite: bool = False,
 ) -> dict[str, Any]:
@@ -38,6 +39,7 @@ def merge(
         quantize: none, int8 or int4, of every linear layer; only ONNX holds quantized weights.
         format: onnx or hf; None: onnx when quantizing, hf otherwise. hf keeps the checkpoint's dtypes.
         group_size: input positions that share a scale, when quantizing.
+        asymmetric: a zero point for each group, when quantizing.
         precision: fp32 or fp16, of what an ONNX file holds unquantized.
         overwrite: replace `output` if it exists.
 
@@ -64,13 +66,13 @@ def merge(
     else:
         needs = checkpoint_bytes(source)
     said: dict[str, Any] = {"model": str(model), "adapter": str(adapter), "quantize": quantize, "format": chosen}
-    said |= {"group_size": group_size, "precision": precision}
+    said |= {"group_size": group_size, "asymmetric": asymmetric, "precision": precision}
     with new_folder(output, overwrite, needs) as folder, hashing(model, source.folder, source.files) as base:
         if isinstance(source, onnx_file.OnnxModel):
             modules, more = _into_onnx(source, given, folder)
         elif chosen == "onnx":
             given.check_base(source)
-            modules, more = _to_onnx(model, given, folder, quantize, group_size, precision)
+            modules, more = _to_onnx(model, given, folder, quantize, group_size, asymmetric, precision)
         else:
             modules, more = _to_hf(model, given, folder)
         hashes = more.pop("hashes")
@@ -131,14 +133,20 @@ def _to_hf(model: str | Path, adapter: Adapter, folder: Path) -> tuple[list[dict
 
 
 def _to_onnx(
-    model: str | Path, adapter: Adapter, folder: Path, quantize: str, group_size: int, precision: str
+    model: str | Path,
+    adapter: Adapter,
+    folder: Path,
+    quantize: str,
+    group_size: int,
+    asymmetric: bool,
+    precision: str,
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """Build the graph while the blocks are added; the modules' entries, and the rest of the manifest."""
     from diablo_export.converters.onnx_graph import build_graph
 
     built = build_graph(
-        model, folder, task=_task(adapter), quantize=quantize, group_size=group_size, precision=precision,
-        merged=adapter,
+        model, folder, task=_task(adapter), quantize=quantize, group_size=group_size, symmetric=not asymmetric,
+        precision=precision, merged=adapter,
     )  # fmt: skip
     lost = [name for name in adapter.modules if name not in built.modules]
     if lost:

@@ -210,6 +210,15 @@ def test_unwritable(tiny_model: Get, tiny_adapter: Get, tmp_path: Path) -> None:
         tmp_path.chmod(0o700)
 
 
+@pytest.mark.parametrize("verb", [merge, export])
+def test_asymmetric_groups_have_zero_points(verb: Any, tiny_model: Get, tiny_adapter: Get, tmp_path: Path) -> None:
+    plain = verb(tiny_model("llama"), tiny_adapter("llama"), tmp_path / "plain", quantize="int4")
+    nearer = verb(tiny_model("llama"), tiny_adapter("llama"), tmp_path / "out", quantize="int4", asymmetric=True)
+    assert {module["symmetric"] for module in plain["modules"]} == {True}
+    assert all(not module["symmetric"] and module["zero_points"] for module in nearer["modules"])
+    assert (nearer["options"]["asymmetric"], plain["options"]["asymmetric"]) == (True, False)
+
+
 # ------------------------------------------------------------------------------------------------- killed, any time
 
 _VICTIM = """

@@ -8,6 +8,7 @@ from pathlib import Path
 import click
 
 from diablo_export.cli.options import (
+    asymmetric_option,
     base_option,
     group_size_option,
     json_option,
@@ -29,6 +30,7 @@ from diablo_export.cli.summary import print_summary
 @output_option
 @quantize_option
 @group_size_option
+@asymmetric_option
 @precision_option
 @overwrite_option
 @json_option
@@ -39,6 +41,7 @@ def command(
     output: Path,
     quantize: str,
     group_size: int,
+    asymmetric: bool,
     precision: str,
     overwrite: bool,
     as_json: bool,
@@ -52,7 +55,7 @@ def command(
     from diablo_export.converters.export import export
 
     manifest = export(
-        model, adapter, output, quantize=quantize, group_size=group_size, precision=precision,
+        model, adapter, output, quantize=quantize, group_size=group_size, asymmetric=asymmetric, precision=precision,
         overwrite=overwrite,
     )  # fmt: skip
     if as_json:

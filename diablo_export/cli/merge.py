@@ -9,6 +9,7 @@ import click
 
 from diablo_export.cli.options import (
     adapter_option,
+    asymmetric_option,
     base_option,
     group_size_option,
     json_option,
@@ -30,6 +31,7 @@ from diablo_export.cli.summary import print_summary
     "--format", type=click.Choice(["onnx", "hf"]), help="What to write.  [default: onnx when quantizing, hf otherwise]"
 )
 @group_size_option
+@asymmetric_option
 @precision_option
 @overwrite_option
 @json_option
@@ -41,6 +43,7 @@ def command(
     quantize: str,
     format: str | None,
     group_size: int,
+    asymmetric: bool,
     precision: str,
     overwrite: bool,
     as_json: bool,
@@ -54,7 +57,8 @@ def command(
     from diablo_export.converters.merge import merge
 
     manifest = merge(
-        model, adapter, output, quantize=quantize, format=format, group_size=group_size, precision=precision,
+        model, adapter, output, quantize=quantize, format=format, group_size=group_size, asymmetric=asymmetric,
+        precision=precision,
         overwrite=overwrite,
     )  # fmt: skip
     if as_json:

@@ -27,6 +27,10 @@ quantize_option = click.option(
     "--quantize", type=click.Choice(["none", "int8", "int4"]), default="none", show_default=True,
     help="Grid of the weights of the model's linear layers.",
 )  # fmt: skip
+asymmetric_option = click.option(
+    "--asymmetric", is_flag=True,
+    help="Give each group a zero point, when quantizing: nearer to the weights, and a little larger.",
+)  # fmt: skip
 group_size_option = click.option(
     "--group-size", type=int, metavar="16|32|64|128|256", default=32, show_default=True,
     help="Input positions that share a scale, when quantizing.",
