@@ -16,7 +16,7 @@ from diablo_export.converters import onnx_file
 from diablo_export.converters.base import hashing
 from diablo_export.converters.onnx_adapters import ENDING, FOLDER, tensors, write_onnx_adapter
 from diablo_export.converters.onnx_branch import add_branches, blocks_dtype
-from diablo_export.converters.onnx_graph import Graph, build_graph
+from diablo_export.converters.onnx_graph import Graph, build_graph, load_exporters
 from diablo_export.converters.onnx_head import feed_parameters
 from diablo_export.converters.onnx_linears import kind, linears
 from diablo_export.converters.onnx_match import Match, match
@@ -74,6 +74,7 @@ def export(
         needs += source.size
     else:
         needs += onnx_bytes(source, quantize, group_size, precision)
+        load_exporters()
     with new_folder(output, overwrite, needs) as folder, hashing(model, source.folder, source.files) as base:
         if isinstance(source, onnx_file.OnnxModel):
             onnx_file.copy(source, folder)

@@ -62,7 +62,10 @@ def merge(
         onnx_file.refuse_adapted(source)
         chosen, needs = _as_it_is(source, format, quantize, precision), source.size
     elif chosen == "onnx":
+        from diablo_export.converters.onnx_graph import load_exporters
+
         needs = onnx_bytes(source, quantize, group_size, precision)
+        load_exporters()
     else:
         needs = checkpoint_bytes(source)
     said: dict[str, Any] = {"model": str(model), "adapter": str(adapter), "quantize": quantize, "format": chosen}

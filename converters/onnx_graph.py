@@ -18,7 +18,7 @@ from diablo_export.console import log
 from diablo_export.converters.onnx_nodes import BITS, MODEL, Weights, finish
 from diablo_export.converters.onnx_trial import try_graph
 from diablo_export.converters.onnx_weights import DATA
-from diablo_export.errors import ExportError, InputError
+from diablo_export.errors import ExportError, InputError, require
 from diablo_export.quantization import check_layout
 
 PRECISIONS = ("fp32", "fp16")
@@ -38,6 +38,18 @@ class Graph:
     reason: str
     modules: dict[str, dict[str, Any]]
     hashes: dict[str, str]  # file name → SHA-256
+
+
+def load_exporters() -> None:
+    """Import what builds graphs: to be called before an output folder is begun.
+
+    A Ctrl-C inside these C++ libraries' own start-up ends the process on the spot, with no clean-up.
+
+    Raises:
+        DependencyError: one of them is missing.
+    """
+    for package, extra in (("torch", "train"), ("transformers", "train"), ("onnxruntime", "cpu")):
+        require(package, extra)
 
 
 def build_graph(
