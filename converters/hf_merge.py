@@ -100,8 +100,10 @@ def _side_by_side(
         jobs = {name: threads.submit(write, name, step) for name in names}
         try:
             wait(jobs.values(), return_when=FIRST_EXCEPTION)
-            failed = [job for job in jobs.values() if job.done() and job.exception() is not None]
-            return {name: job.result() for name, job in jobs.items()} if not failed else {"": failed[0].result()}
+            for job in jobs.values():
+                if job.done():
+                    job.result()  # the first that failed, before waiting for one that did not
+            return {name: job.result() for name, job in jobs.items()}
         finally:
             stopped.set()
             threads.shutdown(wait=False, cancel_futures=True)

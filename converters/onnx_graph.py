@@ -6,6 +6,8 @@ that the runtime then refuses never leaves this module: a session is opened and 
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 import json
 import shutil
 from dataclasses import dataclass, replace
@@ -50,6 +52,8 @@ def load_exporters() -> None:
     """
     for package, extra in (("torch", "train"), ("transformers", "train"), ("onnxruntime", "cpu")):
         require(package, extra)
+    with contextlib.suppress(ImportError):  # the road that needs it says so
+        importlib.import_module("onnxruntime_genai.models.builder")
 
 
 def build_graph(

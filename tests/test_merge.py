@@ -277,8 +277,7 @@ def test_killed_at_any_moment(
         longest = min(longest, 1.2 * (time.monotonic() - started)) if finished else longest
         seen.add(state(out))
         assert not finished or state(out) == "new"
-        # an interrupt inside a C++ library's call back into Python aborts the process: no one can clean up after that
-        if how is signal.SIGINT and process.returncode != -signal.SIGABRT:
+        if how is signal.SIGINT:
             assert [path.name for path in tmp_path.iterdir()] == ["out"]
     (merge if verb == "merge" else export)(
         tiny_model("llama"), tiny_adapter("llama"), out, overwrite=True, **options
