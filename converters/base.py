@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,7 +14,7 @@ from diablo_export.manifest import base_sha256, file_xxh3
 class Entry(Protocol):
     """Gives the base's manifest entry, once its files are hashed."""
 
-    def __call__(self) -> dict[str, Any]: ...  # noqa: D102
+    def __call__(self, known: Mapping[str, str] = ...) -> dict[str, Any]: ...  # noqa: D102
 
 
 @contextmanager
@@ -24,13 +24,13 @@ def hashing(model: str | Path, folder: Path, files: Sequence[Path]) -> Iterator[
     Args:
         model: the base as the user gave it, path or id.
         folder: where it is.
-        files: its weight files.
+        files: its weight files; what is yielded takes the XXH3-128 of any others, by name.
     """
     with ThreadPoolExecutor(1) as thread:
         hashes = [(file.name, thread.submit(file_xxh3, file)) for file in files]
 
-        def entry() -> dict[str, Any]:
-            known = {name: future.result() for name, future in hashes}
+        def entry(known: Mapping[str, str] = {}) -> dict[str, Any]:
+            known = {**known, **{name: future.result() for name, future in hashes}}
             return {"path": str(folder.resolve()), "id": str(model), "sha256": base_sha256(known), "files": known}
 
         try:

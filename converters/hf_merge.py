@@ -37,6 +37,7 @@ class MergeResult:
 
     hashes: dict[str, str]  # SHA-256 of each weight file, by name
     modules: list[dict[str, Any]]  # one entry of the manifest per adapted module
+    base: dict[str, str]  # XXH3-128 of each weight file of the base, by name
 
 
 def hf_merge(model: str | Path, adapter: Adapter, folder: Path) -> MergeResult:
@@ -62,10 +63,11 @@ def hf_merge(model: str | Path, adapter: Adapter, folder: Path) -> MergeResult:
 
     modules: dict[str, list[dict[str, Any]]] = {name: [] for name in files}
 
-    def write(name: str, advance: Callable[[float], None]) -> str:
+    def write(name: str, advance: Callable[[float], None]) -> tuple[str, str]:
         parts = files[name]
         header = header_bytes({part.name: (part.dtype, part.shape) for part in parts}, checkpoint.metadata[name])
-        return write_parts(folder / name, header, parts, partial(_note, modules[name], name), refuse, advance, flush)
+        note, source = partial(_note, modules[name], name), checkpoint.folder / name
+        return write_parts(folder / name, header, parts, note, refuse, advance, flush, source)
 
     size = sum(info.nbytes for info in checkpoint)
     with progress("Merging", size) as advance, ThreadPoolExecutor(1) as flusher:
@@ -77,7 +79,8 @@ def hf_merge(model: str | Path, adapter: Adapter, folder: Path) -> MergeResult:
     entries = [entry for name in files for entry in modules[name]]
     write_index(checkpoint, {file: {p.name: _nbytes(p) for p in parts} for file, parts in files.items()}, folder)
     _warn_of_rounding(entries)
-    return MergeResult(hashes, entries)
+    written, base = ({name: pair[side] for name, pair in hashes.items()} for side in (0, 1))
+    return MergeResult(written, entries, base)
 
 
 def _flush(descriptor: int) -> None:
@@ -86,8 +89,10 @@ def _flush(descriptor: int) -> None:
 
 
 def _side_by_side(
-    write: Callable[[str, Callable[[float], None]], str], names: Sequence[str], advance: Callable[[float], None]
-) -> dict[str, str]:
+    write: Callable[[str, Callable[[float], None]], tuple[str, str]],
+    names: Sequence[str],
+    advance: Callable[[float], None],
+) -> dict[str, tuple[str, str]]:
     """`write` every file, a few at a time; when one fails, or on Ctrl-C, the others stop at their next piece."""
     stopped = threading.Event()
 

@@ -22,6 +22,7 @@ from diablo_export.adapter import AdaptedModule
 from diablo_export.blockdiag import Array
 from diablo_export.checkpoint import DTYPE_NAMES, DTYPES, TensorInfo
 from diablo_export.errors import AdapterError, CheckpointError
+from diablo_export.manifest import file_xxh3
 
 CHUNK = 1 << 20  # bytes of a buffer: half of a small second-level cache
 FLUSH = 64 << 20  # bytes between flushes to the disk
@@ -50,8 +51,9 @@ def write_parts(
     refuse: Callable[[Part], None],
     advance: Callable[[float], None],
     flush: Callable[[int], None],
-) -> str:
-    """Write `header` and `parts` to `file` and return its SHA-256.
+    source: Path,
+) -> tuple[str, str]:
+    """Write `header` and `parts` to `file`; return its SHA-256 and the XXH3-128 of `source`.
 
     Args:
         file: the file to write.
@@ -61,20 +63,21 @@ def write_parts(
         refuse: called for a part whose base weight is not the one of its fingerprint; must raise.
         advance: called with the bytes that are done.
         flush: called now and then with a descriptor of the file, to be flushed to the disk and closed.
+        source: the file of the base that this one is made from; it is hashed as it is read.
     """
-    digest = hashlib.sha256(header)
+    digest, base = hashlib.sha256(header), _InPassing(source, [part.source for part in parts if part.source])
     buffer = np.empty(_buffer_size(parts), np.uint8)
     with file.open("wb", buffering=0) as out:
         _write_all(out, memoryview(header))
         written = 0
-        for piece in _pieces(parts, buffer, merged, refuse):
+        for piece in _pieces(parts, buffer, base, merged, refuse):
             digest.update(piece.data)
             _write_all(out, piece.data)
             written += piece.size
             if written // FLUSH != (written - piece.size) // FLUSH:
                 flush(os.dup(out.fileno()))
             advance(piece.size)
-    return digest.hexdigest()
+    return digest.hexdigest(), base.hexdigest()
 
 
 def _buffer_size(parts: Sequence[Part]) -> int:
@@ -91,6 +94,7 @@ def _write_all(stream: Any, view: memoryview) -> None:
 def _pieces(
     parts: Sequence[Part],
     buffer: Bytes,
+    base: _InPassing,
     merged: Callable[[Part, float], None],
     refuse: Callable[[Part], None],
 ) -> Iterator[Bytes]:
@@ -100,7 +104,7 @@ def _pieces(
             yield from _given(part.value)
             continue
         adding = None if part.module is None else _Adding(part, part.module)
-        for piece in _read(part, buffer):
+        for piece in _read(part, buffer, base):
             if adding is not None:
                 adding.add(piece)
             yield piece
@@ -116,7 +120,7 @@ def _given(value: Array) -> Iterator[Bytes]:
         yield flat[start : start + CHUNK]
 
 
-def _read(part: Part, buffer: Bytes) -> Iterator[Bytes]:
+def _read(part: Part, buffer: Bytes, base: _InPassing) -> Iterator[Bytes]:
     """The stored bytes, whole rows at a time where blocks are to be added."""
     source = part.source
     assert source is not None
@@ -127,6 +131,7 @@ def _read(part: Part, buffer: Bytes) -> Iterator[Bytes]:
         for start in range(0, source.nbytes, step):
             piece = buffer[: min(step, source.nbytes - start)]
             _fill(stream, piece, source)
+            base.see(source.file, source.start + start, piece)
             yield piece
 
 
@@ -137,6 +142,28 @@ def _fill(stream: IO[bytes], piece: Bytes, source: TensorInfo) -> None:
         if not got:
             raise CheckpointError(f"{source.file}: ends inside tensor {source.name!r}; copy the file again")
         filled += got
+
+
+class _InPassing:
+    """The XXH3-128 of a base file, from the pieces of it that are read anyway.
+
+    They pass in the file's order in all but odd merges, such as a new head in place of a stored one; then the file is
+    read once more.
+    """
+
+    def __init__(self, file: Path, read: Sequence[TensorInfo]) -> None:
+        self.file, self.digest = file, xxhash.xxh3_128()
+        self.at = min((info.start for info in read if info.file == file), default=0)
+        with file.open("rb") as stream:
+            self.digest.update(stream.read(self.at))  # the header
+
+    def see(self, file: Path, start: int, piece: Bytes) -> None:
+        if start == self.at and file == self.file:
+            self.digest.update(piece.data)
+            self.at += piece.size
+
+    def hexdigest(self) -> str:
+        return self.digest.hexdigest() if self.at == self.file.stat().st_size else file_xxh3(self.file)
 
 
 class _Adding:

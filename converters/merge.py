@@ -70,7 +70,8 @@ def merge(
         needs = checkpoint_bytes(source)
     said: dict[str, Any] = {"model": str(model), "adapter": str(adapter), "quantize": quantize, "format": chosen}
     said |= {"group_size": group_size, "asymmetric": asymmetric, "precision": precision}
-    with new_folder(output, overwrite, needs) as folder, hashing(model, source.folder, source.files) as base:
+    files = [] if chosen == "hf" else source.files  # that merge hashes what it reads
+    with new_folder(output, overwrite, needs) as folder, hashing(model, source.folder, files) as base:
         if isinstance(source, onnx_file.OnnxModel):
             modules, more = _into_onnx(source, given, folder)
         elif chosen == "onnx":
@@ -81,7 +82,8 @@ def merge(
         hashes = more.pop("hashes")
         more = {"task": _task(given), "format": chosen, "quantize": quantize, "precision": precision} | more
         entries = [adapter_entry(Path(adapter).resolve().name, given)]
-        return write_manifest(folder, "merge", said, base(), entries, modules, hashes, **more)
+        read = base(more.pop("read", {}))
+        return write_manifest(folder, "merge", said, read, entries, modules, hashes, **more)
 
 
 def _format(format: str | None, quantize: str, precision: str) -> str:
@@ -132,7 +134,7 @@ def _to_hf(model: str | Path, adapter: Adapter, folder: Path) -> tuple[list[dict
 
     done = hf_merge(model, adapter, folder)
     reason = "a Hugging Face checkpoint was asked for, or is what an unquantized merge gives"
-    return done.modules, {"hashes": done.hashes, "exporter": "hf", "reason": reason}
+    return done.modules, {"hashes": done.hashes, "read": done.base, "exporter": "hf", "reason": reason}
 
 
 def _to_onnx(

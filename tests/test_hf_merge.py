@@ -15,6 +15,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
+import xxhash
 from safetensors.numpy import load_file, save_file
 
 from diablo_export.adapter import AdaptedModule, Adapter
@@ -310,3 +311,15 @@ def test_the_verb_loads_neither_torch_nor_onnx_ir(tiny_model: Folder, tiny_adapt
     places = [str(tiny_model("llama")), str(tiny_adapter("llama")), str(tmp_path / "out")]
     done = subprocess.run([sys.executable, "-c", code, *places], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("head", [False, True], ids=["in passing", "read again"])
+def test_base_files_are_hashed(tiny_model: Folder, tiny_adapter: Folder, tmp_path: Path, head: bool) -> None:
+    """A head in place of a stored one leaves a hole in what is read, so the file has to be read once more."""
+    base, adapter = tiny_model("llama"), Adapter.load(tiny_adapter("llama"))
+    if head:
+        stored = load_file(base / SINGLE)
+        adapter = replace(adapter, saved={"model.norm.weight": stored["model.norm.weight"] + 1})
+    merged = merge(base, adapter, tmp_path / "out")
+    digest = xxhash.xxh3_128((base / SINGLE).read_bytes()).hexdigest()
+    assert merged.base == {SINGLE: digest}
