@@ -1,11 +1,9 @@
-// The one function that the library exports.
-#include "block_diag_op.h"
+// The function that ONNX Runtime calls when it loads the library.
+#include <atomic>
+#include <new>
 
-#ifdef _WIN32
-#define DIABLO_EXPORT extern "C" __declspec(dllexport)
-#else
-#define DIABLO_EXPORT extern "C" __attribute__((visibility("default")))
-#endif
+#include "block_diag_op.h"
+#include "export.h"
 
 namespace {
 
@@ -26,6 +24,22 @@ struct Domain {
   }
 };
 
+// Made at the first call. A `static Domain` in the function would be the one thing here that needs libstdc++ at run
+// time: linked statically that is 100 kB and a younger glibc, dynamically a library that small devices lack.
+const Domain& domain(ort::Api api) {
+  alignas(Domain) static unsigned char place[sizeof(Domain)];
+  static std::atomic<int> state{0};  // 1: a thread makes it; 2: made
+  static const Domain* made = nullptr;
+  int untouched = 0;
+  if (state.compare_exchange_strong(untouched, 1)) {
+    made = new (place) Domain(api);  // the table is the same at every call
+    state.store(2, std::memory_order_release);
+  }
+  while (state.load(std::memory_order_acquire) != 2) {
+  }
+  return *made;
+}
+
 }  // namespace
 
 DIABLO_EXPORT OrtStatus* ORT_CALL RegisterCustomOps(OrtSessionOptions* options, const OrtApiBase* base) {
@@ -33,7 +47,7 @@ DIABLO_EXPORT OrtStatus* ORT_CALL RegisterCustomOps(OrtSessionOptions* options, 
   const OrtApi* table = base->GetApi(ort::kVersion);
   if (table == nullptr) return nullptr;
   const ort::Api api{table};
-  static const Domain domain(api);  // the table is the same at every call
-  if (domain.status != nullptr) return api.create_status(kOrtFail, "BlockDiagMatMul: its domain could not be created");
-  return api.add_domain(options, domain.handle);
+  const Domain& made = domain(api);
+  if (made.status != nullptr) return api.create_status(kOrtFail, "BlockDiagMatMul: its domain could not be created");
+  return api.add_domain(options, made.handle);
 }
