@@ -1,16 +1,19 @@
-"""The operator `ai.diablo::BlockDiagMatMul` version 1: contract, body in standard ONNX operators, numpy twin.
+"""The operators of the domain `ai.diablo`, version 1: contract, body in standard ONNX operators, numpy twin.
 
     Y = BlockDiagMatMul(X, D, Y0)
+    Y = BlockDiagMatMulInt8(X, D, S, Y0)
 
     X   (…, K)                                      the module's input
     D   (num_blocks, block_size_in, block_size_out) the blocks; empty means no adapter
+    S   (num_blocks)                                what a stored 1 is worth in each block
     Y0  (…, N)                                      the module's output without adapter
-    Y   (…, N)                                      Y0 + X · blockdiag(D), exactly Y0 for an empty D
+    Y   (…, N)                                      Y0 + X · blockdiag(D · S), exactly Y0 for an empty D
 
-One float type T (float, float16 or bfloat16) for all four. num_blocks · block_size_in ≥ K and
-num_blocks · block_size_out ≥ N: where they are larger, X is taken as zero-padded at its tail and the result is
-cropped. A model carries the body as a function of the same domain and name, so that any ONNX Runtime runs it in every
-type for which it has a MatMul; a registered kernel of that name takes the function's place.
+X, Y0 and Y have one float type T (float, float16 or bfloat16). D is T or float16; in BlockDiagMatMulInt8 it is int8
+and S float32. num_blocks · block_size_in ≥ K and num_blocks · block_size_out ≥ N: where they are larger, X is taken
+as zero-padded at its tail and the result is cropped. S is not looked at where D is empty. A model carries the body as
+a function of the same domain and name, so that any ONNX Runtime runs it in every type for which it has a MatMul; a
+registered kernel of that name takes the function's place.
 """
 
 from __future__ import annotations
@@ -22,25 +25,28 @@ import onnx
 import onnx.parser
 from onnx.reference.op_run import OpRun
 
+from diablo_export.block_storage import BLOCKS_SUFFIX, SCALES_SUFFIX, from_int8
 from diablo_export.blockdiag import Array, apply
 
 DOMAIN = "ai.diablo"
 NAME = "BlockDiagMatMul"
+NAME_INT8 = "BlockDiagMatMulInt8"
 VERSION = 1
 INPUTS = ("X", "D", "Y0")
+INPUTS_INT8 = ("X", "D", "S", "Y0")
 OUTPUTS = ("Y",)
 TYPES = ("float", "float16", "bfloat16")  # what T may be
 MIN_OPSET = 15  # of the standard operators in the body: Shape has `start` and `end` since 15
 MIN_IR_VERSION = 8  # the first with functions in a model
-BLOCKS_SUFFIX = ".diablo_blocks"  # of the graph input that feeds a module's D
 
 # An empty D is a branch of its own, not a multiplication by nothing: onnxruntime fuses Transpose and MatMul into one
 # kernel, which leaves its output uninitialised where the inner size is 0 and divides by zero where X has no rows.
 # Padding and cropping by nothing are two copies, at most 2 % of a layer of 1024 × 1024; a second If to skip them
 # costs more than that on one token.
+# Blocks of X's own type go through CastLike at no cost: onnxruntime takes it out of the graph.
 _BODY = """
 <domain: "ai.diablo", opset_import: ["" : {opset}]>
-BlockDiagMatMul (X, D, Y0) => (Y)
+{name} ({inputs}) => (Y)
 {{
   x_size = Size (X)
   d_size = Size (D)
@@ -72,7 +78,8 @@ BlockDiagMatMul (X, D, Y0) => (Y)
       x_shape = Concat <axis: int = 0> (any, num_blocks, size_in)
       x = Reshape (x_padded, x_shape)
       x_by_block = Transpose <perm: ints = [1, 0, 2]> (x)
-      y_by_block = MatMul (x_by_block, D)
+      {blocks}
+      y_by_block = MatMul (x_by_block, blocks)
       y = Transpose <perm: ints = [1, 0, 2]> (y_by_block)
       y_rows_shape = Concat <axis: int = 0> (any, padded_out)
       y_padded = Reshape (y, y_rows_shape)
@@ -85,14 +92,27 @@ BlockDiagMatMul (X, D, Y0) => (Y)
 """
 
 
-def function(opset: int = 18) -> onnx.FunctionProto:
-    """The operator as a model-local function over the standard operators of `opset`, but at least MIN_OPSET."""
-    return onnx.parser.parse_function(_BODY.format(opset=max(opset, MIN_OPSET)))
+_BLOCKS = {
+    NAME: "blocks = CastLike (D, X)",
+    NAME_INT8: "wide = DequantizeLinear <axis: int = 0> (D, S)\n      blocks = CastLike (wide, X)",
+}
+
+
+def function(opset: int = 18, name: str = NAME) -> onnx.FunctionProto:
+    """An operator as a model-local function over the standard operators of `opset`, but at least MIN_OPSET."""
+    inputs = ", ".join(INPUTS_INT8 if name == NAME_INT8 else INPUTS)
+    text = _BODY.format(opset=max(opset, MIN_OPSET), name=name, inputs=inputs, blocks=_BLOCKS[name])
+    return onnx.parser.parse_function(text)
 
 
 def input_name(module: str) -> str:
     """The graph input that feeds the blocks of this module."""
     return f"{module}{BLOCKS_SUFFIX}"
+
+
+def scales_name(module: str) -> str:
+    """The graph input that feeds the scales of this module's blocks, where they are int8."""
+    return f"{module}{SCALES_SUFFIX}"
 
 
 class BlockDiagMatMul(OpRun):
@@ -101,4 +121,14 @@ class BlockDiagMatMul(OpRun):
     op_domain = DOMAIN
 
     def _run(self, X: Array, D: Array, Y0: Array, **_: Any) -> tuple[Array]:  # noqa: N803
-        return (np.asarray(apply(X, D, Y0.shape[-1], Y0)),)
+        return (np.asarray(apply(X, D.astype(X.dtype, copy=False), Y0.shape[-1], Y0)),)
+
+
+class BlockDiagMatMulInt8(OpRun):
+    """The numpy twin of the operator with int8 blocks, used the same way."""
+
+    op_domain = DOMAIN
+
+    def _run(self, X: Array, D: Array, S: Array, Y0: Array, **_: Any) -> tuple[Array]:  # noqa: N803
+        blocks = from_int8(D, S) if D.size else np.zeros((0, 0, 0), X.dtype)
+        return (np.asarray(apply(X, blocks.astype(X.dtype, copy=False), Y0.shape[-1], Y0)),)

@@ -18,7 +18,7 @@ PACKAGE = "diablo_export"
 LAYERS = [
     ["errors"],
     ["blockdiag"],
-    ["checkpoint"],
+    ["checkpoint", "block_storage"],
     ["fingerprint"],
     ["adapter", "quantization", "opschema", "output", "console"],
     ["manifest", "runtime"],

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,8 +11,10 @@ from onnx import helper
 from onnx.reference import ReferenceEvaluator
 
 from diablo_export import opschema
+from diablo_export.block_storage import to_int8
 from diablo_export.blockdiag import Array, BlockShape, apply
 
+FLOAT, HALF, INT8 = onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.INT8
 LEVELS = ["ORT_DISABLE_ALL", "ORT_ENABLE_BASIC", "ORT_ENABLE_EXTENDED", "ORT_ENABLE_ALL"]
 # leading shape of X, K, N, num_blocks asked for: sizes that divide, one side padded, both, and uncovered outputs
 CASES = [
@@ -25,21 +28,28 @@ CASES = [
 ]
 
 
-def one_node(lead: tuple[int, ...], k: int, n: int, opset: int = 22, dtype: int = onnx.TensorProto.FLOAT) -> bytes:
-    """A model of the one node, its D an overridable initializer that is empty by default."""
+def one_node(
+    lead: tuple[int, ...], k: int, n: int, opset: int = 22, dtype: int = FLOAT, stored: int | None = None
+) -> bytes:
+    """A model of the one node, its D (and S, where D is stored in int8) overridable and empty by default."""
     free = [None] * len(lead)
+    stored = dtype if stored is None else stored
     inputs = [
         helper.make_tensor_value_info("X", dtype, [*free, k]),
-        helper.make_tensor_value_info("D", dtype, ["num_blocks", "block_size_in", "block_size_out"]),
+        helper.make_tensor_value_info("D", stored, ["num_blocks", "block_size_in", "block_size_out"]),
         helper.make_tensor_value_info("Y0", dtype, [*free, n]),
     ]
-    node = helper.make_node(opschema.NAME, list(opschema.INPUTS), list(opschema.OUTPUTS), domain=opschema.DOMAIN)
+    name, names, empty = opschema.NAME, opschema.INPUTS, [helper.make_tensor("D", stored, [0, 0, 0], [])]
+    if stored == INT8:
+        name, names = opschema.NAME_INT8, opschema.INPUTS_INT8
+        inputs.insert(2, helper.make_tensor_value_info("S", FLOAT, ["num_blocks"]))
+        empty.append(helper.make_tensor("S", FLOAT, [0], []))
+    node = helper.make_node(name, list(names), list(opschema.OUTPUTS), domain=opschema.DOMAIN)
     output = helper.make_tensor_value_info("Y", dtype, [*free, n])
-    graph = helper.make_graph([node], "g", inputs, [output], [helper.make_tensor("D", dtype, [0, 0, 0], [])])
+    graph = helper.make_graph([node], "g", inputs, [output], empty)
     imports = [helper.make_opsetid("", opset), helper.make_opsetid(opschema.DOMAIN, opschema.VERSION)]
-    model = helper.make_model(
-        graph, functions=[opschema.function(opset)], opset_imports=imports, ir_version=opschema.MIN_IR_VERSION
-    )
+    function = opschema.function(opset, name)
+    model = helper.make_model(graph, functions=[function], opset_imports=imports, ir_version=opschema.MIN_IR_VERSION)
     onnx.checker.check_model(model, full_check=True)
     return bytes(model.SerializeToString())
 
@@ -131,6 +141,91 @@ def test_numpy_twin_takes_the_place_of_the_body() -> None:
     assert np.array_equal(np.asarray(got), apply(x, blocks, 10, y0))
 
 
+# ----------------------------------------------------------------------- blocks stored in fewer bits than X has
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize(("lead", "k", "n", "num_blocks"), CASES)
+def test_float16_blocks_beside_float_rows(lead: tuple[int, ...], k: int, n: int, num_blocks: int, level: str) -> None:
+    x, blocks, y0 = values(lead, k, n, num_blocks)
+    half = blocks.astype(np.float16)
+    runner = session(one_node(lead, k, n, stored=HALF), level)
+    got = runner.run(None, {"X": x, "D": half, "Y0": y0})[0]
+    # the blocks as stored are exact in float32: sums of at most 15 products of values near 1, 15 · 2⁻²³ · 10
+    np.testing.assert_allclose(got, apply(x, half.astype(np.float32), n, y0), rtol=0, atol=2e-5)
+    assert np.array_equal(runner.run(None, {"X": x, "Y0": y0})[0], y0)
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize(("lead", "k", "n", "num_blocks"), CASES)
+def test_int8_blocks(lead: tuple[int, ...], k: int, n: int, num_blocks: int, level: str) -> None:
+    x, blocks, y0 = values(lead, k, n, num_blocks)
+    codes, scales = to_int8(blocks)
+    model = one_node(lead, k, n, stored=INT8)
+    wanted = apply(x, codes.astype(np.float32) * scales[:, None, None], n, y0)
+    feeds = {"X": x, "D": codes, "S": scales, "Y0": y0}
+    runner = session(model, level)
+    for run in (runner, ReferenceEvaluator(onnx.load_from_string(model))):
+        # as above: the blocks that the codes stand for, in float32
+        np.testing.assert_allclose(run.run(None, feeds)[0], wanted, rtol=0, atol=2e-5)
+    assert not np.allclose(wanted, y0)
+    assert np.array_equal(runner.run(None, {"X": x, "Y0": y0})[0], y0)
+    assert np.array_equal(runner.run(None, {"X": x, "S": scales, "Y0": y0})[0], y0), "S without D is not looked at"
+
+
+def test_int8_blocks_beside_float16_rows() -> None:
+    x, blocks, y0 = values((2, 3), 9, 10, 4, np.float16)
+    codes, scales = to_int8(blocks)
+    runner = session(one_node((2, 3), 9, 10, dtype=HALF, stored=INT8))
+    got = runner.run(None, {"X": x, "D": codes, "S": scales, "Y0": y0})[0]
+    assert got.dtype == np.float16
+    stored = codes.astype(np.float32) * scales[:, None, None]
+    wanted = apply(x.astype(np.float32), stored, 10, y0.astype(np.float32))
+    # the blocks, three products and a sum near 10, each rounded to 2⁻¹¹ of itself
+    np.testing.assert_allclose(got.astype(np.float32), wanted, rtol=0, atol=10 * 5 * 2**-11)
+
+
+@pytest.mark.parametrize("opset", [15, 18, 21, 24])
+def test_opsets_of_int8_blocks(opset: int) -> None:
+    x, blocks, y0 = values((2,), 9, 10, 4)
+    codes, scales = to_int8(blocks)
+    runner = session(one_node((2,), 9, 10, opset, stored=INT8))
+    got = runner.run(None, {"X": x, "D": codes, "S": scales, "Y0": y0})[0]
+    wanted = apply(x, codes.astype(np.float32) * scales[:, None, None], 10, y0)
+    np.testing.assert_allclose(got, wanted, rtol=0, atol=1e-5)  # 3 products near 1, float32
+
+
+def test_blocks_of_the_same_type_are_not_cast(tmp_path: Path) -> None:
+    """The cast for narrower blocks must cost a graph that has none nothing: it is gone before the first run."""
+    left = {}
+    for name, stored in (("same", FLOAT), ("narrower", HALF)):
+        options = onnxruntime.SessionOptions()
+        options.optimized_model_filepath = str(tmp_path / name)
+        options.log_severity_level = 3
+        onnxruntime.InferenceSession(one_node((3,), 8, 8, stored=stored), options, providers=["CPUExecutionProvider"])
+        proto = onnx.load(tmp_path / name)
+        inner = next(node for node in proto.graph.node if node.op_type == "If").attribute
+        left[name] = [node.op_type for each in inner for node in each.g.node if node.op_type.startswith("Cast")]
+    assert left["same"] == [] and "Cast" in left["narrower"]
+
+
+def test_numpy_twins_of_narrower_blocks() -> None:
+    x, blocks, y0 = values((2,), 9, 10, 4)
+    codes, scales = to_int8(blocks)
+    stored: list[tuple[int, dict[str, Array], Array]] = [
+        (HALF, {"D": blocks.astype(np.float16)}, blocks.astype(np.float16).astype(np.float32)),
+        (INT8, {"D": codes, "S": scales}, codes.astype(np.float32) * scales[:, None, None]),
+    ]
+    for kind, feeds, blocks_fed in stored:
+        model = onnx.load_from_string(one_node((2,), 9, 10, stored=kind))
+        del model.functions[:]
+        twin = ReferenceEvaluator(model, new_ops=[opschema.BlockDiagMatMul, opschema.BlockDiagMatMulInt8])
+        (got,) = twin.run(None, {"X": x, "Y0": y0, **feeds})
+        assert np.array_equal(np.asarray(got), apply(x, blocks_fed, 10, y0))
+        (unfed,) = twin.run(None, {"X": x, "Y0": y0})
+        assert np.array_equal(np.asarray(unfed), y0)
+
+
 def test_contract() -> None:
     proto = opschema.function()
     assert (proto.domain, proto.name) == ("ai.diablo", "BlockDiagMatMul")
@@ -140,3 +235,8 @@ def test_contract() -> None:
     assert opschema.input_name("model.layers.0.mlp.up_proj") == "model.layers.0.mlp.up_proj.diablo_blocks"
     domains = {node.domain for node in proto.node}
     assert domains == {""}, "the body must be in standard operators alone"
+    int8 = opschema.function(name=opschema.NAME_INT8)
+    assert (int8.domain, int8.name) == ("ai.diablo", "BlockDiagMatMulInt8")
+    assert (tuple(int8.input), tuple(int8.output)) == (("X", "D", "S", "Y0"), ("Y",))
+    assert {node.domain for node in int8.node} == {""}
+    assert opschema.scales_name("model.layers.0.mlp.up_proj") == "model.layers.0.mlp.up_proj.diablo_scales"
