@@ -12,7 +12,7 @@ import onnx_ir as ir
 from diablo_export import opschema
 from diablo_export.adapter import TASKS, Adapter
 from diablo_export.checkpoint import Checkpoint
-from diablo_export.converters import onnx_file
+from diablo_export.converters import onnx_file, onnx_web
 from diablo_export.converters.base import hashing
 from diablo_export.converters.onnx_adapters import ENDING, FOLDER, tensors, write_onnx_adapter
 from diablo_export.converters.onnx_branch import add_branches, blocks_dtype
@@ -28,6 +28,7 @@ from diablo_export.output import check_output, new_folder
 from diablo_export.runtime import session
 
 Given = str | Path | Sequence[str | Path] | Mapping[str, str | Path]
+TARGETS = ("ort", "web")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
@@ -40,6 +41,7 @@ def export(
     group_size: int = 32,
     asymmetric: bool = False,
     precision: str = "fp32",
+    for_: str = "ort",
     overwrite: bool = False,
 ) -> dict[str, Any]:
     """Write an ONNX folder whose graph is the base and can be fed each adapter's blocks.
@@ -53,6 +55,8 @@ def export(
         group_size: input positions that share a scale, when quantizing.
         asymmetric: a zero point for each group, when quantizing.
         precision: fp32 or fp16, of everything that is not quantized.
+        for_: ort, or web: for onnxruntime-web and onnxruntime-node, which feed plain inputs only. The blocks are then
+            inputs of every run, and adapters are safetensors files.
         overwrite: replace `output` if it exists.
 
     Returns:
@@ -66,6 +70,7 @@ def export(
     check_output(output, overwrite)
     check_options(quantize, group_size, precision)
     adapters = load_adapters(adapter)
+    web = _is_web(for_, adapters)
     task = _one_task(adapters)
     source = onnx_file.find(model) or _checkpoint(model, adapters)
     needs = sum(4 * one.parameters for one in adapters.values())
@@ -91,15 +96,19 @@ def export(
                 precision=precision,
                 head=head,
             )
-        modules = _branch(folder, adapters)
+        modules = _branch(folder, adapters, web)
         hashes = {name: value for name, value in built.hashes.items() if name != MODEL}  # that one has changed since
         folders = {name: str(one.path) for name, one in adapters.items()}
         options: dict[str, Any] = {"model": str(model), "adapter": folders}
         options |= {"quantize": quantize, "group_size": group_size, "asymmetric": asymmetric, "precision": precision}
-        entries = [_entry(name, one) for name, one in adapters.items()]
+        options["for"] = for_
+        entries = [_entry(name, one, web) for name, one in adapters.items()]
         what = {"quantize": quantize, "precision": precision}
         if isinstance(source, onnx_file.OnnxModel):
             what = kind(linears(ir.load(source.file)))
+        what |= {"for": for_}
+        if web:
+            what |= {"no_adapter": _file(onnx_web.NO_ADAPTER, web)}
         return write_manifest(
             folder, "export", options, base(), entries, modules, hashes, task=task, exporter=built.exporter,
             reason=built.reason, **what,
@@ -169,7 +178,7 @@ def _check_given(given: onnx_file.OnnxModel, quantize: str, precision: str) -> N
     onnx_file.refuse_adapted(given)
 
 
-def _branch(folder: Path, adapters: Mapping[str, Adapter]) -> list[dict[str, Any]]:
+def _branch(folder: Path, adapters: Mapping[str, Adapter], web: bool) -> list[dict[str, Any]]:
     """Give model.onnx in `folder` its branches, write the adapters beside it; returns the modules' entries."""
     model = ir.load(folder / MODEL)
     matches: dict[str, Match] = {}
@@ -185,13 +194,30 @@ def _branch(folder: Path, adapters: Mapping[str, Adapter]) -> list[dict[str, Any
     fed = {opschema.input_name(name): blocks_dtype(one) for name, one in matches.items()}
     add_branches(model, matches)
     fed |= feed_parameters(model, next(iter(adapters.values())).saved)
+    none = onnx_web.require_inputs(model) if web else {}
     ir.save(model, folder / MODEL)
     session(folder / MODEL)  # a graph that the runtime refuses is no export
     inputs = {name: dtype.numpy() for name, dtype in fed.items()}
     for name, adapter in adapters.items():
-        write_onnx_adapter(folder / FOLDER / f"{name}{ENDING}", tensors(adapter, inputs))
+        write = onnx_web.write_safetensors if web else write_onnx_adapter
+        write(folder / _file(name, web), tensors(adapter, inputs))
+    if web:
+        onnx_web.write_safetensors(folder / _file(onnx_web.NO_ADAPTER, web), none)
+        onnx_web.leave_out_genai(folder)
     return entries
 
 
-def _entry(name: str, adapter: Adapter) -> dict[str, Any]:
-    return {**adapter_entry(name, adapter), "file": f"{FOLDER}/{name}{ENDING}"}
+def _entry(name: str, adapter: Adapter, web: bool) -> dict[str, Any]:
+    return {**adapter_entry(name, adapter), "file": _file(name, web)}
+
+
+def _file(name: str, web: bool) -> str:
+    return f"{FOLDER}/{name}{onnx_web.ENDING if web else ENDING}"
+
+
+def _is_web(for_: str, adapters: Mapping[str, Adapter]) -> bool:
+    if for_ not in TARGETS:
+        raise InputError(f"for_ is {for_!r}; it is one of {', '.join(TARGETS)}")
+    if for_ == "web":
+        onnx_web.check_names(adapters)
+    return for_ == "web"

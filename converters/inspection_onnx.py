@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import onnx_ir as ir
+from safetensors.numpy import load_file
 
 from diablo_export import opschema
 from diablo_export.adapter import Adapter
@@ -14,6 +15,7 @@ from diablo_export.converters.onnx_adapters import ENDING, FOLDER
 from diablo_export.converters.onnx_file import find
 from diablo_export.converters.onnx_linears import Linear, linears
 from diablo_export.converters.onnx_match import match
+from diablo_export.converters.onnx_web import ENDING as WEB_ENDING
 from diablo_export.errors import DependencyError, InputError
 
 _SHOWN = 8  # graph inputs named one by one
@@ -60,7 +62,7 @@ def inspect_onnx(path: Path, adapter: str | Path | None = None) -> dict[str, Any
 
 
 def _adapters(folder: Path) -> list[Path]:
-    return sorted((folder / FOLDER).glob(f"*{ENDING}"))
+    return sorted(file for ending in (ENDING, WEB_ENDING) for file in (folder / FOLDER).glob(f"*{ending}"))
 
 
 def _signature(value: ir.Value) -> str:
@@ -86,12 +88,12 @@ def _groups(layers: list[Linear]) -> list[dict[str, Any]]:
 
 
 def _adapter_file(file: Path) -> dict[str, Any]:
-    """Tensors and size of an .onnx_adapter; the size alone without onnxruntime."""
+    """Tensors and size of an .onnx_adapter or a safetensors file; of the first the size alone without onnxruntime."""
     from diablo_export.runtime import load_adapter
 
     entry: dict[str, Any] = {"bytes": file.stat().st_size}
     try:
-        values = load_adapter(file).values()
+        values = load_file(file) if file.suffix == WEB_ENDING else load_adapter(file).values()
     except DependencyError:
         return entry
     adapted = [value for name, value in values.items() if value.ndim == 3 and value.size]

@@ -78,17 +78,18 @@ def exported(
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Callable[..., Path]:
     """exported("llama", "int4"): the branch export of a tiny model with its adapters a and b. Do not change it."""
-    made: dict[tuple[str, str], Path] = {}
+    made: dict[tuple[str, str, str], Path] = {}
 
-    def get(architecture: str, quantize: str = "none") -> Path:
-        if (architecture, quantize) not in made:
+    def get(architecture: str, quantize: str = "none", for_: str = "ort") -> Path:
+        key = architecture, quantize, for_
+        if key not in made:
             from diablo_export.converters.export import export
 
-            folder = tmp_path_factory.mktemp(f"{architecture}-{quantize}") / "branch"
+            folder = tmp_path_factory.mktemp("-".join(key)) / "branch"
             adapters = {"a": tiny_adapter(architecture), "b": other_adapter(architecture)}
-            export(tiny_model(architecture), adapters, folder, quantize=quantize)
-            made[architecture, quantize] = folder
-        return made[architecture, quantize]
+            export(tiny_model(architecture), adapters, folder, quantize=quantize, for_=for_)
+            made[key] = folder
+        return made[key]
 
     return get
 

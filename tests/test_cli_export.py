@@ -70,7 +70,7 @@ def test_quiet(run: Run, tiny_model: Get, tiny_adapter: Get, tmp_path: Path) -> 
 def test_help_has_an_example(run: Run) -> None:
     result = run("export", "--help")
     assert "Example:" in result.stdout
-    assert "--for" not in result.stdout
+    assert "--for [ort|web]" in result.stdout
 
 
 def test_another_base(run: Run, tiny_model: Get, tiny_adapter: Get, tmp_path: Path) -> None:

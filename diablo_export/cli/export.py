@@ -32,6 +32,11 @@ from diablo_export.cli.summary import print_summary
 @group_size_option
 @asymmetric_option
 @precision_option
+@click.option(
+    "--for", "for_", type=click.Choice(["ort", "web"]), default="ort", show_default=True,
+    help="What will run it. web: onnxruntime-web and onnxruntime-node; blocks are inputs of every run, adapters "
+    "safetensors files.",
+)  # fmt: skip
 @overwrite_option
 @json_option
 @verbosity_options
@@ -43,6 +48,7 @@ def command(
     group_size: int,
     asymmetric: bool,
     precision: str,
+    for_: str,
     overwrite: bool,
     as_json: bool,
 ) -> None:
@@ -56,7 +62,7 @@ def command(
 
     manifest = export(
         model, adapter, output, quantize=quantize, group_size=group_size, asymmetric=asymmetric, precision=precision,
-        overwrite=overwrite,
+        for_=for_, overwrite=overwrite,
     )  # fmt: skip
     if as_json:
         click.echo(json.dumps(manifest, indent=1))

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load_file
 
 from diablo_export import runtime
 from diablo_export.adapter import Adapter
@@ -72,7 +74,7 @@ def open_exported(
     session = runtime.session(path, threads=threads, spin=False)
     provider = session.get_providers()[0]
     if is_branch(manifest):
-        on, off, zero = _branch(session, out, name, shape)
+        on, off, zero = (_web if manifest.get("for") == "web" else _branch)(session, out, name, shape)
         return Exported(on, off, zero, None, provider, on.has_cache)
     on = OnnxRunner(session, cache_shape=shape)
     checkpoint = Checkpoint.open(str(base.model.name_or_path))
@@ -89,15 +91,42 @@ def _branch(
     session: Any, out: Path, name: str, shape: tuple[int, int] | None
 ) -> tuple[OnnxRunner, OnnxRunner, OnnxRunner]:
     swap = runtime.load_adapter(out / "adapters" / f"{name}.onnx_adapter")
-    values = swap.values()
-    # a classifier's head stays with the adapter off: only the blocks are switched, as in torch
-    head: dict[str, Array] = {key: value for key, value in values.items() if not key.endswith(BLOCKS_SUFFIX)}
-    zeros = {key: np.zeros_like(value) for key, value in values.items() if key.endswith(BLOCKS_SUFFIX)}
+    head, zeros = _head_and_zeros(swap.values())
     return (
         OnnxRunner(session, adapter=swap, cache_shape=shape),
         OnnxRunner(session, fixed=head, cache_shape=shape),
         OnnxRunner(session, fixed=head | zeros, cache_shape=shape),
     )
+
+
+def _web(
+    session: Any, out: Path, name: str, shape: tuple[int, int] | None
+) -> tuple[OnnxRunner, OnnxRunner, OnnxRunner]:
+    """The same of an export whose blocks are plain inputs, fed as its reader in JavaScript feeds them."""
+    values, none = (_safetensors(out / "adapters" / f"{each}.safetensors") for each in (name, "base"))
+    head, zeros = _head_and_zeros(values)
+    return (
+        OnnxRunner(session, fixed=values, cache_shape=shape),
+        OnnxRunner(session, fixed=none | head, cache_shape=shape),
+        OnnxRunner(session, fixed=head | zeros, cache_shape=shape),
+    )
+
+
+def _head_and_zeros(values: Mapping[str, Array]) -> tuple[dict[str, Array], dict[str, Array]]:
+    """What an adapter brings beside its blocks, and zeros in place of the blocks.
+
+    A classifier's head stays with the adapter off: only the blocks are switched, as in torch.
+    """
+    head = {key: value for key, value in values.items() if not key.endswith(BLOCKS_SUFFIX)}
+    return head, {key: np.zeros_like(value) for key, value in values.items() if key.endswith(BLOCKS_SUFFIX)}
+
+
+def _safetensors(file: Path) -> dict[str, Array]:
+    try:
+        values: dict[str, Array] = load_file(file)
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{file}: cannot be read ({error}); export the folder again") from error
+    return values
 
 
 def _torch(out: Path, base: TorchRunner, adapter: Adapter) -> Exported:

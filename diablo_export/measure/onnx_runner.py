@@ -91,9 +91,11 @@ class OnnxRunner:
         for value in self.session.get_inputs():
             if value.name in known:
                 feeds[value.name] = known[value.name][None].astype(_DTYPES[value.type])
+            elif value.name in self.fixed:
+                continue
             elif value.name.endswith(BLOCKS_SUFFIX):  # required blocks: empty ones are the base
                 feeds[value.name] = np.zeros((0, 0, 0), _DTYPES[value.type])
-            elif not _CACHE.match(value.name) and value.name not in self.fixed:
+            elif not _CACHE.match(value.name):
                 unknown.append(value.name)
         if unknown:
             raise ExportError(
