@@ -25,7 +25,9 @@ import onnx
 import onnx.parser
 from onnx.reference.op_run import OpRun
 
-from diablo_export.block_storage import BLOCKS_SUFFIX, SCALES_SUFFIX, from_int8
+from diablo_export.block_storage import BLOCKS_SUFFIX as BLOCKS_SUFFIX
+from diablo_export.block_storage import SCALES_SUFFIX as SCALES_SUFFIX
+from diablo_export.block_storage import from_int8
 from diablo_export.blockdiag import Array, apply
 
 DOMAIN = "ai.diablo"

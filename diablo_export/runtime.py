@@ -1,24 +1,33 @@
-"""Open an exported model in ONNX Runtime, with the kernel library where there is one, and swap adapters safely.
+"""Open an exported model in ONNX Runtime, with the kernel library where there is one; adapters are swapped by `swap`.
 
-ONNX Runtime lets three mistakes pass in silence: an adapter is ignored by a run with I/O binding, it wins over a
-block tensor that is fed as well, and `SessionOptions.add_initializer` leaves the old value wherever the
-optimizer has folded the initializer into another one. Nothing here can make them.
+`SessionOptions.add_initializer` leaves the old value wherever the optimizer has folded the initializer into another
+one; `session` replaces values before that.
 Needs onnxruntime and numpy alone, except that overriding initializers reads the graph with onnx.
 """
 
 from __future__ import annotations
 
+import ctypes
+import functools
+import json
 import os
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from diablo_export.blockdiag import Array
+from diablo_export.combine import combine as combine
 from diablo_export.errors import ExportError, InputError, require
+from diablo_export.swap import SwapAdapter as SwapAdapter
+from diablo_export.swap import bind as bind
+from diablo_export.swap import check_adapter as check_adapter
+from diablo_export.swap import load_adapter as load_adapter
+from diablo_export.swap import run as run
+from diablo_export.swap import run_options as run_options
+from diablo_export.swap import session_class
 
 if TYPE_CHECKING:
     import onnx
@@ -27,11 +36,12 @@ if TYPE_CHECKING:
 LIBRARY_VARIABLE = "DIABLO_KERNELS"
 LIBRARY_HELP = (
     "no kernel library found: not in the environment variable DIABLO_KERNELS, not in kernels/ beside the package's "
-    "modules, not in kernels/build/ of a checkout. Build it with:\n"
+    "modules, where pip builds it if there is a C++ compiler, not in kernels/build/ of a checkout. Build it there with:\n"
     "  cmake -S kernels -B kernels/build\n"
     "  cmake --build kernels/build"
 )
 _LIBRARY_NAMES = {"win32": "diablo_kernels_ort.dll", "darwin": "libdiablo_kernels_ort.dylib"}
+_OFF = "off"  # what the variable says where a library that is there is not wanted
 _REGISTERED = "diablo_export.kernels"  # session option that marks a registration: a second one is an error
 _SILENT = 3  # errors only: each overridable initializer is worth a warning to onnxruntime
 
@@ -40,21 +50,44 @@ def find_library() -> Path | None:
     """The library with this machine's kernels for the ai.diablo operators, or None where there is none.
 
     Looked for in the environment variable DIABLO_KERNELS, then beside the package, then in kernels/build of a
-    checkout. Without it the operators run as the functions that every exported model carries: same numbers, stock
-    ONNX Runtime. LIBRARY_HELP says how to get one.
+    checkout; nowhere if the variable says `off`. Never in a model's folder: that is data, and a library is a program.
+    Without it the operators run as the functions that every exported model carries: same numbers, stock ONNX
+    Runtime. LIBRARY_HELP says how to get one.
 
     Raises:
         InputError: the variable names no file.
     """
     named = os.environ.get(LIBRARY_VARIABLE)
+    if named == _OFF:
+        return None
     if named:
         if not Path(named).is_file():
-            raise InputError(f"{LIBRARY_VARIABLE}={named}: no such file; unset it to run without kernels")
+            raise InputError(
+                f"{LIBRARY_VARIABLE}={named}: no such file; unset it, or set it to {_OFF} to run without kernels"
+            )
         return Path(named).resolve()
     name = _LIBRARY_NAMES.get(sys.platform, "libdiablo_kernels_ort.so")
     package = Path(__file__).resolve().parent
     places = (package / "kernels" / name, package.parent / "kernels" / "build" / name)
     return next((place for place in places if place.is_file()), None)
+
+
+@functools.cache
+def describe_library(library: Path) -> dict[str, Any]:
+    """What a kernel library says of itself: `version`, `isa` that it runs with here, `cuda`; empty if it is silent.
+
+    Raises:
+        InputError: it cannot be loaded.
+    """
+    try:
+        ask = ctypes.CDLL(str(library)).DiabloDescribe
+    except AttributeError:  # a library of somebody else, or one from before it could say
+        return {}
+    except OSError as error:
+        raise InputError(f"{library}: the kernel library cannot be loaded: {error}; build it again") from error
+    ask.restype = ctypes.c_char_p
+    described: dict[str, Any] = json.loads(ask())
+    return described
 
 
 def register(options: onnxruntime.SessionOptions) -> Path | None:
@@ -64,6 +97,30 @@ def register(options: onnxruntime.SessionOptions) -> Path | None:
         options.register_custom_ops_library(str(library))
         options.add_session_config_entry(_REGISTERED, str(library))
     return library
+
+
+def _register_for(options: onnxruntime.SessionOptions, providers: Sequence[str]) -> None:
+    """Register what these providers can use, and say what it is, once a process."""
+    library = find_library()
+    if library is None:
+        off = os.environ.get(LIBRARY_VARIABLE) == _OFF
+        why = f"switched off by {LIBRARY_VARIABLE}={_OFF}" if off else "no library found (see diablo-export doctor)"
+        return _say_once(f"kernels: {why}; branches run as standard operators")
+    about = describe_library(library)
+    elsewhere = [name for name in providers if name != "CPUExecutionProvider"]
+    if elsewhere and not (about.get("cuda") and elsewhere == ["CUDAExecutionProvider"]):
+        # onnxruntime would move each branch to the CPU and back
+        has = "the CPU and CUDA" if about.get("cuda") else "the CPU alone"
+        return _say_once(
+            f"kernels: {library} is for {has}; on {', '.join(elsewhere)} branches run as standard operators"
+        )
+    register(options)
+    _say_once(f"kernels: {library}, version {about.get('version', 'unknown')}, with {about.get('isa', 'unknown')}")
+
+
+@functools.cache
+def _say_once(message: str) -> None:
+    log.info(message)
 
 
 def session(
@@ -99,95 +156,15 @@ def session(
         options.intra_op_num_threads = threads
     if not spin:
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    register(options)
+    wanted = _providers(providers)
+    _register_for(options, wanted)
     model, kept = _override(options, Path(path), initializers or {})
     try:
-        opened = ort.InferenceSession(model, options, providers=_providers(providers))
+        opened = session_class()(model, options, providers=wanted)
     except Exception as error:  # onnxruntime raises a dozen kinds without a common base
         raise ExportError(f"{path}: onnxruntime {ort.__version__} cannot load it: {error}") from error
     opened.diablo_export_values = kept  # onnxruntime does not own them, and reads them as long as it lives
     return opened
-
-
-@dataclass(frozen=True)
-class SwapAdapter:
-    """An `.onnx_adapter` file, loaded: blocks that a running session can be given."""
-
-    path: Path
-    names: frozenset[str]  # of the model inputs that it sets
-    handle: Any  # onnxruntime.LoraAdapter
-
-    def values(self) -> dict[str, Array]:
-        """Its tensors by input name, copied out of the file."""
-        ort = require("onnxruntime", "cpu")
-        read = ort.AdapterFormat.read_adapter(str(self.path)).get_parameters()
-        return {name: np.array(value.numpy()) for name, value in read.items()}
-
-
-def load_adapter(path: str | Path) -> SwapAdapter:
-    """Load an `.onnx_adapter` file.
-
-    Raises:
-        InputError: missing, or not such a file.
-    """
-    ort = require("onnxruntime", "cpu")
-    if not Path(path).is_file():
-        raise InputError(f"{path}: no such adapter file; export writes them as adapters/<name>.onnx_adapter")
-    handle = ort.LoraAdapter()
-    try:
-        handle.Load(str(path))
-        names = frozenset(ort.AdapterFormat.read_adapter(str(path)).get_parameters())
-    except RuntimeError as error:
-        raise InputError(f"{path}: not an .onnx_adapter file, or cut short; export it again") from error
-    return SwapAdapter(Path(path), names, handle)
-
-
-def run_options(adapter: SwapAdapter | None) -> onnxruntime.RunOptions | None:
-    """Options for `session.run` that make this adapter active; None runs the base.
-
-    They have no effect on `run_with_iobinding`: onnxruntime ignores the adapter there and gives the base's output.
-    """
-    if adapter is None:
-        return None
-    options = require("onnxruntime", "cpu").RunOptions()
-    options.add_active_adapter(adapter.handle)
-    return options
-
-
-def run(
-    opened: onnxruntime.InferenceSession,
-    feeds: Mapping[str, Array],
-    adapter: SwapAdapter | None = None,
-    outputs: Sequence[str] | None = None,
-) -> list[Array]:
-    """Run a session with an adapter, or as the base; returns the named outputs, or all.
-
-    Raises:
-        InputError: the adapter sets inputs that the model does not have, or that are fed as well.
-        ExportError: onnxruntime fails on a node, or the feeds do not fit.
-    """
-    if adapter is not None:
-        _check_adapter(opened, feeds, adapter)
-    names = list(outputs) if outputs is not None else None
-    try:
-        results: list[Array] = opened.run(names, dict(feeds), run_options(adapter))
-    except Exception as error:  # onnxruntime raises a dozen kinds without a common base
-        raise ExportError(f"onnxruntime cannot run the model: {error}") from error
-    return results
-
-
-def _check_adapter(opened: onnxruntime.InferenceSession, feeds: Mapping[str, Array], adapter: SwapAdapter) -> None:
-    accepted = {value.name for value in [*opened.get_inputs(), *opened.get_overridable_initializers()]}
-    foreign, twice = sorted(adapter.names - accepted), sorted(adapter.names & set(feeds))
-    if foreign:
-        raise InputError(
-            f"{adapter.path}: sets {len(foreign)} inputs that this model does not have ({', '.join(foreign[:3])} …); "
-            "it was exported for another model, or that model was exported without branches"
-        )
-    if twice:
-        raise InputError(
-            f"{adapter.path}: sets inputs that are fed as well ({', '.join(twice[:3])}); leave one of the two out"
-        )
 
 
 def _is_registered(options: onnxruntime.SessionOptions) -> bool:

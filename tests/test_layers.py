@@ -21,7 +21,7 @@ LAYERS = [
     ["checkpoint", "block_storage"],
     ["fingerprint"],
     ["adapter", "quantization", "opschema", "output", "console"],
-    ["manifest", "runtime"],
+    ["manifest", "runtime", "swap", "combine"],
     ["trainer"],
     ["measure"],
     ["converters"],

@@ -39,12 +39,13 @@ def one_node(
         helper.make_tensor_value_info("D", stored, ["num_blocks", "block_size_in", "block_size_out"]),
         helper.make_tensor_value_info("Y0", dtype, [*free, n]),
     ]
-    name, names, empty = opschema.NAME, opschema.INPUTS, [helper.make_tensor("D", stored, [0, 0, 0], [])]
+    name, empty = opschema.NAME, [helper.make_tensor("D", stored, [0, 0, 0], [])]
     if stored == INT8:
-        name, names = opschema.NAME_INT8, opschema.INPUTS_INT8
+        name = opschema.NAME_INT8
         inputs.insert(2, helper.make_tensor_value_info("S", FLOAT, ["num_blocks"]))
         empty.append(helper.make_tensor("S", FLOAT, [0], []))
-    node = helper.make_node(name, list(names), list(opschema.OUTPUTS), domain=opschema.DOMAIN)
+    names = list(opschema.INPUTS_INT8 if stored == INT8 else opschema.INPUTS)
+    node = helper.make_node(name, names, list(opschema.OUTPUTS), domain=opschema.DOMAIN)
     output = helper.make_tensor_value_info("Y", dtype, [*free, n])
     graph = helper.make_graph([node], "g", inputs, [output], empty)
     imports = [helper.make_opsetid("", opset), helper.make_opsetid(opschema.DOMAIN, opschema.VERSION)]
@@ -165,7 +166,8 @@ def test_int8_blocks(lead: tuple[int, ...], k: int, n: int, num_blocks: int, lev
     wanted = apply(x, codes.astype(np.float32) * scales[:, None, None], n, y0)
     feeds = {"X": x, "D": codes, "S": scales, "Y0": y0}
     runner = session(model, level)
-    for run in (runner, ReferenceEvaluator(onnx.load_from_string(model))):
+    runners: list[Any] = [runner, ReferenceEvaluator(onnx.load_from_string(model))]
+    for run in runners:
         # as above: the blocks that the codes stand for, in float32
         np.testing.assert_allclose(run.run(None, feeds)[0], wanted, rtol=0, atol=2e-5)
     assert not np.allclose(wanted, y0)
