@@ -20,6 +20,7 @@ import numpy as np
 
 from diablo_export.blockdiag import Array
 from diablo_export.combine import combine as combine
+from diablo_export.console import log
 from diablo_export.errors import ExportError, InputError, require
 from diablo_export.swap import SwapAdapter as SwapAdapter
 from diablo_export.swap import bind as bind
@@ -36,8 +37,8 @@ if TYPE_CHECKING:
 LIBRARY_VARIABLE = "DIABLO_KERNELS"
 LIBRARY_HELP = (
     "no kernel library found: not in the environment variable DIABLO_KERNELS, not in kernels/ beside the package's "
-    "modules, where pip builds it if there is a C++ compiler, not in kernels/build/ of a checkout. Build it there with:\n"
-    "  cmake -S kernels -B kernels/build\n"
+    "modules, where pip builds it if there is a C++ compiler, not in kernels/build/ of a checkout. Build it there with:"
+    "\n  cmake -S kernels -B kernels/build\n"
     "  cmake --build kernels/build"
 )
 _LIBRARY_NAMES = {"win32": "diablo_kernels_ort.dll", "darwin": "libdiablo_kernels_ort.dylib"}
