@@ -86,19 +86,7 @@ class DiabloLinear(nn.Module):
         y: Tensor = self.base(x)
         if not self.enabled or self.merged:
             return y
-        branch = self._branch(x)  # (tokens, num_blocks, block_size_out)
-        s = self.shape
-        if s.num_blocks * s.block_size_out == s.out_features:
-            return (y.view(branch.shape) + branch).view(y.shape)  # in place it would copy more, in the backward pass
-        return y + branch.flatten(1)[:, : s.out_features].reshape(y.shape)
-
-    def _branch(self, x: Tensor) -> Tensor:
-        s = self.shape
-        padding = s.num_blocks * s.block_size_in - s.in_features
-        if padding:
-            x = functional.pad(x, (0, padding))
-        x = x.reshape(-1, s.num_blocks, s.block_size_in).transpose(0, 1)  # (num_blocks, tokens, block_size_in)
-        return torch.bmm(x, self.blocks.to(x.dtype)).transpose(0, 1)
+        return add_branch(y, x, self.blocks, self.shape)
 
     @torch.no_grad()
     def merge(self) -> None:
@@ -128,6 +116,18 @@ class DiabloLinear(nn.Module):
     def extra_repr(self) -> str:
         """The blocks' shape, in the model's printed form."""
         return "blocks={}×{}×{}".format(*self.shape.blocks)
+
+
+def add_branch(y: Tensor, x: Tensor, blocks: Tensor, shape: BlockShape) -> Tensor:
+    """y + x · blockdiag(blocks): y (…, out_features), x (…, in_features)."""
+    padding = shape.num_blocks * shape.block_size_in - shape.in_features
+    if padding:
+        x = functional.pad(x, (0, padding))
+    x = x.reshape(-1, shape.num_blocks, shape.block_size_in).transpose(0, 1)  # (num_blocks, tokens, block_size_in)
+    branch = torch.bmm(x, blocks.to(x.dtype)).transpose(0, 1)  # (tokens, num_blocks, block_size_out)
+    if shape.num_blocks * shape.block_size_out == shape.out_features:
+        return (y.view(branch.shape) + branch).view(y.shape)  # in place it would copy more, in the backward pass
+    return y + branch.flatten(1)[:, : shape.out_features].reshape(y.shape)
 
 
 def features(linear: nn.Module) -> tuple[int, int]:
