@@ -20,7 +20,7 @@ from diablo_export import runtime
 from diablo_export.blockdiag import Array
 from diablo_export.errors import ExportError
 from diablo_export.measure.prompts import Ids
-from diablo_export.opschema import BLOCKS_SUFFIX
+from diablo_export.opschema import BLOCKS_SUFFIX, SCALES_SUFFIX
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -31,6 +31,7 @@ _DTYPES: dict[str, Any] = {
     "tensor(float16)": np.float16,
     "tensor(int64)": np.int64,
     "tensor(int32)": np.int32,
+    "tensor(int8)": np.int8,
 }
 
 
@@ -52,11 +53,11 @@ class OnnxRunner:
 
     def prefill(self, ids: Ids) -> Array:
         """Logits of a whole sequence (tokens,): (tokens, vocabulary), or (1, labels) of a classifier; float32."""
-        return self._call(ids, self._empty_cache())[0]
+        return self._call(ids, self.empty_cache())[0]
 
     def decode(self, prompt: Ids, tokens: Ids) -> Array:
         """Logits that predict each of `tokens` after `prompt`, step by step with the KV cache: (steps, vocabulary)."""
-        logits, cache = self._call(prompt, self._empty_cache(), keep=True)
+        logits, cache = self._call(prompt, self.empty_cache(), keep=True)
         rows = [logits[-1]]
         for past, token in enumerate(tokens[:-1], start=len(prompt)):
             logits, cache = self._call(np.array([token]), cache, past=past, keep=True)
@@ -72,13 +73,14 @@ class OnnxRunner:
         self, ids: Ids, cache: Mapping[str, Array], past: int = 0, keep: bool = False
     ) -> tuple[Array, dict[str, Array]]:
         present = [v.name for v in self.session.get_outputs() if keep and _CACHE.match(v.name)]
-        feeds = {**self._feeds(ids, past), **cache, **self.fixed}
+        feeds = {**self.feeds(ids, past), **cache, **self.fixed}
         logits, *values = runtime.run(self.session, feeds, self.adapter, ["logits", *present])
         flat = logits.astype(np.float32).reshape(-1, logits.shape[-1])  # (1, T, V) → (T, V); (1, labels) stays
         past_names = {_key(v.name): v.name for v in self.session.get_inputs() if _CACHE.match(v.name)}
         return flat, {past_names[_key(name)]: value for name, value in zip(present, values, strict=True)}
 
-    def _feeds(self, ids: Ids, past: int) -> dict[str, Array]:
+    def feeds(self, ids: Ids, past: int) -> dict[str, Array]:
+        """Inputs for the tokens `ids` behind `past` others, without the KV cache, the adapter's and `fixed` ones."""
         count = len(ids)
         known: dict[str, Array] = {
             "input_ids": np.asarray(ids),
@@ -95,6 +97,8 @@ class OnnxRunner:
                 continue
             elif value.name.endswith(BLOCKS_SUFFIX):  # required blocks: empty ones are the base
                 feeds[value.name] = np.zeros((0, 0, 0), _DTYPES[value.type])
+            elif value.name.endswith(SCALES_SUFFIX):
+                feeds[value.name] = np.zeros(0, np.float32)
             elif not _CACHE.match(value.name):
                 unknown.append(value.name)
         if unknown:
@@ -105,7 +109,8 @@ class OnnxRunner:
         blocks = self.adapter.names if self.adapter else frozenset[str]()
         return {name: value for name, value in feeds.items() if name not in blocks}
 
-    def _empty_cache(self) -> dict[str, Array]:
+    def empty_cache(self) -> dict[str, Array]:
+        """A KV cache of no tokens, by input name: (1, heads, 0, head size) each; {} where the graph takes none."""
         cache: dict[str, Array] = {}
         for value in self.session.get_inputs():
             if not _CACHE.match(value.name):
