@@ -59,7 +59,7 @@ def find_library() -> Path | None:
         InputError: the variable names no file.
     """
     named = os.environ.get(LIBRARY_VARIABLE)
-    if named == _OFF:
+    if switched_off():
         return None
     if named:
         if not Path(named).is_file():
@@ -71,6 +71,11 @@ def find_library() -> Path | None:
     package = Path(__file__).resolve().parent
     places = (package / "kernels" / name, package.parent / "kernels" / "build" / name)
     return next((place for place in places if place.is_file()), None)
+
+
+def switched_off() -> bool:
+    """Whether DIABLO_KERNELS says that no library is wanted, even where there is one."""
+    return os.environ.get(LIBRARY_VARIABLE) == _OFF
 
 
 @functools.cache
@@ -104,8 +109,11 @@ def _register_for(options: onnxruntime.SessionOptions, providers: Sequence[str])
     """Register what these providers can use, and say what it is, once a process."""
     library = find_library()
     if library is None:
-        off = os.environ.get(LIBRARY_VARIABLE) == _OFF
-        why = f"switched off by {LIBRARY_VARIABLE}={_OFF}" if off else "no library found (see diablo-export doctor)"
+        why = (
+            f"switched off by {LIBRARY_VARIABLE}={_OFF}"
+            if switched_off()
+            else "no library found (see diablo-export doctor)"
+        )
         return _say_once(f"kernels: {why}; branches run as standard operators")
     about = describe_library(library)
     elsewhere = [name for name in providers if name != "CPUExecutionProvider"]
