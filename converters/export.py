@@ -9,13 +9,13 @@ from typing import Any
 
 import onnx_ir as ir
 
-from diablo_export import opschema
 from diablo_export.adapter import TASKS, Adapter
+from diablo_export.block_storage import BASE_KEY
 from diablo_export.checkpoint import Checkpoint
 from diablo_export.converters import onnx_file, onnx_web
 from diablo_export.converters.base import hashing
-from diablo_export.converters.onnx_adapters import ENDING, FOLDER, tensors, write_onnx_adapter
-from diablo_export.converters.onnx_branch import add_branches, blocks_dtype
+from diablo_export.converters.onnx_adapters import ENDING, FOLDER, storage_errors, tensors, write_onnx_adapter
+from diablo_export.converters.onnx_branch import BLOCK_DTYPES, add_branches
 from diablo_export.converters.onnx_graph import Graph, build_graph, load_exporters
 from diablo_export.converters.onnx_head import feed_parameters
 from diablo_export.converters.onnx_linears import kind, linears
@@ -41,6 +41,7 @@ def export(
     group_size: int = 32,
     asymmetric: bool = False,
     precision: str = "fp32",
+    block_dtype: str | None = None,
     for_: str = "ort",
     overwrite: bool = False,
 ) -> dict[str, Any]:
@@ -51,10 +52,13 @@ def export(
         adapter: one adapter folder, several, or name → folder; also strings NAME=FOLDER. The name of a
             folder given alone is the folder's.
         output: the folder to write.
-        quantize: none, int8 or int4: the base's linear layers. The blocks stay float.
+        quantize: none, int8 or int4: the base's linear layers. The blocks do not change with it.
         group_size: input positions that share a scale, when quantizing.
         asymmetric: a zero point for each group, when quantizing.
         precision: fp32 or fp16, of everything that is not quantized.
+        block_dtype: fp32, fp16 or int8 (with a scale for each block): how blocks are stored and fed, at half or a
+            quarter of float32's bytes. None: in each layer's own float type. The manifest says per module how far
+            they are from the trained ones.
         for_: ort, or web: for onnxruntime-web and onnxruntime-node, which feed plain inputs only. The blocks are then
             inputs of every run, and adapters are safetensors files.
         overwrite: replace `output` if it exists.
@@ -69,6 +73,7 @@ def export(
     """
     check_output(output, overwrite)
     check_options(quantize, group_size, precision)
+    _check_block_dtype(block_dtype, precision)
     adapters = load_adapters(adapter)
     web = _is_web(for_, adapters)
     task = _one_task(adapters)
@@ -96,12 +101,13 @@ def export(
                 precision=precision,
                 head=head,
             )
-        modules = _branch(folder, adapters, web)
+        known = base()
+        modules = _branch(folder, adapters, known["sha256"], block_dtype, web)
         hashes = {name: value for name, value in built.hashes.items() if name != MODEL}  # that one has changed since
         folders = {name: str(one.path) for name, one in adapters.items()}
         options: dict[str, Any] = {"model": str(model), "adapter": folders}
         options |= {"quantize": quantize, "group_size": group_size, "asymmetric": asymmetric, "precision": precision}
-        options["for"] = for_
+        options |= {"block_dtype": block_dtype, "for": for_}
         entries = [_entry(name, one, web) for name, one in adapters.items()]
         what = {"quantize": quantize, "precision": precision}
         if isinstance(source, onnx_file.OnnxModel):
@@ -110,7 +116,7 @@ def export(
         if web:
             what |= {"no_adapter": _file(onnx_web.NO_ADAPTER, web)}
         return write_manifest(
-            folder, "export", options, base(), entries, modules, hashes, task=task, exporter=built.exporter,
+            folder, "export", options, known, entries, modules, hashes, task=task, exporter=built.exporter,
             reason=built.reason, **what,
         )  # fmt: skip
 
@@ -178,7 +184,9 @@ def _check_given(given: onnx_file.OnnxModel, quantize: str, precision: str) -> N
     onnx_file.refuse_adapted(given)
 
 
-def _branch(folder: Path, adapters: Mapping[str, Adapter], web: bool) -> list[dict[str, Any]]:
+def _branch(
+    folder: Path, adapters: Mapping[str, Adapter], sha256: str, block_dtype: str | None, web: bool
+) -> list[dict[str, Any]]:
     """Give model.onnx in `folder` its branches, write the adapters beside it; returns the modules' entries."""
     model = ir.load(folder / MODEL)
     matches: dict[str, Match] = {}
@@ -187,24 +195,29 @@ def _branch(folder: Path, adapters: Mapping[str, Adapter], web: bool) -> list[di
             matches |= match(model, adapter.modules)
         except MatchError as error:
             raise MatchError(f"adapter {name} ({adapter.path}): {error}") from error
-    entries = [
-        {**one.describe(), "action": "branch", "adapters": [n for n, a in adapters.items() if name in a.modules]}
+    entries: dict[str, dict[str, Any]] = {
+        name: {**one.describe(), "action": "branch", "adapters": [n for n, a in adapters.items() if name in a.modules]}
         for name, one in matches.items()
-    ]
-    fed = {opschema.input_name(name): blocks_dtype(one) for name, one in matches.items()}
-    add_branches(model, matches)
+    }
+    base = model.metadata_props.setdefault(BASE_KEY, sha256)  # an ONNX base may bring its own
+    fed = add_branches(model, matches, block_dtype)
     fed |= feed_parameters(model, next(iter(adapters.values())).saved)
     none = onnx_web.require_inputs(model) if web else {}
     ir.save(model, folder / MODEL)
     session(folder / MODEL)  # a graph that the runtime refuses is no export
     inputs = {name: dtype.numpy() for name, dtype in fed.items()}
     for name, adapter in adapters.items():
-        write = onnx_web.write_safetensors if web else write_onnx_adapter
-        write(folder / _file(name, web), tensors(adapter, inputs))
+        values = tensors(adapter, inputs)
+        for module, off in storage_errors(name, adapter, values).items():
+            entries[module].setdefault("block_error", {})[name] = off
+        if web:
+            onnx_web.write_safetensors(folder / _file(name, web), values)
+        else:
+            write_onnx_adapter(folder / _file(name, web), values, base)
     if web:
         onnx_web.write_safetensors(folder / _file(onnx_web.NO_ADAPTER, web), none)
         onnx_web.leave_out_genai(folder)
-    return entries
+    return list(entries.values())
 
 
 def _entry(name: str, adapter: Adapter, web: bool) -> dict[str, Any]:
@@ -213,6 +226,13 @@ def _entry(name: str, adapter: Adapter, web: bool) -> dict[str, Any]:
 
 def _file(name: str, web: bool) -> str:
     return f"{FOLDER}/{name}{onnx_web.ENDING if web else ENDING}"
+
+
+def _check_block_dtype(block_dtype: str | None, precision: str) -> None:
+    if block_dtype is not None and block_dtype not in BLOCK_DTYPES:
+        raise InputError(f"block_dtype is {block_dtype!r}; choose one of {', '.join(BLOCK_DTYPES)}")
+    if (block_dtype, precision) == ("fp32", "fp16"):
+        raise InputError("block_dtype is fp32 beside precision fp16: blocks are at most as wide as the graph")
 
 
 def _is_web(for_: str, adapters: Mapping[str, Adapter]) -> bool:

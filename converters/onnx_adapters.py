@@ -9,12 +9,18 @@ from typing import Any
 import numpy as np
 
 from diablo_export.adapter import Adapter
+from diablo_export.block_storage import BLOCKS_SUFFIX, SCALES_SUFFIX, base_mark, from_int8, relative_error, to_int8
 from diablo_export.blockdiag import Array
-from diablo_export.errors import AdapterError, ExportError, require
-from diablo_export.opschema import input_name
+from diablo_export.console import log
+from diablo_export.errors import AdapterError, ExportError
+from diablo_export.opschema import input_name, scales_name
+from diablo_export.swap import write_adapter
 
 FOLDER = "adapters"
 ENDING = ".onnx_adapter"
+# ‖stored − trained‖ / ‖trained‖ of a module: an error wholly along the blocks would take a survival gain of 1 to the
+# limit that parity sets for branches
+MOST_ERROR = 0.02
 _LIMIT = 2**31  # it is a flatbuffer, whose offsets have 31 bits
 
 
@@ -28,8 +34,16 @@ def tensors(adapter: Adapter, inputs: Mapping[str, np.dtype[Any]]) -> dict[str, 
     """
     given = {input_name(name): module.blocks for name, module in adapter.modules.items()} | adapter.saved
     empty = np.zeros((0, 0, 0), np.float32)
+    made: dict[str, Array] = {}
     with np.errstate(over="ignore"):  # an error of its own, below
-        made = {name: np.ascontiguousarray(given.get(name, empty).astype(dtype)) for name, dtype in inputs.items()}
+        for name, dtype in inputs.items():
+            if name.endswith(SCALES_SUFFIX):
+                continue  # made with their blocks
+            if dtype == np.int8:
+                codes, scales = to_int8(given.get(name, empty))
+                made |= {name: codes, name.removesuffix(BLOCKS_SUFFIX) + SCALES_SUFFIX: scales}
+            else:
+                made[name] = np.ascontiguousarray(given.get(name, empty).astype(dtype))
     large = [f"{name} (up to {np.abs(given[name]).max():.3g})" for name, v in made.items() if not np.isfinite(v).all()]
     if large:
         raise AdapterError(
@@ -39,8 +53,42 @@ def tensors(adapter: Adapter, inputs: Mapping[str, np.dtype[Any]]) -> dict[str, 
     return made
 
 
-def write_onnx_adapter(file: Path, parameters: Mapping[str, Array]) -> None:
+def storage_errors(name: str, adapter: Adapter, made: Mapping[str, Array]) -> dict[str, float]:
+    """How far the stored blocks are from the trained ones, by module: ‖stored − trained‖ / ‖trained‖.
+
+    Empty where they are stored in float32. Says the largest, and warns of those over MOST_ERROR.
+    """
+    errors = {}
+    for module, one in adapter.modules.items():
+        stored = made[input_name(module)]
+        if stored.dtype == np.int8:
+            stored = from_int8(stored, made[scales_name(module)])
+        elif stored.dtype == np.float32:
+            continue
+        errors[module] = relative_error(one.blocks, stored)
+    if not errors:
+        return {}
+    worst = max(errors, key=lambda module: errors[module])
+    mean = sum(errors.values()) / len(errors)
+    log.info("adapter %s: stored blocks are off by %.2g of their size, %.2g in %s", name, mean, errors[worst], worst)
+    over = sorted(module for module, error in errors.items() if error > MOST_ERROR)
+    if over:
+        log.warning(
+            "adapter %s: blocks of %s are off by more than %g of their size when stored in so few bits (%.2g in %s); "
+            "check with parity, or export with a wider --block-dtype",
+            name, ", ".join(over), MOST_ERROR, errors[worst], worst,
+        )  # fmt: skip
+    return errors
+
+
+def write_onnx_adapter(file: Path, parameters: Mapping[str, Array], base: str | None = None) -> None:
     """Write `parameters` as an .onnx_adapter file.
+
+    Args:
+        file: to write; its folder is made where it is missing.
+        parameters: values by graph input, as `tensors` makes them.
+        base: SHA-256 of the base, as the model carries it: `diablo_export.runtime` then refuses the file for models of
+            another base. None: it will say that this cannot be checked.
 
     Raises:
         ExportError: they are more than the format holds.
@@ -49,13 +97,7 @@ def write_onnx_adapter(file: Path, parameters: Mapping[str, Array]) -> None:
     if size >= _LIMIT:
         raise ExportError(
             f"{file.name}: {size / 1e9:.1f} GB of blocks, an .onnx_adapter file holds less than {_LIMIT / 1e9:.1f} GB; "
-            "export with --precision fp16, or train with more blocks"
+            "export with --block-dtype fp16 or int8, or train with more blocks"
         )
-    onnxruntime = require("onnxruntime", "cpu")
-    values = {name: onnxruntime.OrtValue.ortvalue_from_numpy(value) for name, value in parameters.items()}
-    adapter = onnxruntime.AdapterFormat()
-    adapter.set_adapter_version(1)
-    adapter.set_model_version(1)
-    adapter.set_parameters(values)
     file.parent.mkdir(exist_ok=True)
-    adapter.export_adapter(str(file))
+    write_adapter(file, parameters, None if base is None else base_mark(base))

@@ -1,7 +1,8 @@
 """Insert the blocks of adapted modules into an ONNX graph as branches that can be fed.
 
-Each module gets one `ai.diablo::BlockDiagMatMul(x, D, y)` between its output and whoever reads it. D is a graph
-input with an initializer of the same name, empty by default, so that the graph as it stands is the base. Where one
+Each module gets one `ai.diablo::BlockDiagMatMul(x, D, y)` between its output and whoever reads it, or, for int8
+blocks, one `ai.diablo::BlockDiagMatMulInt8(x, D, S, y)`. D is a graph input with an initializer of the same name,
+empty by default, so that the graph as it stands is the base; S is another. Where one
 node is several modules the branches stand behind the Split that follows it, or behind one of their own; where a
 module is several nodes their outputs are joined for the branch and split again.
 """
@@ -20,38 +21,59 @@ from diablo_export.converters.onnx_match import Match
 from diablo_export.converters.onnx_nodes import MODULE
 from diablo_export.errors import ExportError
 
+BLOCK_DTYPES = {"fp32": ir.DataType.FLOAT, "fp16": ir.DataType.FLOAT16, "int8": ir.DataType.INT8}
 _TAKE_A_BIAS = ("Gelu", "FastGelu", "Div", "Erf")  # the last two begin a Gelu written out
 
 
-def add_branches(model: ir.Model, matches: Mapping[str, Match]) -> None:
-    """Give every matched module its branch, and the model the operator's function.
+def add_branches(
+    model: ir.Model, matches: Mapping[str, Match], block_dtype: str | None = None
+) -> dict[str, ir.DataType]:
+    """Give every matched module its branch, and the model the operator's function; returns the inputs to feed.
+
+    Args:
+        model: the graph, changed in place.
+        matches: by module.
+        block_dtype: what the blocks are stored in: fp32, fp16 or int8; None: each layer's own type.
 
     Raises:
-        ExportError: the graph has such branches already.
+        ExportError: the graph has such branches already, or blocks in fp32 are asked for beside layers in fewer bits.
     """
     if any(node.domain == opschema.DOMAIN for node in model.graph):
         raise ExportError("the graph holds DiaBlo branches already; give the model without them")
+    fed: dict[str, ir.DataType] = {}
+    for match in matches.values():
+        fed |= _inputs(match, block_dtype)
     shared: dict[int, list[Match]] = {}  # modules by the node that they are rows of
     for match in matches.values():
         if len(match.pieces) > 1:
-            _branch_over_parts(model, match)
+            _branch_over_parts(model, match, fed)
         elif match.pieces[0].whole:
-            _branch(model, match, match.pieces[0].linear.x, output(match.pieces[0].linear))
+            _branch(model, match, match.pieces[0].linear.x, output(match.pieces[0].linear), fed)
         else:
             shared.setdefault(id(match.pieces[0].linear.node), []).append(match)
     for group in shared.values():
-        _branches_of_fused(model, group)
-    function = ir.from_proto(opschema.function(model.opset_imports.get("", opschema.MIN_OPSET)))
+        _branches_of_fused(model, group, fed)
+    opset = model.opset_imports.get("", opschema.MIN_OPSET)
+    function = ir.from_proto(opschema.function(opset, opschema.NAME_INT8 if block_dtype == "int8" else opschema.NAME))
     assert isinstance(function, ir.Function)
     model.functions[function.identifier()] = function
     model.opset_imports[opschema.DOMAIN] = opschema.VERSION
     model.graph.sort()  # what joins the parts of a module may stand behind nodes that now read it
     model.ir_version = max(model.ir_version, opschema.MIN_IR_VERSION)
+    return fed
 
 
-def blocks_dtype(match: Match) -> ir.DataType:
-    """The float type that a module's blocks are fed in: that of the layer."""
-    return match.pieces[0].linear.dtype
+def _inputs(match: Match, block_dtype: str | None) -> dict[str, ir.DataType]:
+    """The inputs of a module's blocks, and of their scales where they are int8, in the order of the operator's."""
+    name, own = match.module.name, match.pieces[0].linear.dtype
+    dtype = BLOCK_DTYPES[block_dtype] if block_dtype else own
+    if dtype == ir.DataType.FLOAT and own != dtype:
+        raise ExportError(
+            f"blocks in fp32, but the graph computes {name} in {own.name.lower()}; leave out --block-dtype, or give "
+            "fp16 or int8"
+        )
+    blocks = {opschema.input_name(name): dtype}
+    return blocks | ({opschema.scales_name(name): ir.DataType.FLOAT} if dtype == ir.DataType.INT8 else {})
 
 
 def output(linear: Linear) -> ir.Value:
@@ -81,19 +103,26 @@ def _only_reader(value: ir.Value) -> ir.Node | None:
     return readers[0].node if len(readers) == 1 and not value.is_graph_output() else None
 
 
-def _branch(model: ir.Model, match: Match, x: ir.Value, y: ir.Value) -> ir.Value:
+def _branch(model: ir.Model, match: Match, x: ir.Value, y: ir.Value, fed: Mapping[str, ir.DataType]) -> ir.Value:
     """Put the module's branch between `y` and its readers."""
     name = match.module.name
-    dtype = blocks_dtype(match)
-    sizes = ir.Shape([f"{name}.{size}" for size in ("num_blocks", "block_size_in", "block_size_out")])
-    blocks = ir.Value(name=opschema.input_name(name), shape=sizes, type=ir.TensorType(dtype))
-    blocks.const_value = ir.Tensor(np.zeros((0, 0, 0), dtype.numpy()), name=blocks.name)
-    model.graph.inputs.append(blocks)
-    model.graph.register_initializer(blocks)
-    node = ir.Node(
-        opschema.DOMAIN, opschema.NAME, [x, blocks, y], name=f"{name}/{opschema.NAME}", metadata_props={MODULE: name}
-    )
-    return _insert(model, [node], y, node.outputs[0], dtype)
+    sizes = [f"{name}.{size}" for size in ("num_blocks", "block_size_in", "block_size_out")]
+    blocks = _fed_empty(model, opschema.input_name(name), fed[opschema.input_name(name)], sizes)
+    given, operator = [x, blocks, y], opschema.NAME
+    if blocks.dtype == ir.DataType.INT8:
+        scales = _fed_empty(model, opschema.scales_name(name), ir.DataType.FLOAT, sizes[:1])
+        given, operator = [x, blocks, scales, y], opschema.NAME_INT8
+    node = ir.Node(opschema.DOMAIN, operator, given, name=f"{name}/{operator}", metadata_props={MODULE: name})
+    return _insert(model, [node], y, node.outputs[0], match.pieces[0].linear.dtype)
+
+
+def _fed_empty(model: ir.Model, name: str, dtype: ir.DataType, sizes: Sequence[str]) -> ir.Value:
+    """A graph input whose default is empty."""
+    value = ir.Value(name=name, shape=ir.Shape(sizes), type=ir.TensorType(dtype))
+    value.const_value = ir.Tensor(np.zeros([0] * len(sizes), dtype.numpy()), name=name)
+    model.graph.inputs.append(value)
+    model.graph.register_initializer(value)
+    return value
 
 
 def _insert(model: ir.Model, nodes: Sequence[ir.Node], old: ir.Value, new: ir.Value, dtype: ir.DataType) -> ir.Value:
@@ -118,7 +147,7 @@ def _redirect(model: ir.Model, old: ir.Value, new: ir.Value, but: Sequence[ir.No
                 model.graph.outputs[index] = new
 
 
-def _branches_of_fused(model: ir.Model, matches: Sequence[Match]) -> None:
+def _branches_of_fused(model: ir.Model, matches: Sequence[Match], fed: Mapping[str, ir.DataType]) -> None:
     """The branches of modules that are rows of one node."""
     linear = matches[0].pieces[0].linear
     rows = {(match.pieces[0].start, match.pieces[0].stop) for match in matches}
@@ -126,7 +155,7 @@ def _branches_of_fused(model: ir.Model, matches: Sequence[Match]) -> None:
     if split is None or not rows <= split.keys():
         split = _own_split(model, linear, rows)
     for match in matches:
-        _branch(model, match, linear.x, split[match.pieces[0].start, match.pieces[0].stop])
+        _branch(model, match, linear.x, split[match.pieces[0].start, match.pieces[0].stop], fed)
 
 
 def _split_after(linear: Linear) -> dict[tuple[int, int], ir.Value] | None:
@@ -172,7 +201,7 @@ def _own_split(model: ir.Model, linear: Linear, rows: Iterable[tuple[int, int]])
     return dict(zip(ranges, parts, strict=True))
 
 
-def _branch_over_parts(model: ir.Model, match: Match) -> None:
+def _branch_over_parts(model: ir.Model, match: Match, fed: Mapping[str, ir.DataType]) -> None:
     """The branch of a module whose outputs several nodes make: join them, add, take them apart again."""
     layers = [piece.linear for piece in match.pieces]
     outputs = [output(layer) for layer in layers]
@@ -180,13 +209,13 @@ def _branch_over_parts(model: ir.Model, match: Match) -> None:
     join.name = f"{match.module.name}/diablo_join"
     joined = join.outputs[0]
     joined.name = f"{match.module.name}/diablo_joined"
-    joined.type = ir.TensorType(blocks_dtype(match))
+    joined.type = ir.TensorType(layers[0].dtype)
     joined.shape = _with_width(outputs[0].shape, match.module.out_features)
     split = _split(model, joined, [layer.out_features for layer in layers], match.module.name, joined.dtype)
     model.graph.insert_after(layers[-1].node, [join, split])
     for value, part in zip(outputs, split.outputs, strict=True):
         _redirect(model, value, part, [join])
-    _branch(model, match, layers[0].x, joined)
+    _branch(model, match, layers[0].x, joined, fed)
 
 
 def _split(model: ir.Model, value: ir.Value, sizes: Sequence[int], name: str, dtype: ir.DataType | None) -> ir.Node:

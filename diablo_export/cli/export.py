@@ -33,6 +33,10 @@ from diablo_export.cli.summary import print_summary
 @asymmetric_option
 @precision_option
 @click.option(
+    "--block-dtype", type=click.Choice(["fp32", "fp16", "int8"]),
+    help="How blocks are stored and fed: int8 is a quarter of fp32's bytes. Without it as the graph's own floats.",
+)  # fmt: skip
+@click.option(
     "--for", "for_", type=click.Choice(["ort", "web"]), default="ort", show_default=True,
     help="What will run it. web: onnxruntime-web and onnxruntime-node; blocks are inputs of every run, adapters "
     "safetensors files.",
@@ -48,6 +52,7 @@ def command(
     group_size: int,
     asymmetric: bool,
     precision: str,
+    block_dtype: str | None,
     for_: str,
     overwrite: bool,
     as_json: bool,
@@ -62,7 +67,7 @@ def command(
 
     manifest = export(
         model, adapter, output, quantize=quantize, group_size=group_size, asymmetric=asymmetric, precision=precision,
-        for_=for_, overwrite=overwrite,
+        block_dtype=block_dtype, for_=for_, overwrite=overwrite,
     )  # fmt: skip
     if as_json:
         click.echo(json.dumps(manifest, indent=1))
