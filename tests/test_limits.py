@@ -29,6 +29,18 @@ def test_the_promised_limits() -> None:
     assert limits.defaults("int4", branch=True)["adapter.survival_gain.error"] == 0.02
 
 
+def test_blocks_in_fewer_bits_than_the_graph() -> None:
+    exact = limits.defaults("fp32", branch=True)
+    assert limits.defaults("fp32", branch=True, block_dtype="fp32") == exact
+    for stored in ("fp16", "int8"):
+        found = limits.defaults("fp32", branch=True, block_dtype=stored)
+        assert set(found) <= set(limits.FIGURES)
+        assert found["adapter.survival_gain.error"] == 0.02
+        assert found["decode.cache"] == exact["decode.cache"], "the cache knows nothing of the blocks"
+    for base in ("int8", "int4"):  # the base's own error is larger than that of int8 blocks
+        assert limits.defaults(base, branch=True, block_dtype="int8") == limits.defaults(base, branch=True)
+
+
 @pytest.mark.parametrize(
     ("name", "value", "limit", "held"),
     [

@@ -62,6 +62,11 @@ def test_precision_of_onnx(manifest: dict[str, Any], expected: str, tmp_path: Pa
     assert sources.precision(tmp_path, manifest) == expected
 
 
+def test_what_blocks_are_stored_in() -> None:
+    assert sources.block_dtype({"options": {"block_dtype": "int8"}}) == "int8"
+    assert sources.block_dtype({"options": {"block_dtype": None}}) is sources.block_dtype({}) is None
+
+
 def test_precision_of_a_checkpoint_is_that_of_its_merged_weights(tmp_path: Path) -> None:
     import ml_dtypes
     import numpy as np

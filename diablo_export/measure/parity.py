@@ -61,7 +61,7 @@ def parity(
     base = sources.base_folder(manifest, model, folders)
     hashes = sources.hashes(out, manifest, base, folders)
     kind = {"branch": sources.is_branch(manifest), "classifier": sources.is_classifier(manifest)}
-    defaults = limits.defaults(sources.precision(out, manifest), **kind)
+    defaults = limits.defaults(sources.precision(out, manifest), block_dtype=sources.block_dtype(manifest), **kind)
     from diablo_export.measure.one_adapter import measure, using_threads  # torch: only once the input is known good
 
     counts: dict[str, float] = {"files": len(hashes["changed"]), "sources": len(hashes["sources_changed"])}

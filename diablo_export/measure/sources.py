@@ -121,6 +121,12 @@ def precision(out: Path, manifest: Mapping[str, Any]) -> str:
     return next((kind for kind in ("bf16", "fp16") if kind in kinds), "fp32")
 
 
+def block_dtype(manifest: Mapping[str, Any]) -> str | None:
+    """fp32, fp16 or int8: what the blocks of a branch export are stored in; None: as its graph's floats."""
+    stored = (manifest.get("options") or {}).get("block_dtype")
+    return str(stored) if stored else None
+
+
 def is_branch(manifest: Mapping[str, Any]) -> bool:
     """Whether blocks are kept beside the weights."""
     return any(module.get("action") == "branch" for module in manifest.get("modules") or [])
