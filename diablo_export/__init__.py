@@ -14,6 +14,7 @@ __version__ = "0.1.0"
 _VERBS = {
     "convert": "diablo_export.converters.diablo_chkpt",
     "demo": "diablo_export.converters.demo",
+    "doctor": "diablo_export.diagnosis",
     "export": "diablo_export.converters.export",
     "inspect": "diablo_export.converters.inspection",
     "merge": "diablo_export.converters.merge",
@@ -27,10 +28,11 @@ if TYPE_CHECKING:
     from diablo_export.converters.export import export as export
     from diablo_export.converters.inspection import inspect as inspect
     from diablo_export.converters.merge import merge as merge
+    from diablo_export.diagnosis import doctor as doctor
     from diablo_export.measure.parity import parity as parity
     from diablo_export.trainer.train import train as train
 
-__all__ = ["__version__", "convert", "demo", "export", "inspect", "merge", "parity", "train"]
+__all__ = ["__version__", "convert", "demo", "doctor", "export", "inspect", "merge", "parity", "train"]
 
 
 def __getattr__(name: str) -> Any:

@@ -21,6 +21,7 @@ COMMANDS = {
     "parity": "Prove that what was exported is what was trained.",
     "inspect": "Say what an adapter, a checkpoint or an ONNX file is.",
     "convert": "Convert the paper's adapter.chkpt to this format and back.",
+    "doctor": "Say what this machine has, what is broken or missing, and how to get it.",
     "demo": "Walk the whole road on a small model made on the spot.",
 }
 
