@@ -12,6 +12,7 @@ __version__ = "0.1.0"
 
 # verb → the module that holds it; loaded on first use
 _VERBS = {
+    "bench": "diablo_export.measure.bench",
     "convert": "diablo_export.converters.diablo_chkpt",
     "demo": "diablo_export.converters.demo",
     "doctor": "diablo_export.diagnosis",
@@ -29,10 +30,11 @@ if TYPE_CHECKING:
     from diablo_export.converters.inspection import inspect as inspect
     from diablo_export.converters.merge import merge as merge
     from diablo_export.diagnosis import doctor as doctor
+    from diablo_export.measure.bench import bench as bench
     from diablo_export.measure.parity import parity as parity
     from diablo_export.trainer.train import train as train
 
-__all__ = ["__version__", "convert", "demo", "doctor", "export", "inspect", "merge", "parity", "train"]
+__all__ = ["__version__", "bench", "convert", "demo", "doctor", "export", "inspect", "merge", "parity", "train"]
 
 
 def __getattr__(name: str) -> Any:

@@ -19,6 +19,7 @@ COMMANDS = {
     "merge": "Merge an adapter's blocks into the weights, float or quantized.",
     "export": "Export ONNX that keeps the blocks as a swappable branch.",
     "parity": "Prove that what was exported is what was trained.",
+    "bench": "Time what a branch costs, beside its base, LoRA and a merge.",
     "inspect": "Say what an adapter, a checkpoint or an ONNX file is.",
     "convert": "Convert the paper's adapter.chkpt to this format and back.",
     "doctor": "Say what this machine has, what is broken or missing, and how to get it.",
