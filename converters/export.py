@@ -12,7 +12,7 @@ import onnx_ir as ir
 from diablo_export.adapter import TASKS, Adapter
 from diablo_export.block_storage import BASE_KEY
 from diablo_export.checkpoint import Checkpoint
-from diablo_export.converters import onnx_file, onnx_web
+from diablo_export.converters import genai_library, onnx_file, onnx_web
 from diablo_export.converters.base import hashing
 from diablo_export.converters.onnx_adapters import ENDING, FOLDER, storage_errors, tensors, write_onnx_adapter
 from diablo_export.converters.onnx_branch import BLOCK_DTYPES, add_branches
@@ -43,6 +43,7 @@ def export(
     precision: str = "fp32",
     block_dtype: str | None = None,
     for_: str = "ort",
+    custom_ops_library: str | Path | None = None,
     overwrite: bool = False,
 ) -> dict[str, Any]:
     """Write an ONNX folder whose graph is the base and can be fed each adapter's blocks.
@@ -61,6 +62,8 @@ def export(
             they are from the trained ones.
         for_: ort, or web: for onnxruntime-web and onnxruntime-node, which feed plain inputs only. The blocks are then
             inputs of every run, and adapters are safetensors files.
+        custom_ops_library: kernel library to name in genai_config.json, where onnxruntime-genai loads it from: a path,
+            or auto for this installation's. None: no file names a library; `runtime.session` finds its own.
         overwrite: replace `output` if it exists.
 
     Returns:
@@ -76,6 +79,9 @@ def export(
     _check_block_dtype(block_dtype, precision)
     adapters = load_adapters(adapter)
     web = _is_web(for_, adapters)
+    if web and custom_ops_library is not None:
+        raise InputError("--custom-ops-library is for onnxruntime-genai; it does not run exports for web: leave it out")
+    library = genai_library.find(custom_ops_library)
     task = _one_task(adapters)
     source = onnx_file.find(model) or _checkpoint(model, adapters)
     needs = sum(4 * one.parameters for one in adapters.values())
@@ -101,13 +107,15 @@ def export(
                 precision=precision,
                 head=head,
             )
+        if library is not None:
+            genai_library.write(folder, library)
         known = base()
         modules = _branch(folder, adapters, known["sha256"], block_dtype, web)
         hashes = {name: value for name, value in built.hashes.items() if name != MODEL}  # that one has changed since
         folders = {name: str(one.path) for name, one in adapters.items()}
         options: dict[str, Any] = {"model": str(model), "adapter": folders}
         options |= {"quantize": quantize, "group_size": group_size, "asymmetric": asymmetric, "precision": precision}
-        options |= {"block_dtype": block_dtype, "for": for_}
+        options |= {"block_dtype": block_dtype, "for": for_, "custom_ops_library": str(library) if library else None}
         entries = [_entry(name, one, web) for name, one in adapters.items()]
         what = {"quantize": quantize, "precision": precision}
         if isinstance(source, onnx_file.OnnxModel):

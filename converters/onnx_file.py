@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from diablo_export.converters import genai_library
 from diablo_export.errors import InputError
 from diablo_export.manifest import MANIFEST, PARITY, read_manifest
 
@@ -88,11 +89,12 @@ def _data_files(file: Path, graph: ir.Model) -> list[Path]:
 
 
 def copy(model: OnnxModel, folder: Path) -> None:
-    """Copy the model's files into `folder`, the graph as model.onnx."""
+    """Copy the model's files into `folder`, the graph as model.onnx; a library that they name is no longer named."""
     for path in [*model.files, *model.others]:
         target = folder / (MODEL if path == model.file else path.relative_to(model.folder))
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(path, target)
+    genai_library.drop(folder)
 
 
 def refuse_adapted(model: OnnxModel) -> None:

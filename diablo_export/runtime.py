@@ -42,6 +42,10 @@ LIBRARY_HELP = (
     "  cmake --build kernels/build"
 )
 _LIBRARY_NAMES = {"win32": "diablo_kernels_ort.dll", "darwin": "libdiablo_kernels_ort.dylib"}
+_OLDER_LIBRARY = (
+    "\nThe kernel library knows the operator, but not with these types: it is older than the model. Build it again, "
+    "or set DIABLO_KERNELS=off to run without it"
+)
 _OFF = "off"  # what the variable says where a library that is there is not wanted
 _REGISTERED = "diablo_export.kernels"  # session option that marks a registration: a second one is an error
 _SILENT = 3  # errors only: each overridable initializer is worth a warning to onnxruntime
@@ -78,6 +82,15 @@ def switched_off() -> bool:
     return os.environ.get(LIBRARY_VARIABLE) == _OFF
 
 
+def check_library(library: Path) -> None:
+    """Load a library, as onnxruntime would.
+
+    Raises:
+        InputError: it cannot be loaded, or has no operators to register.
+    """
+    _entry(library, "RegisterCustomOps")
+
+
 @functools.cache
 def describe_library(library: Path) -> dict[str, Any]:
     """What a kernel library says of itself: `version`, `isa` that it runs with here, `cuda`; empty if it is silent.
@@ -85,15 +98,23 @@ def describe_library(library: Path) -> dict[str, Any]:
     Raises:
         InputError: it cannot be loaded.
     """
+    check_library(library)
     try:
-        ask = ctypes.CDLL(str(library)).DiabloDescribe
-    except AttributeError:  # a library of somebody else, or one from before it could say
+        ask = _entry(library, "DiabloDescribe")
+    except InputError:  # somebody else's
         return {}
-    except OSError as error:
-        raise InputError(f"{library}: the kernel library cannot be loaded: {error}; build it again") from error
     ask.restype = ctypes.c_char_p
     described: dict[str, Any] = json.loads(ask())
     return described
+
+
+def _entry(library: Path, name: str) -> Any:
+    try:
+        return getattr(ctypes.CDLL(str(library)), name)
+    except OSError as error:
+        raise InputError(f"{library}: the kernel library cannot be loaded: {error}; build it again") from error
+    except AttributeError as error:
+        raise InputError(f"{library}: exports no {name}: not a library of operators for onnxruntime") from error
 
 
 def register(options: onnxruntime.SessionOptions) -> Path | None:
@@ -171,7 +192,8 @@ def session(
     try:
         opened = session_class()(model, options, providers=wanted)
     except Exception as error:  # onnxruntime raises a dozen kinds without a common base
-        raise ExportError(f"{path}: onnxruntime {ort.__version__} cannot load it: {error}") from error
+        hint = _OLDER_LIBRARY if "no kernel def matches" in str(error) else ""
+        raise ExportError(f"{path}: onnxruntime {ort.__version__} cannot load it: {error}{hint}") from error
     opened.diablo_export_values = kept  # onnxruntime does not own them, and reads them as long as it lives
     return opened
 

@@ -41,6 +41,11 @@ from diablo_export.cli.summary import print_summary
     help="What will run it. web: onnxruntime-web and onnxruntime-node; blocks are inputs of every run, adapters "
     "safetensors files.",
 )  # fmt: skip
+@click.option(
+    "--custom-ops-library", metavar="PATH|auto",
+    help="Kernel library to name in genai_config.json, for onnxruntime-genai on this machine; auto: the installed one. "
+    "Without it no file of the export names a library.",
+)  # fmt: skip
 @overwrite_option
 @json_option
 @verbosity_options
@@ -54,6 +59,7 @@ def command(
     precision: str,
     block_dtype: str | None,
     for_: str,
+    custom_ops_library: str | None,
     overwrite: bool,
     as_json: bool,
 ) -> None:
@@ -67,7 +73,7 @@ def command(
 
     manifest = export(
         model, adapter, output, quantize=quantize, group_size=group_size, asymmetric=asymmetric, precision=precision,
-        block_dtype=block_dtype, for_=for_, overwrite=overwrite,
+        block_dtype=block_dtype, for_=for_, custom_ops_library=custom_ops_library, overwrite=overwrite,
     )  # fmt: skip
     if as_json:
         click.echo(json.dumps(manifest, indent=1))

@@ -1,0 +1,80 @@
+"""Name the kernel library in genai_config.json, for onnxruntime-genai, which loads whatever that file names.
+
+Done on request alone: a model folder is data, and an entry of this kind makes it start a program.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from diablo_export import runtime
+from diablo_export.console import log
+from diablo_export.errors import InputError
+
+CONFIG = "genai_config.json"
+KEY = "custom_ops_library"
+AUTO = "auto"
+
+
+def find(asked: str | Path | None) -> Path | None:
+    """The library that was asked for, as an absolute path: `auto` is this installation's, None is none.
+
+    Raises:
+        InputError: there is no such file, none in this installation, or it is no library that onnxruntime takes.
+    """
+    if asked is None:
+        return None
+    library = runtime.find_library() if asked == AUTO else Path(asked)
+    if library is None:
+        raise InputError(f"--custom-ops-library {AUTO}: {runtime.LIBRARY_HELP}\nor leave the option out")
+    if not library.is_file():
+        raise InputError(f"--custom-ops-library {asked}: no such file; give a library's path, or {AUTO}")
+    runtime.check_library(library)
+    return library.resolve()
+
+
+def write(folder: Path, library: Path) -> None:
+    """Name `library` in the folder's genai_config.json.
+
+    Raises:
+        InputError: the export has no such file, as onnxruntime-genai does not run it.
+    """
+    file = folder / CONFIG
+    if not file.is_file():
+        raise InputError(
+            f"--custom-ops-library {library}: this export has no {CONFIG}: onnxruntime-genai does not run it; leave "
+            "the option out: diablo_export.runtime.session finds the library by itself"
+        )
+    config = json.loads(file.read_text(encoding="utf-8"))
+    config["model"]["decoder"].setdefault("session_options", {})[KEY] = str(library)
+    _save(file, config)
+
+
+def drop(folder: Path) -> None:
+    """Take out whatever library a copied genai_config.json names: what is converted does not say what is loaded."""
+    file = folder / CONFIG
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # there is none; or genai cannot read it either
+        return
+    dropped: list[str] = []
+    config = _without(config, dropped)
+    if dropped:
+        log.warning("%s: left out %s, which named %s", CONFIG, KEY, ", ".join(dropped))
+        _save(file, config)
+
+
+def _without(value: Any, dropped: list[str]) -> Any:
+    """The same JSON without the key, wherever it stands."""
+    if isinstance(value, list):
+        return [_without(each, dropped) for each in value]
+    if not isinstance(value, dict):
+        return value
+    dropped += [str(each) for key, each in value.items() if key == KEY]
+    return {key: _without(each, dropped) for key, each in value.items() if key != KEY}
+
+
+def _save(file: Path, config: Any) -> None:
+    file.write_text(json.dumps(config, indent=4) + "\n", encoding="utf-8")
