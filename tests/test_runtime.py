@@ -26,11 +26,6 @@ graph (float[n, 40] X) => (float[n, 6] Y) {
     Y = Add (XW, B)
 }
 """
-# B can be given by an adapter; zeros by default
-SWAP = """
-<ir_version: 10, opset_import: ["" : 21]>
-graph (float[n, 6] X, float[6] B) => (float[n, 6] Y) <float[6] B = {0, 0, 0, 0, 0, 0}> { Y = Add (X, B) }
-"""
 
 
 def save(text: str, path: Path, external: bool, **values: Array) -> Path:
@@ -38,15 +33,6 @@ def save(text: str, path: Path, external: bool, **values: Array) -> Path:
     model.graph.initializer.extend(onnx.numpy_helper.from_array(v, name) for name, v in values.items())
     onnx.save(model, path, save_as_external_data=external, location=path.name + ".data", size_threshold=256)
     return path
-
-
-@pytest.fixture
-def swap(tmp_path: Path) -> tuple[Path, Path]:
-    """A model whose B can be swapped, and an adapter file that sets it to ones."""
-    adapter = ort.AdapterFormat()
-    adapter.set_parameters({"B": ort.OrtValue.ortvalue_from_numpy(np.ones(6, np.float32))})
-    adapter.export_adapter(str(tmp_path / "ones.onnx_adapter"))
-    return save(SWAP, tmp_path / "swap.onnx", False), tmp_path / "ones.onnx_adapter"
 
 
 @pytest.mark.parametrize("external", [True, False])
@@ -86,53 +72,14 @@ def test_no_file_no_model_no_provider(tmp_path: Path) -> None:
     (tmp_path / "bad.onnx").write_bytes(b"\x00not a model")
     with pytest.raises(InputError, match=r"bad\.onnx: onnxruntime .* cannot load it"):
         runtime.session(tmp_path / "bad.onnx")
-    path = save(SWAP, tmp_path / "m.onnx", False)
+    path = save(TEXT, tmp_path / "m.onnx", False, W=WEIGHT, B=np.zeros(6, np.float32))
     with pytest.raises(InputError, match=r"NoSuchProvider is not in this onnxruntime, which has .*CPU"):
         runtime.session(path, providers=["NoSuchProvider"])
 
 
 def test_threads_are_set(tmp_path: Path) -> None:
-    session = runtime.session(save(SWAP, tmp_path / "m.onnx", False), threads=1)
+    session = runtime.session(save(TEXT, tmp_path / "m.onnx", False, W=WEIGHT, B=np.zeros(6, np.float32)), threads=1)
     assert session.get_session_options().intra_op_num_threads == 1
-
-
-def test_loading_overridable_initializers_says_nothing(
-    swap: tuple[Path, Path], capfd: pytest.CaptureFixture[str]
-) -> None:
-    session = runtime.session(swap[0])
-    assert [value.name for value in session.get_overridable_initializers()] == ["B"]
-    assert capfd.readouterr() == ("", "")
-
-
-def test_adapters_swap_in_one_session(swap: tuple[Path, Path]) -> None:
-    session, adapter = runtime.session(swap[0]), runtime.load_adapter(swap[1])
-    x = X[:, :6]
-    assert adapter.names == {"B"}
-    np.testing.assert_array_equal(adapter.values()["B"], np.ones(6))
-    np.testing.assert_array_equal(runtime.run(session, {"X": x})[0], x)
-    np.testing.assert_array_equal(runtime.run(session, {"X": x}, adapter, outputs=["Y"])[0], x + 1)
-    np.testing.assert_array_equal(runtime.run(session, {"X": x})[0], x)
-    assert runtime.run_options(None) is None
-
-
-def test_an_adapter_does_not_silently_win_over_what_is_fed(swap: tuple[Path, Path]) -> None:
-    session, adapter = runtime.session(swap[0]), runtime.load_adapter(swap[1])
-    with pytest.raises(InputError, match=r"ones\.onnx_adapter: sets inputs that are fed as well \(B\)"):
-        runtime.run(session, {"X": X[:, :6], "B": np.zeros(6, np.float32)}, adapter)
-
-
-def test_an_adapter_of_another_model_is_named(swap: tuple[Path, Path], tmp_path: Path) -> None:
-    session = runtime.session(save(TEXT, tmp_path / "m.onnx", True, W=WEIGHT, B=np.zeros(6, np.float32)))
-    with pytest.raises(InputError, match=r"sets 1 inputs that this model does not have \(B"):
-        runtime.run(session, {"X": X}, runtime.load_adapter(swap[1]))
-
-
-def test_adapter_files_that_are_none(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"gone\.onnx_adapter: no such adapter file"):
-        runtime.load_adapter(tmp_path / "gone.onnx_adapter")
-    (tmp_path / "bad.onnx_adapter").write_bytes(b"x" * 64)
-    with pytest.raises(InputError, match=r"bad\.onnx_adapter: not an \.onnx_adapter file"):
-        runtime.load_adapter(tmp_path / "bad.onnx_adapter")
 
 
 def test_library_from_the_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
