@@ -78,16 +78,17 @@ def exported(
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Callable[..., Path]:
     """exported("llama", "int4"): the branch export of a tiny model with its adapters a and b. Do not change it."""
-    made: dict[tuple[str, str, str], Path] = {}
+    made: dict[tuple[str, str, str, str | None], Path] = {}
 
-    def get(architecture: str, quantize: str = "none", for_: str = "ort") -> Path:
-        key = architecture, quantize, for_
+    def get(architecture: str, quantize: str = "none", for_: str = "ort", block_dtype: str | None = None) -> Path:
+        key = architecture, quantize, for_, block_dtype
         if key not in made:
             from diablo_export.converters.export import export
 
-            folder = tmp_path_factory.mktemp("-".join(key)) / "branch"
+            folder = tmp_path_factory.mktemp("-".join(map(str, key))) / "branch"
             adapters = {"a": tiny_adapter(architecture), "b": other_adapter(architecture)}
-            export(tiny_model(architecture), adapters, folder, quantize=quantize, for_=for_)
+            how = {"quantize": quantize, "for_": for_, "block_dtype": block_dtype}
+            export(tiny_model(architecture), adapters, folder, **how)
             made[key] = folder
         return made[key]
 

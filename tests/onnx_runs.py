@@ -34,7 +34,7 @@ def feeds(opened: Any, ids: Array = IDS) -> dict[str, Array]:
     """Inputs of a whole prompt: no tokens before it, nothing masked."""
     made: dict[str, Array] = {}
     for value in opened.get_inputs():
-        if value.name.endswith(opschema.BLOCKS_SUFFIX):
+        if value.name.endswith((opschema.BLOCKS_SUFFIX, opschema.SCALES_SUFFIX)):
             continue
         if value.name == "input_ids":
             made[value.name] = ids
