@@ -87,8 +87,8 @@ def exported(
 
             folder = tmp_path_factory.mktemp("-".join(map(str, key))) / "branch"
             adapters = {"a": tiny_adapter(architecture), "b": other_adapter(architecture)}
-            how = {"quantize": quantize, "for_": for_, "block_dtype": block_dtype}
-            export(tiny_model(architecture), adapters, folder, **how)
+            model = tiny_model(architecture)
+            export(model, adapters, folder, quantize=quantize, for_=for_, block_dtype=block_dtype)
             made[key] = folder
         return made[key]
 

@@ -137,9 +137,10 @@ def test_genai_swaps_them(block_dtype: str, exported: Get) -> None:
     folder = exported("llama", block_dtype=block_dtype)
     model, run = og.Model(str(folder)), runner(folder / "model.onnx")
     adapters = og.Adapters(model)
-    for name in ("a", "b"):
-        adapters.load(str(folder / f"adapters/{name}.onnx_adapter"), name)
-    for name in ("a", None, "b"):
+    for each in ("a", "b"):
+        adapters.load(str(folder / f"adapters/{each}.onnx_adapter"), each)
+    order: list[str | None] = ["a", None, "b"]
+    for name in order:
         _, logits = generate(model, adapters, name)
         alone = run(folder / f"adapters/{name}.onnx_adapter" if name else None)[0, -1]
         np.testing.assert_array_equal(logits[0], alone)  # the same kernels on the same inputs
