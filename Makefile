@@ -22,7 +22,8 @@ lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-wheel-check: $(READY)  ## build the wheel, install it into a clean environment, use it there
+wheel-check: $(READY)  ## build the wheel, install it into a clean environment, use it there, with kernels and without
+	rm -rf dist
 	$(BIN)/python -m build --outdir dist .
 	bash tests/wheel_check.sh
 

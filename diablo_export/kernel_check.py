@@ -34,7 +34,7 @@ def checks() -> Iterator[dict[str, Any]]:
     yield {"onnxruntime": ort.__version__, "providers": providers}
     feeds = _feeds()
     yield {"usable": [name for name in providers if name not in (CPU, CUDA) or _opens(name)]}
-    yield {"body_error": _error(_session(_model(opschema.function()), CPU, library=False), feeds)}
+    yield {"body_error": _error(_session(one_node(opschema.function()), CPU, library=False), feeds)}
     library = runtime.find_library()
     yield {"library": str(library) if library else None, **({} if library else {"reason": why_none()})}
     if library is None:
@@ -43,7 +43,7 @@ def checks() -> Iterator[dict[str, Any]]:
     yield {"about": about}
     errors = {}
     for provider in [CPU, CUDA] if about.get("cuda") and CUDA in providers and _opens(CUDA) else [CPU]:
-        errors[provider] = _error(_session(_model(_wrong_body()), provider, library=True), feeds)
+        errors[provider] = _error(_session(one_node(_wrong_body()), provider, library=True), feeds)
     yield {"kernel_error": errors}
 
 
@@ -70,8 +70,8 @@ def _wrong_body() -> Any:
     return parser.parse_function(text + "{ Y = Identity (Y0) }")
 
 
-def _model(body: Any) -> bytes:
-    """The operator alone in a model, with this function as its body."""
+def one_node(body: Any) -> bytes:
+    """The operator alone in a model, inputs X, D and Y0, with this function as its body."""
     onnx = require("onnx", "cpu")
     float32, value = onnx.TensorProto.FLOAT, onnx.helper.make_tensor_value_info
     shapes = {"X": ["rows", _IN], "D": ["blocks", "in", "out"], "Y0": ["rows", _OUT]}
@@ -103,7 +103,7 @@ def _error(session: Any, feeds: dict[str, Array]) -> float:
 def _opens(provider: str) -> bool:
     """Whether a session gets this provider; onnxruntime falls back to the CPU without raising."""
     try:
-        return provider in _session(_model(opschema.function()), provider, library=False).get_providers()
+        return provider in _session(one_node(opschema.function()), provider, library=False).get_providers()
     except Exception:  # or it does raise, one of a dozen kinds without a common base
         return False
 
