@@ -13,6 +13,7 @@ from diablo_export.adapter import TASKS, Adapter
 from diablo_export.block_storage import BASE_KEY
 from diablo_export.checkpoint import Checkpoint
 from diablo_export.converters import genai_library, onnx_file, onnx_web
+from diablo_export.converters.add_adapter import add_adapters
 from diablo_export.converters.base import hashing
 from diablo_export.converters.onnx_adapters import ENDING, FOLDER, storage_errors, tensors, write_onnx_adapter
 from diablo_export.converters.onnx_branch import BLOCK_DTYPES, add_branches
@@ -29,6 +30,7 @@ from diablo_export.runtime import session
 
 Given = str | Path | Sequence[str | Path] | Mapping[str, str | Path]
 TARGETS = ("ort", "web")
+_DEFAULTS = ("none", 32, False, "fp32", None, "ort", None)  # of the options that make the graph
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
@@ -44,6 +46,7 @@ def export(
     block_dtype: str | None = None,
     for_: str = "ort",
     custom_ops_library: str | Path | None = None,
+    add: bool = False,
     overwrite: bool = False,
 ) -> dict[str, Any]:
     """Write an ONNX folder whose graph is the base and can be fed each adapter's blocks.
@@ -64,7 +67,9 @@ def export(
             inputs of every run, and adapters are safetensors files.
         custom_ops_library: kernel library to name in genai_config.json, where onnxruntime-genai loads it from: a path,
             or auto for this installation's. None: no file names a library; `runtime.session` finds its own.
-        overwrite: replace `output` if it exists.
+        add: put the adapters into `output`, an export of the same base: nothing else of it changes, so no other
+            option is taken. Parity has to be checked again.
+        overwrite: replace `output` if it exists; with `add`, adapters that are there under the same names.
 
     Returns:
         The manifest.
@@ -74,6 +79,9 @@ def export(
         MatchError: adapted modules that the graph does not show. ExportError: a model that no road can take.
         OutputError: `output` exists, is not writable, or there is no room.
     """
+    if add:
+        graph = (quantize, group_size, asymmetric, precision, block_dtype, for_, custom_ops_library)
+        return _add(model, adapter, Path(output), graph, overwrite)
     check_output(output, overwrite)
     check_options(quantize, group_size, precision)
     _check_block_dtype(block_dtype, precision)
@@ -127,6 +135,16 @@ def export(
             folder, "export", options, known, entries, modules, hashes, task=task, exporter=built.exporter,
             reason=built.reason, **what,
         )  # fmt: skip
+
+
+def _add(model: str | Path, given: Given, folder: Path, graph: tuple[Any, ...], overwrite: bool) -> dict[str, Any]:
+    """Add adapters to an export that is there; `graph` is what was asked of a new one."""
+    if graph != _DEFAULTS:
+        raise InputError(f"add: {folder} keeps its graph as it is; give no option but model, adapter and output")
+    adapters = load_adapters(given)
+    source = onnx_file.find(model) or _checkpoint(model, adapters)
+    found = source if isinstance(source, onnx_file.OnnxModel) else None
+    return add_adapters(found, model, (source.folder, source.files), adapters, folder, overwrite=overwrite)
 
 
 def load_adapters(given: Given) -> dict[str, Adapter]:

@@ -46,6 +46,10 @@ from diablo_export.cli.summary import print_summary
     help="Kernel library to name in genai_config.json, for onnxruntime-genai on this machine; auto: the installed one. "
     "Without it no file of the export names a library.",
 )  # fmt: skip
+@click.option(
+    "--add", is_flag=True,
+    help="Put the adapters into --output, an export of the same base, and leave the rest of it alone.",
+)  # fmt: skip
 @overwrite_option
 @json_option
 @verbosity_options
@@ -60,6 +64,7 @@ def command(
     block_dtype: str | None,
     for_: str,
     custom_ops_library: str | None,
+    add: bool,
     overwrite: bool,
     as_json: bool,
 ) -> None:
@@ -68,12 +73,14 @@ def command(
     \b
     Example:
       diablo-export export --model M --adapter bard=adapter --adapter tales=other --quantize int4 --output branch
+      diablo-export export --model M --adapter later=third --output branch --add
     """
     from diablo_export.converters.export import export
 
     manifest = export(
         model, adapter, output, quantize=quantize, group_size=group_size, asymmetric=asymmetric, precision=precision,
-        block_dtype=block_dtype, for_=for_, custom_ops_library=custom_ops_library, overwrite=overwrite,
+        block_dtype=block_dtype, for_=for_, custom_ops_library=custom_ops_library, add=add,
+        overwrite=overwrite,
     )  # fmt: skip
     if as_json:
         click.echo(json.dumps(manifest, indent=1))
