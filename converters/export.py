@@ -118,7 +118,7 @@ def export(
         if library is not None:
             genai_library.write(folder, library)
         known = base()
-        modules = _branch(folder, adapters, known["sha256"], block_dtype, web)
+        modules, mark = _branch(folder, adapters, known["sha256"], block_dtype, web)
         hashes = {name: value for name, value in built.hashes.items() if name != MODEL}  # that one has changed since
         folders = {name: str(one.path) for name, one in adapters.items()}
         options: dict[str, Any] = {"model": str(model), "adapter": folders}
@@ -128,7 +128,7 @@ def export(
         what = {"quantize": quantize, "precision": precision}
         if isinstance(source, onnx_file.OnnxModel):
             what = kind(linears(ir.load(source.file)))
-        what |= {"for": for_}
+        what |= {"for": for_, BASE_KEY: mark}
         if web:
             what |= {"no_adapter": _file(onnx_web.NO_ADAPTER, web)}
         return write_manifest(
@@ -212,8 +212,9 @@ def _check_given(given: onnx_file.OnnxModel, quantize: str, precision: str) -> N
 
 def _branch(
     folder: Path, adapters: Mapping[str, Adapter], sha256: str, block_dtype: str | None, web: bool
-) -> list[dict[str, Any]]:
-    """Give model.onnx in `folder` its branches, write the adapters beside it; returns the modules' entries."""
+) -> tuple[list[dict[str, Any]], str]:
+    """Give model.onnx in `folder` its branches, write the adapters beside it; returns the modules' entries and the
+    base that model and adapters now name."""
     model = ir.load(folder / MODEL)
     matches: dict[str, Match] = {}
     for name, adapter in adapters.items():
@@ -243,7 +244,7 @@ def _branch(
     if web:
         onnx_web.write_safetensors(folder / _file(onnx_web.NO_ADAPTER, web), none)
         onnx_web.leave_out_genai(folder)
-    return list(entries.values())
+    return list(entries.values()), base
 
 
 def _entry(name: str, adapter: Adapter, web: bool) -> dict[str, Any]:

@@ -25,6 +25,7 @@ from diablo_export.errors import ExportError, InputError, require
 from diablo_export.swap import SwapAdapter as SwapAdapter
 from diablo_export.swap import bind as bind
 from diablo_export.swap import check_adapter as check_adapter
+from diablo_export.swap import check_folder as check_folder
 from diablo_export.swap import load_adapter as load_adapter
 from diablo_export.swap import run as run
 from diablo_export.swap import run_options as run_options

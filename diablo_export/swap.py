@@ -8,6 +8,7 @@ Here each of them is an error. Needs onnxruntime and numpy alone.
 from __future__ import annotations
 
 import functools
+import json
 import weakref
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -123,7 +124,7 @@ def check_adapter(opened: onnxruntime.InferenceSession, adapter: SwapAdapter) ->
             f"{adapter.path}: sets {len(foreign)} inputs that this model does not have ({', '.join(foreign[:3])} …); "
             "it was exported for another model, or that model was exported without branches"
         )
-    _check_base(opened, adapter)
+    _check_base(opened.get_modelmeta().custom_metadata_map.get(BASE_KEY), adapter)
     other = next((name for name, kind in sorted(adapter.types.items()) if kind != takes[name]), None)
     if other is not None:
         raise InputError(
@@ -133,8 +134,23 @@ def check_adapter(opened: onnxruntime.InferenceSession, adapter: SwapAdapter) ->
     checked.add(adapter)
 
 
-def _check_base(opened: onnxruntime.InferenceSession, adapter: SwapAdapter) -> None:
-    said = opened.get_modelmeta().custom_metadata_map.get(BASE_KEY)
+def check_folder(folder: str | Path, adapter: SwapAdapter) -> None:
+    """Check an adapter's base against an export folder's manifest, for runtimes that open the folder themselves.
+
+    onnxruntime-genai loads any adapter whose names fit: call this before `Adapters.load`.
+
+    Raises:
+        InputError: it was made for another base; the folder has no manifest.
+    """
+    file = Path(folder) / "diablo_export.json"
+    try:
+        manifest = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{file}: cannot be read ({error}); give a folder that export has made") from error
+    _check_base(manifest.get(BASE_KEY), adapter)
+
+
+def _check_base(said: str | None, adapter: SwapAdapter) -> None:
     if adapter.base is None or said is None:
         what = f"{adapter.path} does" if adapter.base is None else "the model does"
         log.warning("%s not say which base it was made for: that it fits this one is not checked", what)

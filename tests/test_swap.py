@@ -162,6 +162,16 @@ def test_an_adapter_for_another_base_is_refused(tmp_path: Path) -> None:
         runtime.check_adapter(other, adapter)
 
 
+def test_a_folder_is_checked_without_a_session(exported: Get, tmp_path: Path) -> None:
+    """For onnxruntime-genai, which runs an adapter for another base without a word."""
+    adapter = runtime.load_adapter(exported("llama", "int4") / "adapters/a.onnx_adapter")
+    runtime.check_folder(exported("llama"), adapter)
+    with pytest.raises(InputError, match="was made for another base"):
+        runtime.check_folder(exported("qwen2"), adapter)
+    with pytest.raises(InputError, match=r"diablo_export\.json: cannot be read"):
+        runtime.check_folder(tmp_path, adapter)
+
+
 @pytest.mark.parametrize(("model", "file"), [(BASE, None), (None, BASE), (None, None)])
 def test_what_does_not_say_its_base_is_used_with_a_warning(
     model: str | None, file: str | None, tmp_path: Path, caplog: pytest.LogCaptureFixture
