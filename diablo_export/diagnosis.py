@@ -82,21 +82,21 @@ def _check() -> dict[str, Any]:
     for line in lines:
         found |= json.loads(line)
     error = found.get("error", error)
-    tried = bool(found.get("library"))  # up to there it was onnxruntime's doing
+    runs = "body_error" in found  # up to there it is onnxruntime's doing, from there the library's
     return {
         "onnxruntime": {
             "version": found.get("onnxruntime"),
             "providers": found.get("providers", []),
             "usable": found.get("usable", []),
             "body_error": found.get("body_error"),
-            "error": None if tried or "reason" in found else error,
+            "error": None if runs else error,
         },
         "kernels": {
             "library": found.get("library"),
             "reason": found.get("reason"),
             **{key: found.get("about", {}).get(key) for key in ("version", "isa", "cuda")},
             "max_error": found.get("kernel_error"),
-            "error": error if tried or "reason" in found else None,
+            "error": error if runs else None,
         },
     }
 
