@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import itertools
 import json
 import re
 import runpy
 import shlex
+import shutil
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import click
 import pytest
@@ -68,6 +71,37 @@ def test_readme_runs_from_top_to_bottom(workplace: Path, monkeypatch: pytest.Mon
             exec(text, names)
     assert names["base"].shape == names["tuned"].shape  # type: ignore[attr-defined]
     assert (names["base"] != names["tuned"]).any()  # type: ignore[attr-defined]
+
+
+def test_runtime_page_runs_from_top_to_bottom(
+    exported: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from diablo_export import runtime
+    from tests.onnx_runs import feeds
+
+    shutil.copytree(exported("llama"), tmp_path / "branch")
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {"feeds": feeds(runtime.session("branch/model.onnx"))}
+    found = list(blocks(ROOT / "docs" / "runtime.md"))
+    assert [language for language, _ in found] == ["python"] * 4
+    for _, text in found:
+        exec(text, names)
+    assert (names["bound"] == names["first"]).all()
+    outputs = [names[name] for name in ("base", "first", "second", "mixed")]
+    assert all((one != other).any() for one, other in itertools.combinations(outputs, 2))
+
+
+def test_swap_benchmark_runs(
+    workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    script = ROOT / "examples" / "benchmarks" / "swap_cost.py"
+    given = ["--model", workplace / "model", "--num-blocks", 8, 4, "--quantize", "none", "--rounds", 2, "--swaps", 30]
+    monkeypatch.setattr(sys, "argv", [str(script), *map(str, given)])
+    runpy.run_path(str(script), run_name="__main__")
+    printed = capsys.readouterr().out
+    rows = re.findall(r"^\| (run options|I/O binding) \| (base|A|B) \| [\d.]+ \(", printed, re.MULTILINE)
+    assert len(rows) == 6 and "14 inputs" in printed
+    assert re.search(r"loading A: [\d.]+ ms", printed) and re.search(r"30 swaps: [+-]|cannot be read", printed)
 
 
 def test_examples_run_in_order(

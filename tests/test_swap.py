@@ -227,6 +227,16 @@ def test_two_adapters_that_set_the_same_input(opened: Any, tmp_path: Path) -> No
         runtime.bind(opened, {"x": X}, [a, b])
 
 
+def test_onnxruntime_itself_lets_one_of_them_win(opened: Any, tmp_path: Path) -> None:
+    """Why that is an error here."""
+    loaded = [load(tmp_path, name, count) for name, count in (("a", 4), ("b", 8))]
+    options = ort.RunOptions()
+    for adapter, _ in loaded:
+        options.add_active_adapter(adapter.handle)
+    got = opened.run(None, {"x": X}, options)[0]
+    assert sum(np.allclose(got, wanted(blocks), rtol=0, atol=CLOSE) for _, blocks in loaded) == 1
+
+
 def test_two_adapters_that_do_not(tmp_path: Path) -> None:
     session = runtime.session(graph_file(tmp_path / "two.onnx", modules=("m", "n")))
     blocks = {"m": random_blocks(4, 1), "n": random_blocks(8, 2)}
