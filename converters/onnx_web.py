@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 
 from diablo_export.blockdiag import Array
 from diablo_export.errors import InputError
@@ -49,7 +49,8 @@ def require_inputs(model: ir.Model) -> dict[str, Array]:
 def write_safetensors(file: Path, parameters: Mapping[str, Array]) -> None:
     """Write what to feed, a tensor for each graph input under the input's name."""
     file.parent.mkdir(exist_ok=True)
-    save_file({name: np.ascontiguousarray(value) for name, value in parameters.items()}, file)
+    # not save_file, whose files only their owner may read: these are for a web server
+    file.write_bytes(save({name: np.ascontiguousarray(value) for name, value in parameters.items()}))
 
 
 def leave_out_genai(folder: Path) -> None:

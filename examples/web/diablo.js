@@ -1,0 +1,108 @@
+// A folder of `diablo-export export --for web` in onnxruntime-web or onnxruntime-node, its adapters swapped between runs.
+//
+// The blocks of every adapted layer are inputs of the graph. An adapter is a safetensors file with a tensor for each of
+// them; no adapter is such a file too, with empty blocks. Swapping is feeding the other tensors: nothing is loaded again.
+
+const TYPES = { F32: "float32", F16: "float16", I8: "int8", U8: "uint8", I64: "int64" };
+const ARRAYS = {
+  float32: Float32Array,
+  float16: globalThis.Float16Array, // Chrome 135, Firefox 129, Safari 18.2, Node 24
+  int8: Int8Array,
+  uint8: Uint8Array,
+  int64: BigInt64Array,
+};
+
+/**
+ * Open a folder.
+ *
+ * @param ort  the module onnxruntime-web or onnxruntime-node
+ * @param read  path within the folder → Promise of its bytes as Uint8Array
+ * @param options  of the session
+ * @returns {session, config, manifest, adapters: {name: {input: ort.Tensor}}}; the name of no adapter is "base"
+ */
+export async function open(ort, read, options = {}) {
+  const manifest = await json(read, "diablo_export.json");
+  if (manifest.for !== "web") throw new Error("not an export for the web; make it with: diablo-export export --for web");
+  const data = "model.onnx.data" in manifest.files ? [{ path: "model.onnx.data", data: await read("model.onnx.data") }] : [];
+  const session = await ort.InferenceSession.create(await read("model.onnx"), { externalData: data, ...options });
+  const adapters = { base: tensors(ort, await read(manifest.no_adapter)) };
+  for (const { name, file } of manifest.adapters) adapters[name] = tensors(ort, await read(file));
+  return { session, manifest, config: await json(read, "config.json"), adapters };
+}
+
+/** The tensors of a safetensors file: 8 bytes of header size, the header as JSON, then the values, little-endian. */
+export function tensors(ort, bytes) {
+  const view = new DataView(bytes.buffer, bytes.byteOffset, bytes.byteLength);
+  const start = 8 + Number(view.getBigUint64(0, true));
+  const header = JSON.parse(new TextDecoder().decode(bytes.subarray(8, start)));
+  delete header.__metadata__;
+  const made = {};
+  for (const [name, { dtype, shape, data_offsets: [from, to] }] of Object.entries(header)) {
+    const type = TYPES[dtype];
+    if (!type) throw new Error(`${name} is ${dtype}; known are ${Object.keys(TYPES).join(", ")}`);
+    const values = bytes.slice(start + from, start + to); // a copy begins where any type may begin
+    made[name] = new ort.Tensor(type, new (array(type))(values.buffer), shape);
+  }
+  return made;
+}
+
+/** Run token ids (and a KV cache of `past` tokens) with an adapter: every output by name. */
+export async function run(ort, model, adapter, ids, cache = emptyCache(ort, model), past = 0) {
+  const whole = (value, count) => integers(ort, Array.from({ length: count }, (_, index) => value(index)));
+  const known = {
+    input_ids: () => whole((index) => ids[index], ids.length),
+    attention_mask: () => whole(() => 1, past + ids.length),
+    position_ids: () => whole((index) => past + index, ids.length),
+    token_type_ids: () => whole(() => 0, ids.length),
+  };
+  const feeds = { ...cache, ...model.adapters[adapter] };
+  for (const name of model.session.inputNames) if (name in known) feeds[name] = known[name]();
+  return model.session.run(feeds);
+}
+
+/** Greedy text: yields one token id after another, until the end of the text or `count` of them. */
+export async function* generate(ort, model, adapter, prompt, count) {
+  const ends = [model.config.eos_token_id].flat();
+  let [ids, cache, past] = [prompt, emptyCache(ort, model), 0];
+  for (let step = 0; step < count; step++) {
+    const outputs = await run(ort, model, adapter, ids, cache, past);
+    const token = largest(outputs.logits);
+    if (ends.includes(token)) return;
+    yield token;
+    past += ids.length;
+    ids = [token];
+    cache = {};
+    for (const name in outputs) if (name.startsWith("present")) cache[name.replace("present", "past_key_values")] = outputs[name];
+  }
+}
+
+/** The token with the largest of the last position's logits (1, tokens, vocabulary). */
+function largest({ data, dims }) {
+  const row = data.subarray(data.length - dims.at(-1));
+  let best = 0;
+  for (let index = 1; index < row.length; index++) if (row[index] > row[best]) best = index;
+  return best;
+}
+
+function emptyCache(ort, model) {
+  const cache = {};
+  for (const { name, type, shape } of model.session.inputMetadata) {
+    if (!name.startsWith("past_key_values")) continue;
+    const [, heads, , size] = shape; // (batch, heads, past, head size)
+    cache[name] = new ort.Tensor(type, new (array(type))(0), [1, heads, 0, size]);
+  }
+  return cache;
+}
+
+function array(type) {
+  if (!ARRAYS[type]) throw new Error(`no array for ${type} here; export with --precision fp32, or take a newer browser`);
+  return ARRAYS[type];
+}
+
+function integers(ort, values) {
+  return new ort.Tensor("int64", BigInt64Array.from(values, BigInt), [1, values.length]);
+}
+
+async function json(read, path) {
+  return JSON.parse(new TextDecoder().decode(await read(path)));
+}
