@@ -44,9 +44,9 @@ case "$wheel" in
     venv/bin/python "$root/tests/wheel_session.py" with-kernels
     # nothing but the C library, so that it runs wherever Python does, and nothing shown but the two functions
     library=$(echo venv/lib/python3*/site-packages/diablo_export/kernels/*.so)
-    if command -v readelf nm > tools.txt; then
+    if command -v readelf && command -v nm; then
         readelf -d "$library" | grep NEEDED | grep -v 'libc\.so\|ld-linux' && { echo "$library needs more"; exit 1; }
-        shown=$(nm --dynamic --defined-only --format=just-symbols "$library" | sort | tr '\n' ' ')
+        shown=$(nm --dynamic --defined-only "$library" | awk '{print $NF}' | sort | tr '\n' ' ')
         [ "$shown" = "DiabloDescribe RegisterCustomOps " ] || { echo "$library shows $shown"; exit 1; }
     fi
     ;;
