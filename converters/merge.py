@@ -7,14 +7,18 @@ from typing import Any
 
 from diablo_export.adapter import TASKS, Adapter
 from diablo_export.checkpoint import Checkpoint
+from diablo_export.console import log
 from diablo_export.converters import onnx_file
 from diablo_export.converters.base import hashing
 from diablo_export.converters.sizes import check_options, checkpoint_bytes, onnx_bytes
-from diablo_export.errors import AdapterError, ExportError, InputError
+from diablo_export.errors import AdapterError, CheckpointError, ExportError, InputError
 from diablo_export.manifest import adapter_entry, write_manifest
 from diablo_export.output import check_output, new_folder
 
 FORMATS = ("onnx", "hf")
+METHODS = ("auto", "rtn", "refit", "calibrated", "distilled")
+MIN_SURVIVAL = 0.97
+MAX_SECONDS = 900.0
 
 
 def merge(
@@ -27,6 +31,12 @@ def merge(
     group_size: int = 32,
     asymmetric: bool = False,
     precision: str = "fp32",
+    method: str | None = None,
+    calibration: str | Path | None = None,
+    reference: str | Path | None = None,
+    min_survival: float = MIN_SURVIVAL,
+    max_seconds: float = MAX_SECONDS,
+    seed: int = 0,
     overwrite: bool = False,
 ) -> dict[str, Any]:
     """Write `model` with the adapter merged into its weights.
@@ -41,17 +51,28 @@ def merge(
         group_size: input positions that share a scale, when quantizing.
         asymmetric: a zero point for each group, when quantizing.
         precision: fp32 or fp16, of what an ONNX file holds unquantized.
+        method: how quantized weights take the blocks, see docs/merging.md: rtn, refit, calibrated, distilled, or
+            auto, the first of these that keeps `min_survival`. None: auto for 4 bits and fewer, rtn for 8.
+        calibration: data to measure and calibrate on; None: text that the tuned model writes.
+        reference: the float model that an ONNX model was made from, Hugging Face folder or id; None: what the
+            adapter names as its base.
+        min_survival: least cosine of what the adapter does to the logits with what it should do; its gain may be
+            as far from 1.
+        max_seconds: about what a method other than rtn may take.
+        seed: of the text and its order.
         overwrite: replace `output` if it exists.
 
     Returns:
-        The manifest.
+        The manifest. `manifest["survival"]["passed"]` says whether `min_survival` was kept, where that was measured.
 
     Raises:
         AdapterError: an adapter that cannot be read, or belongs to another base; MatchError likewise, for ONNX.
         ExportError: a model that no road to ONNX can take. InputError: options that do not go together.
+        DataError: calibration data that cannot be used.
         OutputError: `output` exists, is not writable, or there is no room.
     """
     check_output(output, overwrite)
+    _check_method(method, calibration, min_survival, max_seconds)
     check_options(quantize, group_size, precision)
     chosen = _format(format, quantize, precision)
     given = Adapter.load(adapter)
@@ -61,29 +82,120 @@ def merge(
     if isinstance(source, onnx_file.OnnxModel):
         onnx_file.refuse_adapted(source)
         chosen, needs = _as_it_is(source, format, quantize, precision), source.size
+        how, reference = _for_onnx(source, given, method, calibration, reference)
     elif chosen == "onnx":
-        from diablo_export.converters.onnx_graph import load_exporters
-
         needs = onnx_bytes(source, quantize, group_size, precision)
-        load_exporters()
+        how, reference = _for_checkpoint(source, quantize, method, calibration, reference), model
+        _load(how)
     else:
-        needs = checkpoint_bytes(source)
+        needs, how = checkpoint_bytes(source), _for_checkpoint(source, quantize, method, calibration, reference)
     said: dict[str, Any] = {"model": str(model), "adapter": str(adapter), "quantize": quantize, "format": chosen}
-    said |= {"group_size": group_size, "asymmetric": asymmetric, "precision": precision}
-    files = [] if chosen == "hf" else source.files  # that merge hashes what it reads
-    with new_folder(output, overwrite, needs) as folder, hashing(model, source.folder, files) as base:
+    said |= {"group_size": group_size, "asymmetric": asymmetric, "precision": precision, "method": how}
+    limits: dict[str, Any] = {"min_survival": min_survival, "max_seconds": max_seconds, "seed": seed}
+    said |= limits | {"calibration": calibration and str(calibration), "reference": reference and str(reference)}
+    options = limits | {"method": how, "calibration": calibration, "reference": reference}
+    with new_folder(output, overwrite, needs) as folder, hashing(model, source.folder, source.files) as base:
         if isinstance(source, onnx_file.OnnxModel):
-            modules, more = _into_onnx(source, given, folder)
+            modules, more = _into_onnx(source, given, folder, options)
         elif chosen == "onnx":
             given.check_base(source)
-            modules, more = _to_onnx(model, given, folder, quantize, group_size, asymmetric, precision)
+            modules, more = _to_onnx(model, given, folder, quantize, group_size, asymmetric, precision, options)
         else:
             modules, more = _to_hf(model, given, folder)
         hashes = more.pop("hashes")
         more = {"task": _task(given), "format": chosen, "quantize": quantize, "precision": precision} | more
         entries = [adapter_entry(Path(adapter).resolve().name, given)]
-        read = base(more.pop("read", {}))
-        return write_manifest(folder, "merge", said, read, entries, modules, hashes, **more)
+        return write_manifest(folder, "merge", said, base(), entries, modules, hashes, **more)
+
+
+def _check_method(method: str | None, calibration: object, min_survival: float, max_seconds: float) -> None:
+    """Refuse values that the options do not have."""
+    faults = []
+    if method is not None and method not in METHODS:
+        faults.append(f"method is {method!r}; choose one of {', '.join(METHODS)}")
+    if not 0 < min_survival < 1:
+        faults.append(f"min_survival is {min_survival}; it must be between 0 and 1, such as 0.97")
+    if not max_seconds > 0:
+        faults.append(f"max_seconds is {max_seconds}; it must be above 0")
+    if calibration is not None and method in ("rtn", "refit"):
+        faults.append(f"--calibration is not looked at by --method {method}; leave one of them out")
+    if faults:
+        raise InputError("; ".join(faults))
+
+
+def _for_checkpoint(source: Checkpoint, quantize: str, method: str | None, calibration: Any, reference: Any) -> str:
+    """The method for a Hugging Face model."""
+    if reference is not None:
+        raise InputError("--reference is for an ONNX --model; a Hugging Face model is its own reference")
+    if quantize == "none":
+        _refuse_unused(method, calibration, "--quantize none rounds nothing")
+        return "exact"
+    chosen = method or ("auto" if quantize == "int4" else "rtn")
+    return _if_it_fits(source, chosen, given=method is not None)
+
+
+def _for_onnx(
+    source: onnx_file.OnnxModel, adapter: Adapter, method: str | None, calibration: Any, reference: str | Path | None
+) -> tuple[str, str | Path | None]:
+    """The method for an ONNX model, and its reference in torch."""
+    import onnx_ir as ir
+
+    from diablo_export.converters.onnx_linears import linears
+
+    bits = {layer.bits for layer in linears(ir.load(source.file)) if layer.bits}
+    if not bits:
+        _refuse_unused(method, calibration, f"{source.file} holds no quantized weights")
+        return "exact", None
+    chosen = method or ("auto" if min(bits) <= 4 else "rtn")
+    if chosen == "rtn":
+        return "rtn", None
+    named = reference or adapter.base_model
+    try:
+        if named is None:
+            raise CheckpointError("the adapter does not name its base")
+        checkpoint = Checkpoint.open(named)
+        adapter.check_base(checkpoint)
+        chosen = _if_it_fits(checkpoint, chosen, given=method is not None)
+        _load(chosen)
+    except InputError as error:
+        if method is not None or reference is not None:
+            raise InputError(
+                f"--method {chosen} runs the float model that {source.file.name} was made from, which cannot be used: "
+                f"{error}. Give it as --reference, or choose --method rtn"
+            ) from error
+        log.warning(
+            "rounded to the nearest, and what is left of the fine-tune not measured: the float model cannot be used "
+            "(%s). Give it as --reference to keep the fine-tune", error,
+        )  # fmt: skip
+        chosen = "rtn"
+    return chosen, None if chosen == "rtn" else named
+
+
+def _refuse_unused(method: str | None, calibration: Any, why: str) -> None:
+    """Nothing is rounded, so nothing needs a method."""
+    if method is not None or calibration is not None:
+        raise InputError(f"--method and --calibration are for quantized weights, and {why}; leave them out")
+
+
+def _if_it_fits(source: Checkpoint, method: str, given: bool) -> str:
+    """The method, or rtn where the model does not fit in memory in torch and nobody asked for another."""
+    from diablo_export.converters.sizes import memory_fault
+
+    fault = None if method == "rtn" else memory_fault(source)
+    if fault and given:
+        raise InputError(f"--method {method}: {fault}; use a machine with more memory, or --method rtn")
+    if fault:
+        log.warning("rounded to the nearest, and what is left of the fine-tune not measured: %s", fault)
+    return "rtn" if fault else method
+
+
+def _load(method: str) -> None:
+    """Import the C++ libraries that the work ahead needs: before an output folder is begun."""
+    from diablo_export.converters.onnx_graph import load_exporters
+
+    load_exporters()
+    if method != "rtn":
+        import diablo_export.converters.grid_merge  # noqa: F401
 
 
 def _format(format: str | None, quantize: str, precision: str) -> str:
@@ -112,7 +224,7 @@ def _as_it_is(source: onnx_file.OnnxModel, format: str | None, quantize: str, pr
 
 
 def _into_onnx(
-    source: onnx_file.OnnxModel, adapter: Adapter, folder: Path
+    source: onnx_file.OnnxModel, adapter: Adapter, folder: Path, options: dict[str, Any]
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """Merge into a copy of an ONNX model; the modules' entries, and the rest of the manifest."""
     import onnx_ir as ir
@@ -122,10 +234,16 @@ def _into_onnx(
     from diablo_export.runtime import session
 
     onnx_file.copy(source, folder)
-    modules = onnx_merge(folder / onnx_file.MODEL, adapter)
+    more: dict[str, Any] = {}
+    if options["method"] in ("exact", "rtn"):
+        modules = onnx_merge(folder / onnx_file.MODEL, adapter)
+    else:
+        from diablo_export.converters.grid_merge import grid_merge
+
+        modules, more["survival"] = grid_merge(folder, adapter, **options)
     session(folder / onnx_file.MODEL)  # a graph that the runtime refuses is no merge
     reason = f"{source.file.name} is an ONNX model already"
-    return modules, {"hashes": {}, "exporter": "given", "reason": reason, **kind(linears(ir.load(source.file)))}
+    return modules, {"hashes": {}, "exporter": "given", "reason": reason, **kind(linears(ir.load(source.file))), **more}
 
 
 def _to_hf(model: str | Path, adapter: Adapter, folder: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
@@ -145,13 +263,15 @@ def _to_onnx(
     group_size: int,
     asymmetric: bool,
     precision: str,
+    options: dict[str, Any],
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """Build the graph while the blocks are added; the modules' entries, and the rest of the manifest."""
+    """Build the graph, the blocks added on the way or merged after; the modules' entries, and the manifest's rest."""
     from diablo_export.converters.onnx_graph import build_graph
 
+    at_once = options["method"] in ("exact", "rtn")
     built = build_graph(
         model, folder, task=_task(adapter), quantize=quantize, group_size=group_size, symmetric=not asymmetric,
-        precision=precision, merged=adapter,
+        precision=precision, merged=adapter if at_once else None, head=adapter,
     )  # fmt: skip
     lost = [name for name in adapter.modules if name not in built.modules]
     if lost:
@@ -159,11 +279,16 @@ def _to_onnx(
             f"{model}: the {built.exporter} exporter's graph has no node for {len(lost)} adapted modules, so their "
             f"blocks would be lost: {', '.join(lost)}. Merge to Hugging Face (--format hf) instead"
         )
-    modules = [
-        {"name": name, **built.modules[name], "action": "merged", "why": _why(quantize)} for name in adapter.modules
-    ]
-    more = {"hashes": built.hashes, "exporter": built.exporter, "reason": built.reason}
-    return modules, more
+    more: dict[str, Any] = {"hashes": built.hashes, "exporter": built.exporter, "reason": built.reason}
+    if at_once:
+        return [
+            {"name": name, **built.modules[name], "action": "merged", "why": _why(quantize)} for name in adapter.modules
+        ], more
+    from diablo_export.converters.grid_merge import grid_merge
+
+    done, survival = grid_merge(folder, adapter, float_base=Checkpoint.open(model), has_head=True, **options)
+    modules = [{**built.modules[entry["name"]], **entry} for entry in done]
+    return modules, more | {"hashes": {}, "survival": survival}
 
 
 def _why(quantize: str) -> str:

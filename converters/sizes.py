@@ -1,14 +1,16 @@
-"""How many bytes an output will take, asked before any work starts."""
+"""How many bytes an output will take, and how much memory the work, asked before any of it starts."""
 
 from __future__ import annotations
 
 import math
+import os
 
 from diablo_export.checkpoint import Checkpoint
 from diablo_export.errors import InputError
 from diablo_export.quantization import check_layout
 
 _FLOAT_BYTES = {"fp32": 4, "fp16": 2}
+_COPIES = 2.5  # of the weights in float32 while merging: network, touched layers' grids, what is being loaded
 _CODE_BITS = {"none": 0, "int8": 8, "int4": 4}
 
 
@@ -39,3 +41,17 @@ def onnx_bytes(checkpoint: Checkpoint, quantize: str, group_size: int, precision
         narrow = quantize != "none" and len(info.shape) == 2 and "embed" not in info.name
         total += int(numbers * (_CODE_BITS[quantize] / 8 + wide / group_size)) if narrow else numbers * wide
     return total
+
+
+def memory_fault(checkpoint: Checkpoint) -> str | None:
+    """Why the model cannot be loaded beside its int4 copy here, or None."""
+    needs = sum(4 * math.prod(info.shape) for info in checkpoint) * _COPIES
+    try:
+        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        with open("/proc/meminfo", encoding="ascii") as file:  # what caches hold can be had as well
+            free = max(free, *(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable")))
+    except (OSError, ValueError, AttributeError):
+        return None  # not to be known here: try
+    if needs <= free:
+        return None
+    return f"the model in torch takes about {needs / 1e9:.1f} GB of memory, {free / 1e9:.1f} GB are free"

@@ -30,7 +30,7 @@ def outputs(
     """Output folders of a tiny Llama: an int4 merge, a Hugging Face merge, int4 with branches."""
     folder = tmp_path_factory.mktemp("outputs")
     model, adapter = tiny_model("llama"), tiny_adapter("llama")
-    merge(model, adapter, folder / "int4", quantize="int4")
+    merge(model, adapter, folder / "int4", quantize="int4", method="rtn")
     merge(model, adapter, folder / "hf")
     export(model, {"style": adapter}, folder / "branch", quantize="int8")
     return lambda name: folder / name

@@ -20,7 +20,7 @@ LAYERS = [
     ["blockdiag"],
     ["checkpoint", "block_storage"],
     ["fingerprint"],
-    ["adapter", "quantization", "opschema", "output", "console"],
+    ["adapter", "quantization", "requantize", "opschema", "output", "console"],
     ["manifest", "runtime", "swap", "combine", "machine"],
     ["kernel_check"],
     ["diagnosis"],

@@ -48,7 +48,9 @@ def test_hugging_face_by_default(tiny_model: Get, tiny_adapter: Get, tmp_path: P
 
 
 def test_manifest(tiny_model: Get, tiny_adapter: Get, tmp_path: Path) -> None:
-    manifest = merge(tiny_model("llama"), tiny_adapter("llama"), tmp_path / "out", quantize="int4", group_size=16)
+    manifest = merge(
+        tiny_model("llama"), tiny_adapter("llama"), tmp_path / "out", quantize="int4", group_size=16, method="rtn"
+    )
     assert (manifest["command"], manifest["format"], manifest["quantize"], manifest["exporter"]) == (
         "merge", "onnx", "int4", "genai",
     )  # fmt: skip
@@ -212,8 +214,9 @@ def test_unwritable(tiny_model: Get, tiny_adapter: Get, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("verb", [merge, export])
 def test_asymmetric_groups_have_zero_points(verb: Any, tiny_model: Get, tiny_adapter: Get, tmp_path: Path) -> None:
-    plain = verb(tiny_model("llama"), tiny_adapter("llama"), tmp_path / "plain", quantize="int4")
-    nearer = verb(tiny_model("llama"), tiny_adapter("llama"), tmp_path / "out", quantize="int4", asymmetric=True)
+    how = {"quantize": "int4"} | ({"method": "rtn"} if verb is merge else {})
+    plain = verb(tiny_model("llama"), tiny_adapter("llama"), tmp_path / "plain", **how)
+    nearer = verb(tiny_model("llama"), tiny_adapter("llama"), tmp_path / "out", asymmetric=True, **how)
     assert {module["symmetric"] for module in plain["modules"]} == {True}
     assert all(not module["symmetric"] and module["zero_points"] for module in nearer["modules"])
     assert (nearer["options"]["asymmetric"], plain["options"]["asymmetric"]) == (True, False)
@@ -252,7 +255,13 @@ def state(out: Path) -> str:
 @pytest.mark.slow
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize(
-    ("verb", "options"), [("merge", {}), ("merge", {"quantize": "int4"}), ("export", {"quantize": "int4"})]
+    ("verb", "options"),
+    [
+        ("merge", {}),
+        ("merge", {"quantize": "int4", "method": "rtn"}),
+        ("merge", {"quantize": "int4", "method": "calibrated", "min_survival": 0.5}),
+        ("export", {"quantize": "int4"}),
+    ],
 )
 def test_killed_at_any_moment(
     verb: str, options: dict[str, Any], how: signal.Signals, tiny_model: Get, tiny_adapter: Get, tmp_path: Path

@@ -82,7 +82,7 @@ def test_quantized_weights_change_in_touched_groups_only(tmp_path: Path, bits: i
 def test_the_genai_builders_int4(genai_graph: Get, tiny_adapter: Get, tmp_path: Path) -> None:
     given = genai_graph("llama", "int4")
     before_hash = file_sha256(given.with_suffix(".onnx.data"))
-    manifest = merge(given.parent, tiny_adapter("llama"), tmp_path / "out")
+    manifest = merge(given.parent, tiny_adapter("llama"), tmp_path / "out", method="rtn")
     assert (manifest["exporter"], manifest["quantize"], manifest["format"]) == ("given", "int4", "onnx")
     assert (
         manifest["files"]["model.onnx.data"]["sha256"] == file_sha256(tmp_path / "out/model.onnx.data") != before_hash
@@ -138,7 +138,7 @@ def test_the_wrong_base(genai_graph: Get, tiny_adapter: Get, tmp_path: Path) -> 
 
 
 def test_merging_twice_is_refused(genai_graph: Get, tiny_adapter: Get, tmp_path: Path) -> None:
-    merge(genai_graph("llama", "int4").parent, tiny_adapter("llama"), tmp_path / "out")
+    merge(genai_graph("llama", "int4").parent, tiny_adapter("llama"), tmp_path / "out", method="rtn")
     with pytest.raises(InputError, match="was made by diablo-export merge with the adapter adapter; give the base"):
         merge(tmp_path / "out", tiny_adapter("llama"), tmp_path / "twice")
     (tmp_path / "out/diablo_export.json").unlink()

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import logging
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -20,6 +23,8 @@ from diablo_export.cli.options import (
     verbosity_options,
 )
 from diablo_export.cli.summary import print_summary
+from diablo_export.console import log
+from diablo_export.errors import CheckFailed
 
 
 @click.command(short_help="Merge an adapter's blocks into the weights, float or quantized.")
@@ -33,22 +38,36 @@ from diablo_export.cli.summary import print_summary
 @group_size_option
 @asymmetric_option
 @precision_option
+@click.option(
+    "--method", type=click.Choice(["auto", "rtn", "refit", "calibrated", "distilled"]),
+    help="How quantized weights take the blocks.  [default: auto for 4 bits and fewer, rtn for 8]",
+)  # fmt: skip
+@click.option(
+    "--calibration", type=click.Path(path_type=Path), metavar="DATA",
+    help="Text to calibrate and measure on, as for train; labels are not looked at.  [default: text that the tuned "
+    "model writes]",
+)  # fmt: skip
+@click.option(
+    "--reference", metavar="M",
+    help="Float model that an ONNX model was made from.  [default: the adapter's base]",
+)  # fmt: skip
+@click.option(
+    "--min-survival", type=click.FloatRange(0, 1, min_open=True, max_open=True), default=0.97, show_default=True,
+    help="Least cosine of the adapter's effect on the logits with the effect wanted; its gain may be as far from 1.",
+)  # fmt: skip
+@click.option(
+    "--max-seconds", type=click.FloatRange(0, min_open=True), default=900, show_default=True,
+    help="About what methods other than rtn may take.",
+)  # fmt: skip
+@click.option("--seed", type=int, default=0, show_default=True, help="Of the text and its order.")
 @overwrite_option
 @json_option
 @verbosity_options
-def command(
-    model: str,
-    adapter: Path,
-    output: Path,
-    quantize: str,
-    format: str | None,
-    group_size: int,
-    asymmetric: bool,
-    precision: str,
-    overwrite: bool,
-    as_json: bool,
-) -> None:
+def command(model: str, adapter: Path, output: Path, as_json: bool, **options: Any) -> None:
     """Merge an adapter's blocks into its model's weights.
+
+    Into int4, the fine-tune is measured and the cheapest method that keeps it is taken: see --method. Exit code 1 when
+    even the best one keeps less than --min-survival; the folder stays, marked so in its manifest.
 
     \b
     Example:
@@ -56,12 +75,37 @@ def command(
     """
     from diablo_export.converters.merge import merge
 
-    manifest = merge(
-        model, adapter, output, quantize=quantize, format=format, group_size=group_size, asymmetric=asymmetric,
-        precision=precision,
-        overwrite=overwrite,
-    )  # fmt: skip
+    manifest = merge(model, adapter, output, **options)
     if as_json:
         click.echo(json.dumps(manifest, indent=1))
     else:
         print_summary(manifest, output)
+        print_survival(manifest)
+    survival = manifest.get("survival")
+    if survival is not None and not survival["passed"]:
+        raise CheckFailed(_missed(survival, output))
+
+
+def print_survival(manifest: Mapping[str, Any]) -> None:
+    """Print what each method that was tried keeps, a line each; nothing when asked to be quiet."""
+    survival = manifest.get("survival")
+    if survival is None or not log.isEnabledFor(logging.INFO):
+        return
+    click.echo(f"survival on {survival['text']}:")
+    for row in survival["tried"]:
+        mark = "→" if row["method"] == survival["method"] else " "
+        click.echo(
+            f"{mark} {row['method']:<10}  gain {row['gain']:.3f}  cosine {row['cosine']:.3f}  KL {row['kl']:.2g} of "
+            f"{row['base_kl']:.2g}  {row['codes_changed']:.1%} of codes changed  {row['seconds']:.1f} s"
+        )
+
+
+def _missed(survival: Mapping[str, Any], output: Path) -> str:
+    best = next(row for row in survival["tried"] if row["method"] == survival["method"])
+    least = survival["min_survival"]
+    return (
+        f"{output}: written, but the fine-tune does not survive as asked: gain {best['gain']:.3f} (asked: within "
+        f"{1 - least:.2f} of 1), cosine {best['cosine']:.3f} (asked: {least:.2f}) with {best['method']}. Give "
+        "--calibration with text of the fine-tune's kind, a smaller --group-size, --asymmetric or --quantize int8, "
+        "lower --min-survival, or keep the blocks as a branch: diablo-export export"
+    )

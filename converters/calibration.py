@@ -1,0 +1,95 @@
+"""The text that a merge is measured, calibrated and distilled on: given, or written by the tuned model itself."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from diablo_export.errors import DataError
+from diablo_export.trainer.batches import encode_all
+from diablo_export.trainer.data import Encoded, encode, read_examples
+from diablo_export.trainer.grid import set_state
+from diablo_export.trainer.sampling import random_sentences, sample_text
+
+_SENTENCE = (6, 48)  # ordinary tokens in a random sentence
+
+
+@dataclass(frozen=True)
+class Text:
+    """Token sequences, and how they came about.
+
+    Attributes:
+        judged: what survival is measured on; nothing is fitted to it.
+        fitted: what codes are fitted to.
+        origin: a few words for the manifest.
+    """
+
+    judged: list[Encoded]
+    fitted: list[Encoded]
+    origin: str
+
+    @property
+    def tokens(self) -> int:
+        """Of both parts."""
+        return sum(len(item.ids) for item in [*self.judged, *self.fitted])
+
+
+def given_text(data: str | Path, tokenizer: Any, *, length: int, classifier: bool, judged: int, fitted: int) -> Text:
+    """The first sequences of a data file, every so manyth of them to measure on; labels are not looked at.
+
+    Args:
+        data: a file that `train` takes too.
+        tokenizer: the model's.
+        length: tokens in a sequence, at most.
+        classifier: tokenize as a classifier reads.
+        judged: sequences to measure on, at most.
+        fitted: sequences to fit to, at most.
+
+    Raises:
+        DataError: unreadable, empty, or a single sequence.
+    """
+    examples = read_examples(data)
+    if classifier:
+        # any label at all: an unlabelled text would be ended as a language model's is
+        items = [encode(replace(example, label=example.label or 0), tokenizer, length) for example in examples]
+    else:
+        items, _ = encode_all(examples, tokenizer, max_length=length)
+    if len(items) < 2:
+        raise DataError(
+            f"{data}: is one sequence of {length} tokens at most; calibration needs two at least, one to fit codes to "
+            "and one to measure on. Give more text"
+        )
+    every = max(2, min(-(-(judged + fitted) // judged), len(items) // min(judged, len(items) // 2)))
+    held = items[::every][:judged]
+    rest = [item for index, item in enumerate(items) if index % every][:fitted]
+    return Text(held, rest, f"{len(held)} + {len(rest)} sequences of {data}")
+
+
+def written_text(
+    network: nn.Module, tokenizer: Any, *, length: int, classifier: bool, judged: int, fitted: int, seed: int = 0
+) -> Text:
+    """Text without data: what the tuned model writes (int4 base + branch), or sentences of random tokens.
+
+    Args:
+        network: holds `GridLinear` layers.
+        tokenizer: its tokenizer.
+        length: tokens in a sequence.
+        classifier: it cannot write; it gets random tokens.
+        judged: sequences to measure on.
+        fitted: sequences to fit to.
+        seed: of every draw.
+    """
+    if classifier:
+        longest = min(_SENTENCE[1], length - 4)  # room for the special tokens around it
+        lengths = (min(_SENTENCE[0], longest), longest)
+        items: Sequence[Encoded] = random_sentences(tokenizer, judged + fitted, lengths, seed=seed)
+        origin = f"{len(items)} sentences of random tokens"
+    else:
+        set_state(network, "branch")
+        items = sample_text(network, tokenizer, judged + fitted, length, seed=seed)
+        origin = f"{len(items)} sequences of {length} tokens, sampled from the tuned model"
+    return Text(list(items[:judged]), list(items[judged:]), origin)

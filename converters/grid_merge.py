@@ -1,0 +1,366 @@
+"""Merging into an int4 ONNX model by the method that keeps the fine-tune: tries, measures, writes what held.
+
+    rtn         each touched group to the nearest, on a fresh grid
+    refit       scales searched and fitted for the least error of the weights
+    calibrated  codes and scales for the least error of each layer's output
+    distilled   from there, codes trained on the answers of the whole model
+    auto        the first of these that holds the survival asked for
+
+The reference of every figure is the same int4 model with the float branch beside it.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import torch
+
+from diablo_export import runtime
+from diablo_export.adapter import TASKS, Adapter
+from diablo_export.blockdiag import add_to_weight
+from diablo_export.checkpoint import Checkpoint
+from diablo_export.console import log, progress
+from diablo_export.converters import budget
+from diablo_export.converters.calibration import Text, given_text, written_text
+from diablo_export.converters.grid_network import GridNetwork, grid_network
+from diablo_export.converters.onnx_file import MODEL
+from diablo_export.converters.onnx_groups import scale_type, write
+from diablo_export.converters.onnx_match import Match, match
+from diablo_export.converters.onnx_merge import add, put_head, refuse
+from diablo_export.measure.exported_base import base_weight
+from diablo_export.measure.metrics import cosine
+from diablo_export.measure.onnx_runner import OnnxRunner, cache_shape
+from diablo_export.measure.survival import Judge, Survival
+from diablo_export.measure.torch_runner import context_length
+from diablo_export.quantization import Float32
+from diablo_export.requantize import Grid, calibrated, grouped, refitted, rounded, touched, with_touched
+from diablo_export.trainer.data import Encoded
+from diablo_export.trainer.distillation import distil, logits
+from diablo_export.trainer.grid import grid_layers
+from diablo_export.trainer.moments import input_moments
+
+METHODS = ("auto", "rtn", "refit", "calibrated", "distilled")
+_LENGTH = 128  # tokens of a sequence
+_JUDGED, _MOMENTS, _FITTED = 16, 64, 240  # sequences: to measure on, to calibrate on, to distil on (those among them)
+_SAME = 0.98  # cosine of the network's logits and the file's: activations in int8 leave 0.999
+_TEXT_SHARE = 0.4  # of the seconds: for text, moments and measuring; the rest is for distilling
+
+Grids = dict[str, Grid]
+
+
+@dataclass(frozen=True)
+class Tried:
+    """One method's grids, and what they keep."""
+
+    method: str
+    grids: Grids
+    survival: Survival
+    seconds: float
+    steps: int = 0
+
+
+def grid_merge(
+    folder: Path,
+    adapter: Adapter,
+    *,
+    reference: str | Path,
+    method: str = "auto",
+    calibration: str | Path | None = None,
+    min_survival: float = 0.97,
+    max_seconds: float = 900,
+    float_base: Checkpoint | None = None,
+    has_head: bool = False,
+    seed: int = 0,
+) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Merge an adapter into folder/model.onnx, an int4 model without adapter, in place.
+
+    Args:
+        folder: holds the model; its touched groups are changed, every other byte stays.
+        adapter: what to merge.
+        reference: Hugging Face folder or id of the float model that the int4 one was made from.
+        method: one of METHODS.
+        calibration: a data file; None: text sampled from the tuned model, or random sentences for a classifier.
+        min_survival: least cosine of the effect on logits; the gain may be as far from 1 as this is.
+        max_seconds: about what methods may take; distillation is cut to it, or left out.
+        float_base: what `rtn` rounds when at hand: the float weights and blocks in one step.
+        has_head: the graph holds the adapter's saved head already.
+        seed: of text and order.
+
+    Returns:
+        The modules' entries, and what was tried: the manifest's `survival`.
+
+    Raises:
+        MatchError, ExportError, AdapterError, CheckpointError, DataError: what cannot be used, with the reason.
+    """
+    file = folder / MODEL
+    graph = ir.load(file)
+    found = match(graph, adapter.modules)
+    refuse(file, found.values())
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    made = grid_network(graph, folder, adapter, found, reference, device)
+    bench = _Bench(made, adapter, calibration, max_seconds, seed, float_base)
+    tried: list[Tried] = []
+    for one in bench.tries(method):
+        tried.append(one)
+        log.info("%s", _sentence(one))
+        if method == "auto" and one.survival.holds(min_survival):
+            break
+    held = [one for one in tried if one.survival.holds(min_survival)]
+    best = held[0] if held else min(tried, key=lambda one: one.survival.distance)
+    entries = [_write(one, best, made, folder) for one in found.values()]
+    if not has_head:
+        put_head(graph, adapter)
+    ir.save(graph, file)
+    report = bench.report(tried, best, method, min_survival)
+    report["runtime_cosine"] = bench.against_runtime(best, folder)
+    return entries, report
+
+
+class _Bench:
+    """A network, its text, and one method after the other."""
+
+    def __init__(
+        self,
+        made: GridNetwork,
+        adapter: Adapter,
+        calibration: str | Path | None,
+        max_seconds: float,
+        seed: int,
+        float_base: Checkpoint | None,
+    ) -> None:
+        self.made, self.adapter, self._seed, self._float_base = made, adapter, seed, float_base
+        self._seconds = max_seconds
+        self._pad = int(made.tokenizer.pad_token_id or 0)
+        self._classifier = adapter.task_type == TASKS["text-classification"]
+        self._calibration = calibration
+        self._length = min(_LENGTH, context_length(made.network))
+        self._most = budget.batch_tokens(made.network)
+        self._per_token = self._measured_speed()
+        self.text = self._first_text()
+        self._batch = max(1, self._most // self._longest(self.text.judged))
+        self._judge = Judge(made.network, self.text.judged, self._batch, self._pad)
+        self._wanted = {name: self._target(name, made.grids[name]) for name in made.grids}
+        self._layers = grid_layers(made.network)
+        self.moments = self._moments()
+
+    def tries(self, method: str) -> Iterator[Tried]:
+        """Every method up to the one asked for that has to be made for it; `auto`: all of them."""
+        makers = {"rtn": self._rtn, "refit": self._refit, "calibrated": self._calibrated}
+        wanted = list(makers) if method == "auto" else [method] if method in makers else ["calibrated"]
+        grids: Grids = {}
+        for name in wanted:
+            start = time.perf_counter()
+            grids = {module: makers[name](module, grid) for module, grid in self.made.grids.items()}
+            for module, grid in grids.items():
+                self._layers[module].begin(grid)
+            one = Tried(name, grids, self._judge.measure(), time.perf_counter() - start)
+            if method != "distilled":
+                yield one
+        if method in ("auto", "distilled"):
+            yield from self._distilled(grids, method == "distilled")
+
+    def report(self, tried: list[Tried], best: Tried, asked: str, least: float) -> dict[str, Any]:
+        """The manifest's `survival`."""
+        return {
+            "method": best.method,
+            "asked": asked,
+            "min_survival": least,
+            "passed": best.survival.holds(least),
+            "text": self.text.origin,
+            "measured_on": f"{len(self.text.judged)} sequences, {sum(len(i.ids) for i in self.text.judged)} tokens",
+            "reference": "the quantized base with the float branch, in torch",
+            "tried": [self._row(one, least) for one in tried],
+        }
+
+    def against_runtime(self, best: Tried, folder: Path) -> float:
+        """Cosine of the network's logits and those of the written file in onnxruntime, on one sequence."""
+        for name, grid in best.grids.items():
+            self._layers[name].begin(grid)
+        item = max(self.text.judged, key=lambda each: len(each.ids))
+        with torch.inference_mode():
+            ours = logits(self.made.network, [item], self._pad, "grid").cpu().numpy()
+        runner = OnnxRunner(runtime.session(folder / MODEL), cache_shape=cache_shape(folder))
+        alike = cosine(ours, runner.prefill(item.ids.astype(np.int64)))
+        if alike < _SAME:
+            log.warning(
+                "the reference with the file's weights answers otherwise than the file in onnxruntime (cosine %.3f): "
+                "they differ outside of the linear layers, so the survival measured is not the file's; run parity",
+                alike,
+            )
+        return alike
+
+    def _row(self, one: Tried, least: float) -> dict[str, Any]:
+        changed, total = _changed(one.grids, self.made.grids)
+        kept = one.survival
+        return {
+            "method": one.method,
+            "gain": kept.gain,
+            "cosine": kept.cosine,
+            "kl": kept.kl,
+            "base_kl": kept.base_kl,
+            "top1_agreement": kept.agreement,
+            "holds": kept.holds(least),
+            "codes_changed": changed / max(1, total),
+            "seconds": round(one.seconds, 2),
+            **({"steps": one.steps} if one.steps else {}),
+            "modules": {name: self._of_module(name, grid) for name, grid in one.grids.items()},
+        }
+
+    def _of_module(self, name: str, grid: Grid) -> dict[str, float]:
+        """Gain and cosine of the module's output on the text's inputs, from their second moments."""
+        base, wanted = self.made.grids[name], self._wanted[name]
+        ee = ew = ww = 0.0
+        for (rows, groups), moments in zip(
+            touched(self._layers[name].shape, base.codes.shape[-1]), self.moments[name], strict=True
+        ):
+            old = base.part(rows, groups).values()
+            count = len(old)
+            effect = (grid.part(rows, groups).values() - old).reshape(count, -1)
+            asked = (wanted[rows, groups] - old).reshape(count, -1)
+            seen = effect @ moments
+            ee, ew = ee + float((seen * effect).sum()), ew + float((seen * asked).sum())
+            ww += float(((asked @ moments) * asked).sum())
+        return {"gain": ew / ww if ww else math.nan, "cosine": ew / math.sqrt(ee * ww) if ee * ww > 0 else math.nan}
+
+    # ------------------------------------------------------------------------------------------------ the methods
+
+    def _rtn(self, name: str, grid: Grid) -> Grid:
+        wanted = self._wanted[name]
+        if self._float_base is not None:
+            module = self.adapter.modules[name]
+            weight = add_to_weight(base_weight(self._float_base, name), module.blocks)
+            wanted = grouped(np.asarray(weight, np.float32), grid.codes.shape[-1])
+        return self._stored(name, with_touched(grid, wanted, self._layers[name].shape, lambda t, g, _: rounded(t, g)))
+
+    def _refit(self, name: str, grid: Grid) -> Grid:
+        dtype = scale_type(self.made.found[name])
+        return with_touched(grid, self._wanted[name], self._layers[name].shape, lambda t, g, _: refitted(t, g, dtype))
+
+    def _calibrated(self, name: str, grid: Grid) -> Grid:
+        dtype, moments = scale_type(self.made.found[name]), self.moments[name]
+
+        def choose(target: Float32, old: Grid, number: int) -> Grid:
+            return calibrated(target, [old, refitted(target, old, dtype)], moments[number], dtype)
+
+        return with_touched(grid, self._wanted[name], self._layers[name].shape, choose)
+
+    def _distilled(self, grids: Grids, must: bool) -> Iterator[Tried]:
+        start = time.perf_counter()
+        steps = budget.affordable(self._per_token, self._seconds * (1 - _TEXT_SHARE), self._most)
+        if steps is None:
+            least = budget.shortest(self._per_token, self._most)
+            said = f"{least.steps} steps of {least.batch_tokens} tokens would take about {least.seconds:,.0f} s here"
+            if not must:
+                log.warning("not distilled: %s; --max-seconds %.0f allows less", said, self._seconds)
+                return
+            steps = least
+        log.info("distilling: %d steps of %d tokens, about %.0f s", steps.steps, steps.batch_tokens, steps.seconds)
+        items = [*self.text.fitted, *self._more_text()]
+        for name, grid in grids.items():
+            inputs = self._layers[name].shape.in_features
+            self._layers[name].begin(grid, self._wanted[name].reshape(len(grid.scales), -1)[:, :inputs])
+        with progress("Distilling", steps.steps) as advance:
+            size = max(1, steps.batch_tokens // self._longest(items))
+            distil(
+                self.made.network, items, steps=steps.steps, batch_size=size, pad=self._pad, seed=self._seed,
+                advance=advance,
+            )  # fmt: skip
+        finished = {name: self._layers[name].finish() for name in grids}
+        yield Tried("distilled", finished, self._judge.measure(), time.perf_counter() - start, steps.steps)
+
+    # --------------------------------------------------------------------------------------------------- the text
+
+    def _measured_speed(self) -> float:
+        ids = np.random.default_rng(self._seed).integers(0, len(self.made.tokenizer), self._length).astype(np.int32)
+        vocabulary = int(getattr(self.made.network.config, "vocab_size", ids.max() + 1))
+        item = Encoded(ids % vocabulary, np.ones(len(ids), np.bool_))
+        return budget.seconds_per_token(self.made.network, [item], self._pad)
+
+    def _first_text(self) -> Text:
+        # text is written at about the cost of reading it; then base, branch, moments and each method read it
+        sequences = self._seconds * _TEXT_SHARE / (self._per_token * self._length * 3)
+        moments = int(min(_MOMENTS, max(4, sequences - _JUDGED)))
+        vocabulary = int(getattr(self.made.network.config, "vocab_size", 1))
+        judged = int(max(2, min(_JUDGED, sequences / 4, (1 << 26) / (vocabulary * self._length))))
+        many = 16 if self._classifier else 1  # its sequences are short, and give one answer each
+        how: dict[str, Any] = {"length": self._length, "classifier": self._classifier, "judged": judged * many}
+        if self._calibration is not None:
+            fitted = 4 * (_FITTED if sequences > _FITTED else moments) * many
+            return given_text(self._calibration, self.made.tokenizer, fitted=fitted, **how)
+        return written_text(self.made.network, self.made.tokenizer, fitted=moments * many, seed=self._seed, **how)
+
+    def _more_text(self) -> list[Encoded]:
+        """What distillation wants beyond the first text."""
+        if self._calibration is not None:
+            return []
+        short = _FITTED * (16 if self._classifier else 1) - len(self.text.fitted)
+        if short <= 0:
+            return []
+        return written_text(
+            self.made.network, self.made.tokenizer, length=self._length, classifier=self._classifier, judged=0,
+            fitted=short, seed=self._seed + 1,
+        ).fitted  # fmt: skip
+
+    def _moments(self) -> dict[str, list[Float32]]:
+        sizes = {name: grid.codes.shape[-1] for name, grid in self.made.grids.items()}
+        items = sorted(self.text.fitted[: _MOMENTS * (16 if self._classifier else 1)], key=lambda item: len(item.ids))
+        return input_moments(self.made.network, items, sizes, batch_size=self._batch, pad=self._pad)
+
+    def _longest(self, items: list[Encoded]) -> int:
+        return max(len(item.ids) for item in items)
+
+    def _target(self, name: str, grid: Grid) -> Float32:
+        """What the merged weight should be, (out, groups, size)."""
+        module = self.adapter.modules[name]
+        values = grid.values().reshape(module.out_features, -1)[:, : module.in_features]
+        return grouped(np.asarray(add_to_weight(values, module.blocks), np.float32), grid.codes.shape[-1])
+
+    def _stored(self, name: str, grid: Grid) -> Grid:
+        """With scales as the file holds them."""
+        scales = grid.scales.astype(scale_type(self.made.found[name])).astype(np.float32)
+        return Grid(grid.codes, scales, grid.zeros, grid.bits, grid.symmetric)
+
+
+def _write(one: Match, best: Tried, made: GridNetwork, folder: Path) -> dict[str, Any]:
+    """Write one module, and its manifest entry."""
+    name = one.module.name
+    if name not in best.grids:
+        add(one, folder)
+        return {**one.describe(), "action": "merged", "why": f"added to the weight ({one.why})"}
+    count = write(one, best.grids[name], folder)
+    base = made.grids[name]
+    why = f"{best.method}: {count} of {base.scales.size} groups, all that a block meets ({one.why})"
+    changed, total = _changed({name: best.grids[name]}, made.grids)
+    outside = _disturbed(best.grids[name], base, one)
+    counts = {"touched_groups": count, "codes_changed": changed, "codes": total, "disturbed_weights": outside}
+    return {**one.describe(), "action": "merged", "why": why, **counts}
+
+
+def _changed(grids: Mapping[str, Grid], base: Mapping[str, Grid]) -> tuple[int, int]:
+    """Codes that differ from the base's, and all codes of these modules."""
+    changed = sum(int((grid.codes != base[name].codes).sum()) for name, grid in grids.items())
+    return changed, sum(grid.codes.size for grid in grids.values())
+
+
+def _disturbed(grid: Grid, base: Grid, one: Match) -> int:
+    """Weights that no block meets, in groups that one does, whose value changed."""
+    inputs = one.module.in_features
+    moved = (grid.values() != base.values()).reshape(len(grid.scales), -1)[:, :inputs]
+    for columns, rows in one.module.shape.slices():
+        moved[rows, columns] = False
+    return int(moved.sum())
+
+
+def _sentence(one: Tried) -> str:
+    kept = one.survival
+    return (
+        f"{one.method}: gain {kept.gain:.3f}, cosine {kept.cosine:.3f}, KL {kept.kl:.2g} of {kept.base_kl:.2g} nats "
+        f"to be kept, {one.seconds:.1f} s"
+    )

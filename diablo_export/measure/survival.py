@@ -1,0 +1,75 @@
+"""How much of a fine-tune a merge into a grid keeps: the grid state of a network against its branch state.
+
+Effect is grid − base, wanted is branch − base, on logits; base is the quantized model without the adapter, so what int4
+does to the base is in neither of the two.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import nn
+
+from diablo_export.blockdiag import Array
+from diablo_export.measure.metrics import Comparison
+from diablo_export.trainer.data import Encoded
+from diablo_export.trainer.distillation import logits
+
+MIN_SURVIVAL = 0.97  # gain within 1 ± 0.03, cosine of 0.97 at least
+
+
+@dataclass(frozen=True)
+class Survival:
+    """What is left of an adapter.
+
+    Attributes:
+        gain: <effect, wanted> / <wanted, wanted>; nan where nothing was wanted.
+        cosine: of effect and wanted.
+        kl: mean KL(branch ‖ grid) over positions, in nats.
+        base_kl: mean KL(branch ‖ base): what there was to keep.
+        agreement: share of positions with the branch's first choice.
+    """
+
+    gain: float
+    cosine: float
+    kl: float
+    base_kl: float
+    agreement: float
+
+    def holds(self, least: float = MIN_SURVIVAL) -> bool:
+        """Whether gain is within 1 ± (1 − least) and the cosine at least `least`; an adapter without effect holds."""
+        if self.base_kl == 0 and self.kl == 0:
+            return True
+        return abs(self.gain - 1) <= 1 - least and self.cosine >= least
+
+    @property
+    def distance(self) -> float:
+        """How far from whole: what the best of several has least of."""
+        return self.kl if math.isfinite(self.kl) else math.inf
+
+
+class Judge:
+    """Measures the grid state of one network on one text; what base and branch say to it is computed once."""
+
+    def __init__(self, network: nn.Module, items: Sequence[Encoded], batch_size: int, pad: int = 0) -> None:
+        """Run base and branch on `items`; their logits are kept, so the text must be short for a large vocabulary."""
+        ordered = sorted(items, key=lambda item: len(item.ids))  # little padding
+        self._network, self._pad = network, pad
+        self._batches = [ordered[at : at + batch_size] for at in range(0, len(ordered), batch_size)]
+        self._base, self._branch = self._logits("base"), self._logits("branch")
+
+    def measure(self) -> Survival:
+        """The survival of what the network's grids hold at the moment."""
+        sums = Comparison()
+        for branch, base, grid in zip(self._branch, self._base, self._logits("grid"), strict=True):
+            sums.update(branch, base, grid, base)
+        gain, cosine = sums.survival()
+        return Survival(gain, cosine, sums.divergence()["mean"], sums.wanted_kl, sums.agreement)
+
+    @torch.inference_mode()
+    def _logits(self, state: str) -> list[Array]:
+        return [np.asarray(logits(self._network, batch, self._pad, state).cpu()) for batch in self._batches]

@@ -1,0 +1,143 @@
+"""A linear layer on an integer grid whose codes can be trained: y = x · W, W = (code − zero) · scale.
+
+Three states of one layer: the quantized base, base + float blocks, and the grid that is to be written. On the grid the
+codes under the blocks are trained straight-through: latents in code units, rounded on the way forward, as if not
+rounded on the way back. What is trained is what is written: the codes, and nothing is lost between the two.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from diablo_export.blockdiag import Array, BlockShape
+from diablo_export.requantize import Grid
+from diablo_export.trainer.layer import add_branch, features
+
+State = Literal["base", "branch", "grid"]
+_INSIDE = 0.45  # of a code: a latent this far from its code still rounds to it
+
+
+class GridLinear(nn.Module):
+    """A quantized linear layer with blocks, and the grid that both are merged into.
+
+    Attributes:
+        weight: (out, in), the base's values, dequantized; frozen.
+        bias: the base's, or None.
+        blocks: (num_blocks, block_size_in, block_size_out), the float branch; frozen.
+        latent: the same shape, in code units: what is trained. None for a layer that is not quantized, whose merge is
+            exact: its grid state is its branch state.
+        state: which of the three the layer computes.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+    blocks: Tensor
+    _codes: Tensor
+    _scales: Tensor
+
+    def __init__(self, linear: nn.Module, shape: BlockShape, blocks: Array, grid: Grid | None) -> None:
+        """Take over `linear` (nn.Linear or Conv1D); with a grid (out, groups, size) its values replace the weight."""
+        super().__init__()
+        weight = linear.get_parameter("weight").detach()
+        if features(linear) != (weight.shape[1], weight.shape[0]):
+            weight = weight.T  # Conv1D
+        self.shape = shape
+        self.state: State = "grid"
+        self.register_buffer("weight", weight.contiguous(), persistent=False)
+        bias = linear.bias
+        self.register_buffer("bias", bias.detach() if isinstance(bias, Tensor) else None, persistent=False)
+        self.register_buffer("blocks", torch.from_numpy(blocks.astype(np.float32)).to(weight.device), persistent=False)
+        self.latent: nn.Parameter | None = None
+        self._start: Tensor | None = None  # the grid's values at its beginning, where they are not the base's
+        if grid is not None:
+            self.weight.copy_(self._dense(grid))
+            self.begin(grid)
+
+    def begin(self, grid: Grid, target: Array | None = None) -> None:
+        """Lay the merged weight onto `grid` (out, groups, size).
+
+        Args:
+            grid: codes, scales and zero points of the whole layer.
+            target: (out, in), where the weights should be; a latent then begins as near to it as its code allows, so
+                that the codes that are nearly another flip first.
+        """
+        values = self._dense(grid)
+        self._start = None if torch.equal(values, self.weight) else values
+        self._grid = grid
+        scales = np.repeat(grid.scales, grid.codes.shape[-1], axis=1)
+        codes = grid.codes.reshape(len(scales), -1).astype(np.float32)
+        latent = codes
+        if target is not None:
+            width = target.shape[1]
+            usable = np.where(scales == 0, np.float32(np.inf), scales)[:, :width]
+            wanted = target / usable + np.repeat(grid.zeros, grid.codes.shape[-1], axis=1)[:, :width]
+            latent = np.clip(wanted, codes[:, :width] - _INSIDE, codes[:, :width] + _INSIDE)
+            latent = np.clip(latent, 0, grid.top)
+        self.register_buffer("_codes", self._under_blocks(codes), persistent=False)
+        self.register_buffer("_scales", self._under_blocks(scales), persistent=False)
+        self.latent = nn.Parameter(self._under_blocks(latent))
+
+    def finish(self) -> Grid:
+        """The grid with the codes that the latents round to."""
+        assert self.latent is not None
+        codes = self._grid.codes.reshape(len(self._grid.codes), -1).copy()
+        trained = self.latent.detach().round().to(torch.uint8).cpu().numpy()
+        for block, (inputs, outputs) in enumerate(self.shape.slices()):
+            part = trained[block, : inputs.stop - inputs.start, : outputs.stop - outputs.start]
+            codes[outputs, inputs] = part.T
+        return replace(self._grid, codes=codes.reshape(self._grid.codes.shape))
+
+    @torch.no_grad()
+    def project(self) -> None:
+        """Bring latents that left the grid's range back to its ends: after each step of an optimizer."""
+        if self.latent is not None:
+            self.latent.clamp_(0, self._grid.top)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(…, in_features) → (…, out_features)."""
+        merged = self.state == "grid" and self.latent is not None
+        weight = self._start if merged and self._start is not None else self.weight
+        y = functional.linear(x, weight, self.bias)
+        if self.state == "base":
+            return y
+        blocks = self._moved() if merged else self.blocks
+        return add_branch(y, x, blocks, self.shape)
+
+    def _moved(self) -> Tensor:
+        """How far the codes have moved each weight under a block, (num_blocks, block_size_in, block_size_out)."""
+        assert self.latent is not None
+        rounded = self.latent + (self.latent.round() - self.latent).detach()
+        return (rounded - self._codes) * self._scales
+
+    def _dense(self, grid: Grid) -> Tensor:
+        values = grid.values().reshape(len(grid.scales), -1)[:, : self.shape.in_features]
+        return torch.from_numpy(np.ascontiguousarray(values)).to(self.weight.device)
+
+    def _under_blocks(self, values: Array) -> Tensor:
+        """The entries of (out, columns) that a block meets, as blocks; 0 in padding."""
+        found = np.zeros(self.shape.blocks, np.float32)
+        for block, (inputs, outputs) in enumerate(self.shape.slices()):
+            found[block, : inputs.stop - inputs.start, : outputs.stop - outputs.start] = values[outputs, inputs].T
+        return torch.from_numpy(found).to(self.weight.device)
+
+    def extra_repr(self) -> str:
+        """Blocks and bits, in the model's printed form."""
+        bits = "float" if self.latent is None else f"{self._grid.bits} bits"
+        return "blocks={}×{}×{}, {}".format(*self.shape.blocks, bits)
+
+
+def grid_layers(network: nn.Module) -> dict[str, GridLinear]:
+    """The grid layers of a network by module path."""
+    return {name: module for name, module in network.named_modules() if isinstance(module, GridLinear)}
+
+
+def set_state(network: nn.Module, state: State) -> None:
+    """Have every grid layer compute the base, base + branch, or the grid."""
+    for layer in grid_layers(network).values():
+        layer.state = state
