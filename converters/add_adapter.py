@@ -117,9 +117,7 @@ def _write(
     values = tensors(adapter, types)
     errors = storage_errors(name, adapter, values)
     file = f"{FOLDER}/{name}{ENDING}"
-    partial = folder / FOLDER / f".{name}.partial"
-    write_onnx_adapter(partial, values, mark)
-    os.replace(partial, folder / file)
+    write_onnx_adapter(folder / file, values, mark)
     others = [entry for entry in manifest["adapters"] if entry["name"] != name]
     manifest["adapters"] = [*others, {**adapter_entry(name, adapter), "file": file}]
     manifest["options"]["adapter"][name] = str(adapter.path)

@@ -111,8 +111,11 @@ def _title(pairs: Sequence[tuple[SwapAdapter, float]]) -> str:
 
 
 def _in_memory(title: str, values: Values, base: int | None) -> SwapAdapter:
-    """Values as an adapter: onnxruntime loads its adapters from files only, and holds them in memory then."""
-    with tempfile.TemporaryDirectory(prefix="diablo-export-") as folder:
+    """Values as an adapter: onnxruntime loads its adapters from files only, and maps them into memory.
+
+    The file goes at once, its pages stay until the adapter does; on Windows, which keeps mapped files, it stays too.
+    """
+    with tempfile.TemporaryDirectory(prefix="diablo-export-", ignore_cleanup_errors=True) as folder:
         file = Path(folder) / "sum.onnx_adapter"
         write_adapter(file, values, base)
         loaded = load_adapter(file)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 import weakref
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -95,13 +96,22 @@ def load_adapter(path: str | Path) -> SwapAdapter:
 
 
 def write_adapter(file: Path, parameters: Mapping[str, Array], base: int | None) -> None:
-    """Write `parameters` as an .onnx_adapter file that carries the mark of its base, where that is known."""
+    """Write `parameters` as an .onnx_adapter file that carries the mark of its base, where that is known.
+
+    Written beside and renamed: onnxruntime maps loaded adapters into memory, so that a session that runs with the old
+    file would read the new bytes, or end the process where the new file is shorter.
+    """
     ort = require("onnxruntime", "cpu")
+    partial = file.with_name(f".{file.name}.partial")
     adapter = ort.AdapterFormat()
     adapter.set_adapter_version(1 if base is None else MARKED)
     adapter.set_model_version(1 if base is None else base)
     adapter.set_parameters({name: ort.OrtValue.ortvalue_from_numpy(value) for name, value in parameters.items()})
-    adapter.export_adapter(str(file))
+    try:
+        adapter.export_adapter(str(partial))
+        os.replace(partial, file)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def check_adapter(opened: onnxruntime.InferenceSession, adapter: SwapAdapter) -> None:

@@ -101,6 +101,9 @@ def test_no_rows_give_no_rows(level: str) -> None:
     # onnxruntime's fused Transpose and MatMul would divide by zero here and end the process
     x, blocks, y0 = values((0, 4), 8, 8, 2)
     assert session(one_node((0, 4), 8, 8), level).run(None, {"X": x, "D": blocks, "Y0": y0})[0].shape == (0, 4, 8)
+    codes, scales = to_int8(blocks)
+    feeds = {"X": x, "D": codes, "S": scales, "Y0": y0}
+    assert session(one_node((0, 4), 8, 8, stored=INT8), level).run(None, feeds)[0].shape == (0, 4, 8)
 
 
 def test_any_block_count_in_one_session() -> None:

@@ -200,6 +200,16 @@ def test_other_writers_files_carry_no_mark(tmp_path: Path) -> None:
     assert ort.AdapterFormat.read_adapter(str(file)).get_adapter_version() == MARKED < 2**31
 
 
+def test_a_file_is_replaced_under_a_running_session(opened: Any, tmp_path: Path) -> None:
+    """onnxruntime maps the file: written in place, the session would read the new bytes, or be killed."""
+    adapter, blocks = load(tmp_path, "a")
+    write_adapter(adapter.path, {"m.diablo_blocks": random_blocks(48)}, adapter.base)
+    tuned = runtime.run(opened, {"x": X}, adapter)[0]
+    np.testing.assert_allclose(tuned, wanted(blocks), rtol=0, atol=CLOSE)
+    assert runtime.load_adapter(adapter.path).values()["m.diablo_blocks"].shape == (48, 1, 1)
+    assert [path.name for path in tmp_path.glob("*adapter*")] == ["a.onnx_adapter"]
+
+
 def test_checking_needs_onnxruntime_and_numpy_alone(tmp_path: Path) -> None:
     model = graph_file(tmp_path / "m.onnx", base=OTHER_BASE)
     adapter = adapter_file(tmp_path / "a.onnx_adapter", {"m": random_blocks(4)})
