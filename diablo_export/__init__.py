@@ -21,6 +21,7 @@ _VERBS = {
     "merge": "diablo_export.converters.merge",
     "parity": "diablo_export.measure.parity",
     "train": "diablo_export.trainer.train",
+    "verify": "diablo_export.measure.verify",
 }
 
 if TYPE_CHECKING:
@@ -32,9 +33,12 @@ if TYPE_CHECKING:
     from diablo_export.diagnosis import doctor as doctor
     from diablo_export.measure.bench import bench as bench
     from diablo_export.measure.parity import parity as parity
+    from diablo_export.measure.verify import verify as verify
     from diablo_export.trainer.train import train as train
 
-__all__ = ["__version__", "bench", "convert", "demo", "doctor", "export", "inspect", "merge", "parity", "train"]
+__all__ = [
+    "__version__", "bench", "convert", "demo", "doctor", "export", "inspect", "merge", "parity", "train", "verify",
+]  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:

@@ -19,6 +19,7 @@ COMMANDS = {
     "merge": "Merge an adapter's blocks into the weights, float or quantized.",
     "export": "Export ONNX that keeps the blocks as a swappable branch.",
     "parity": "Prove that what was exported is what was trained.",
+    "verify": "Check a certified export again, on the device, without torch.",
     "bench": "Time what a branch costs, beside its base, LoRA and a merge.",
     "inspect": "Say what an adapter, a checkpoint or an ONNX file is.",
     "convert": "Convert the paper's adapter.chkpt to this format and back.",

@@ -30,6 +30,8 @@ from diablo_export.cli.options import verbosity_options
 @click.option("--threads", type=click.IntRange(1), help="Threads of torch and onnxruntime.")
 @click.option("--json", type=click.Path(path_type=Path), metavar="FILE", help="Write the report here, too.")
 @click.option("--junit", type=click.Path(path_type=Path), metavar="FILE", help="Write the checks as JUnit XML.")
+@click.option("--certificate", is_flag=True, help="If every check held, store golden rows, limits and hashes in OUT "
+              "for `diablo-export verify`.")  # fmt: skip
 @verbosity_options
 def command(out: Path, **options: Any) -> None:
     """Compare the exported model in OUT with the tuned model in torch.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,9 @@ from diablo_export.errors import ExportError
 from diablo_export.manifest import versions
 from diablo_export.measure import compare, sources
 from diablo_export.measure.exported import Exported, open_exported
+from diablo_export.measure.golden import Golden, record
 from diablo_export.measure.metrics import Comparison
+from diablo_export.measure.onnx_runner import OnnxRunner
 from diablo_export.measure.prompts import Sample, collect
 from diablo_export.measure.torch_runner import TorchRunner, context_length
 from diablo_export.trainer.model import load_tuned
@@ -30,6 +32,8 @@ ALIVE = 1e-4
 _WINDOW = 512  # tokens of a sequence, at most
 _LOGITS_AT_ONCE = 1 << 24  # of one model: 64 MB in float32; a larger vocabulary gets shorter sequences
 _SHORTEST = 64
+_GOLDEN = 4  # texts of a classifier that a certificate keeps
+_GOLDEN_STEPS = 4  # tokens decoded after each of a certificate's prompts
 
 
 @dataclass
@@ -43,6 +47,7 @@ class Measured:
         parts: the report's logits, kl, top1_agreement, perplexity, decode, accuracy and adapter.
         errors: standard errors of figures that are differences of shares.
         environment: the report's environment.
+        golden: rows for a certificate, where asked for: of the adapter, and of the base where it can be left out.
     """
 
     name: str
@@ -51,6 +56,7 @@ class Measured:
     figures: dict[str, float] = field(default_factory=dict)
     parts: dict[str, Any] = field(default_factory=dict)
     errors: dict[str, float] = field(default_factory=dict)
+    golden: list[Golden] = field(default_factory=list)
 
 
 def measure(
@@ -66,6 +72,7 @@ def measure(
     seed: int,
     steps: int,
     threads: int | None,
+    certify: bool = False,
 ) -> Measured:
     """Compare an output folder with base + adapter in torch; see `parity` for the arguments.
 
@@ -107,11 +114,37 @@ def measure(
         elif exported.decodes:
             prompts = compare.decoding_prompts(items, tokenizer.eos_token_id, context_length(model), steps)
             _add_decode(found, compare.decode(tuned, exported.on, prompts, steps))
+        if certify:
+            found.golden = _golden(name, tuned, off, exported, items, tokenizer.eos_token_id)
         found.figures["runs"] = 1
     except ExportError as error:
         found.environment["fault"] = str(error)
         found.figures, found.parts = {"runs": 0}, {}
     return found
+
+
+def _golden(
+    name: str, tuned: TorchRunner, off: TorchRunner, exported: Exported, items: Sequence[Sample], eos: int | None
+) -> list[Golden]:
+    """A few inputs with what the export gives for them now, adapter on, and off where the graph can run without."""
+    assert isinstance(exported.on, OnnxRunner)
+    states: list[tuple[str | None, TorchRunner, OnnxRunner]] = [(name, tuned, exported.on)]
+    if exported.zero is not None:
+        states.append((None, off, OnnxRunner(exported.on.session, cache_shape=exported.on.cache_shape)))
+    nothing = np.zeros(0, np.int64)
+    if not exported.decodes:
+        return [
+            record(state, item.ids, nothing, torch_runner.prefill(item.ids), runner.prefill(item.ids))
+            for item in items[:_GOLDEN]
+            for state, torch_runner, runner in states
+        ]
+    cases = []
+    for prompt in compare.decoding_prompts(items, eos, context_length(tuned.model), _GOLDEN_STEPS):
+        tokens, _ = tuned.greedy(prompt, _GOLDEN_STEPS)
+        for state, torch_runner, runner in states:
+            wanted, certified = torch_runner.decode(prompt, tokens), runner.decode(prompt, tokens)
+            cases.append(record(state, prompt, tokens, wanted, certified))
+    return cases
 
 
 @contextlib.contextmanager

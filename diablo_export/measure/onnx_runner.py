@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from diablo_export import runtime
+from diablo_export.block_storage import BLOCKS_SUFFIX, SCALES_SUFFIX
 from diablo_export.blockdiag import Array
 from diablo_export.errors import ExportError
 from diablo_export.measure.prompts import Ids
-from diablo_export.opschema import BLOCKS_SUFFIX, SCALES_SUFFIX
 
 if TYPE_CHECKING:
     import onnxruntime

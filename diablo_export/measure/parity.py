@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from diablo_export.errors import InputError
 from diablo_export.manifest import PARITY, read_manifest
+from diablo_export.measure import certificate as certificates
 from diablo_export.measure import limits, report, sources
 
 if TYPE_CHECKING:
@@ -28,6 +29,7 @@ def parity(
     threads: int | None = None,
     json: str | Path | None = None,
     junit: str | Path | None = None,
+    certificate: bool = False,
 ) -> dict[str, Any]:
     """Compare an output folder with the tuned model in torch, write its parity.json and return that report.
 
@@ -44,6 +46,7 @@ def parity(
         threads: of torch and onnxruntime; None: their choice.
         json: a second place for the report.
         junit: a file for the checks in JUnit XML.
+        certificate: where every check held, certify the folder: golden rows, limits and hashes for `verify`.
 
     Returns:
         The report. Its `verdict` is `fail` when a check failed; see `report.require_pass`.
@@ -60,23 +63,34 @@ def parity(
     folders = sources.adapter_folders(manifest, adapter)
     base = sources.base_folder(manifest, model, folders)
     hashes = sources.hashes(out, manifest, base, folders)
+    if certificate and (not sources.is_onnx(out) or manifest.get("for") == "web"):
+        raise InputError(f"{out}: --certificate is for what onnxruntime runs from Python, so not for {_other(out)}")
     kind = {"branch": sources.is_branch(manifest), "classifier": sources.is_classifier(manifest)}
     defaults = limits.defaults(sources.precision(out, manifest), block_dtype=sources.block_dtype(manifest), **kind)
     from diablo_export.measure.one_adapter import measure, using_threads  # torch: only once the input is known good
 
     counts: dict[str, float] = {"files": len(hashes["changed"]), "sources": len(hashes["sources_changed"])}
     bounds: dict[str, Any] = {"data": data, "samples": samples, "max_tokens": max_tokens, "seed": seed}
+    bounds |= {"steps": steps, "threads": threads, "certify": certificate}
     measured = []
     with using_threads(threads):
         for name, folder in folders.items():
-            measured.append(measure(out, manifest, base, name, folder, steps=steps, threads=threads, **bounds))
+            measured.append(measure(out, manifest, base, name, folder, **bounds))
     result = _report(measured, counts, defaults, chosen, hashes)
+    certificates.revoke(out)  # what is checked anew is not what was certified
     for file in (out / PARITY, json):
         if file is not None:
             report.write_json(result, Path(file))
     if junit is not None:
         report.write_junit(result, Path(junit))
+    if certificate and result["verdict"] == "pass":
+        cases = [case for one in measured for case in one.golden]
+        certificates.write(out, cases, sources.precision(out, manifest), result["environment"])
     return result
+
+
+def _other(out: Path) -> str:
+    return "exports for web" if sources.is_onnx(out) else "Hugging Face folders"
 
 
 def _report(

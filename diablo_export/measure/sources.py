@@ -10,6 +10,7 @@ from diablo_export.adapter import TASKS, Adapter, file_sha256
 from diablo_export.checkpoint import Checkpoint, resolve
 from diablo_export.errors import CheckpointError, InputError
 from diablo_export.manifest import MANIFEST, PARITY, file_xxh3
+from diablo_export.measure.certificate import CERTIFICATE, GOLDEN
 
 _PRECISIONS = {"F32": "fp32", "F64": "fp32", "F16": "fp16", "BF16": "bf16"}
 
@@ -84,7 +85,7 @@ def hashes(out: Path, manifest: Mapping[str, Any], base: Path, adapters: Mapping
     found = {
         path.relative_to(out).as_posix(): file_sha256(path)
         for path in sorted(out.rglob("*"))
-        if path.is_file() and path.relative_to(out).as_posix() not in (MANIFEST, PARITY)
+        if path.is_file() and path.relative_to(out).as_posix() not in (MANIFEST, PARITY, CERTIFICATE, GOLDEN)
     }
     base_announced: dict[str, str] = (manifest.get("base") or {}).get("files") or {}
     # an ONNX base is not the folder that torch loads
