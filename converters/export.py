@@ -65,8 +65,8 @@ def export(
             they are from the trained ones.
         for_: ort, or web: for onnxruntime-web and onnxruntime-node, which feed plain inputs only. The blocks are then
             inputs of every run, and adapters are safetensors files.
-        custom_ops_library: kernel library to name in genai_config.json, where onnxruntime-genai loads it from: a path,
-            or auto for this installation's. None: no file names a library; `runtime.session` finds its own.
+        custom_ops_library: kernel library to put into the folder and name in genai_config.json, for onnxruntime-genai:
+            a path, or auto for this installation's. None: no file names a library; `runtime.session` finds its own.
         add: put the adapters into `output`, an export of the same base: nothing else of it changes, so no other
             option is taken. Parity has to be checked again.
         overwrite: replace `output` if it exists; with `add`, adapters that are there under the same names.

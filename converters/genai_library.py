@@ -1,11 +1,13 @@
-"""Name the kernel library in genai_config.json, for onnxruntime-genai, which loads whatever that file names.
+"""Put the kernel library into an export and name it in genai_config.json, for onnxruntime-genai to load.
 
-Done on request alone: a model folder is data, and an entry of this kind makes it start a program.
+Done on request alone: a model folder is data, and this makes it hold a program. The library is copied because
+onnxruntime-genai refuses paths outside of the model's folder (0.18 takes those below the current folder too).
 """
 
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +38,7 @@ def find(asked: str | Path | None) -> Path | None:
 
 
 def write(folder: Path, library: Path) -> None:
-    """Name `library` in the folder's genai_config.json.
+    """Copy `library` into the folder and name it in its genai_config.json.
 
     Raises:
         InputError: the export has no such file, as onnxruntime-genai does not run it.
@@ -47,8 +49,9 @@ def write(folder: Path, library: Path) -> None:
             f"--custom-ops-library {library}: this export has no {CONFIG}: onnxruntime-genai does not run it; leave "
             "the option out: diablo_export.runtime.session finds the library by itself"
         )
+    shutil.copyfile(library, folder / library.name)
     config = json.loads(file.read_text(encoding="utf-8"))
-    config["model"]["decoder"].setdefault("session_options", {})[KEY] = str(library)
+    config["model"]["decoder"].setdefault("session_options", {})[KEY] = library.name
     _save(file, config)
 
 

@@ -43,8 +43,8 @@ from diablo_export.cli.summary import print_summary
 )  # fmt: skip
 @click.option(
     "--custom-ops-library", metavar="PATH|auto",
-    help="Kernel library to name in genai_config.json, for onnxruntime-genai on this machine; auto: the installed one. "
-    "Without it no file of the export names a library.",
+    help="Kernel library to put into the folder and name in genai_config.json, for onnxruntime-genai; auto: the "
+    "installed one. Without it no file of the export names a library.",
 )  # fmt: skip
 @click.option(
     "--add", is_flag=True,
