@@ -11,6 +11,7 @@ from safetensors.numpy import load_file
 
 from diablo_export import opschema
 from diablo_export.adapter import Adapter
+from diablo_export.block_storage import BASE_KEY, SCALES_SUFFIX, base_mark
 from diablo_export.converters.onnx_adapters import ENDING, FOLDER
 from diablo_export.converters.onnx_file import find
 from diablo_export.converters.onnx_linears import Linear, linears
@@ -56,6 +57,7 @@ def inspect_onnx(path: Path, adapter: str | Path | None = None) -> dict[str, Any
         "overridable_inputs": len(overridable),
         "carries_function": any(function.domain == opschema.DOMAIN for function in model.functions.values()),
         "genai": (file.parent / "genai_config.json").is_file(),
+        "base_mark": f"{base_mark(said):08x}" if (said := model.metadata_props.get(BASE_KEY)) else None,
         "adapters": [{"name": each.stem, **_adapter_file(each)} for each in _adapters(file.parent)],
     }
     return report | (_matches(model, Adapter.load(adapter)) if adapter else {})
@@ -93,14 +95,17 @@ def _adapter_file(file: Path) -> dict[str, Any]:
 
     entry: dict[str, Any] = {"bytes": file.stat().st_size}
     try:
-        values = load_file(file) if file.suffix == WEB_ENDING else load_adapter(file).values()
+        swap = None if file.suffix == WEB_ENDING else load_adapter(file)
     except DependencyError:
         return entry
+    values = load_file(file) if swap is None else swap.values()
     adapted = [value for name, value in values.items() if value.ndim == 3 and value.size]
     return entry | {
         "tensors": len(values),
         "adapted_modules": len(adapted),
-        "parameters": sum(v.size for v in values.values()),
+        "parameters": sum(v.size for name, v in values.items() if not name.endswith(SCALES_SUFFIX)),
+        "block_dtype": ", ".join(sorted({str(value.dtype) for value in adapted})) or None,
+        "base_mark": None if swap is None or swap.base is None else f"{swap.base:08x}",
     }
 
 

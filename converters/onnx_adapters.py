@@ -9,7 +9,15 @@ from typing import Any
 import numpy as np
 
 from diablo_export.adapter import Adapter
-from diablo_export.block_storage import BLOCKS_SUFFIX, SCALES_SUFFIX, base_mark, from_int8, relative_error, to_int8
+from diablo_export.block_storage import (
+    BLOCKS_SUFFIX,
+    MOST_ERROR,
+    SCALES_SUFFIX,
+    base_mark,
+    from_int8,
+    relative_error,
+    to_int8,
+)
 from diablo_export.blockdiag import Array
 from diablo_export.console import log
 from diablo_export.errors import AdapterError, ExportError
@@ -18,9 +26,6 @@ from diablo_export.swap import write_adapter
 
 FOLDER = "adapters"
 ENDING = ".onnx_adapter"
-# ‖stored − trained‖ / ‖trained‖ of a module: an error wholly along the blocks would take a survival gain of 1 to the
-# limit that parity sets for branches
-MOST_ERROR = 0.02
 _LIMIT = 2**31  # it is a flatbuffer, whose offsets have 31 bits
 
 

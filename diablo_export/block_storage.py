@@ -18,6 +18,9 @@ BLOCKS_SUFFIX = ".diablo_blocks"  # of the input that feeds a module's D
 SCALES_SUFFIX = ".diablo_scales"  # of the one that feeds its S, where D is int8
 BASE_KEY = "diablo.base"  # metadata of a model: the SHA-256 of the base that it was made from, in hex
 MARKED = 0x44424C01  # an .onnx_adapter's adapter_version when its model_version is `base_mark` of its base
+# ‖stored − wanted‖ / ‖wanted‖ of a module's blocks that is worth a warning: an error wholly along the blocks would take
+# a survival gain of 1 to the limit that parity sets for branches
+MOST_ERROR = 0.02
 _LARGEST = 127  # of the codes: −128 stays unused, so that the grid is symmetric
 
 Float32 = npt.NDArray[np.float32]

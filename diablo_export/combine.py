@@ -9,8 +9,17 @@ from pathlib import Path
 
 import numpy as np
 
-from diablo_export.block_storage import BLOCKS_SUFFIX, SCALES_SUFFIX, add, from_int8, to_int8
+from diablo_export.block_storage import (
+    BLOCKS_SUFFIX,
+    MOST_ERROR,
+    SCALES_SUFFIX,
+    add,
+    from_int8,
+    relative_error,
+    to_int8,
+)
 from diablo_export.blockdiag import Array
+from diablo_export.console import log
 from diablo_export.errors import InputError
 from diablo_export.swap import SwapAdapter, load_adapter, write_adapter
 
@@ -82,6 +91,11 @@ def _sum(name: str, holding: Sequence[tuple[Values, float]]) -> Values:
         total = add([(from_int8(values[name], values[scales]), weight) for values, weight in holding])
         _finite(total)
         codes, steps = to_int8(total)
+        error = relative_error(total, from_int8(codes, steps))
+        if error > MOST_ERROR:
+            log.warning(
+                "%s: the sum is off by %.2g of its size in int8; export with a wider --block-dtype", name, error
+            )
         return {name: codes, scales: steps}
     with np.errstate(over="ignore"):  # an error of its own
         rounded = add([(values[name], weight) for values, weight in holding]).astype(kind)

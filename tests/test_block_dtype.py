@@ -14,14 +14,14 @@ import pytest
 
 from diablo_export import runtime
 from diablo_export.adapter import Adapter
-from diablo_export.block_storage import from_int8, relative_error, to_int8
+from diablo_export.block_storage import MOST_ERROR, from_int8, relative_error, to_int8
 from diablo_export.converters.export import export
-from diablo_export.converters.onnx_adapters import MOST_ERROR
 from diablo_export.errors import ExportError, InputError
 from diablo_export.manifest import read_manifest
+from diablo_export.measure.onnx_runner import OnnxRunner
 from diablo_export.measure.parity import parity
 from tests.exports import SMALL
-from tests.onnx_runs import LOGITS, in_torch, runner
+from tests.onnx_runs import IDS, LOGITS, in_torch, runner
 
 Get = Callable[..., Path]
 BYTES = {"fp16": 2, "int8": 1}  # of one entry of a block
@@ -158,6 +158,10 @@ def test_web_exports_store_them_too(exported: Get) -> None:
     np.testing.assert_array_equal(run(more=fed), wanted(adapter))
     np.testing.assert_array_equal(run(more=load_file(folder / "adapters/base.safetensors")), wanted())
     assert parity(folder, adapter="a", **SMALL)["verdict"] == "pass"
+    alone = OnnxRunner(runtime.session(folder / "model.onnx", threads=1)).prefill(
+        IDS[0]
+    )  # given no blocks it is the base
+    np.testing.assert_array_equal(alone, wanted()[0])
 
 
 def test_blocks_that_lose_too_much_are_named(

@@ -56,6 +56,15 @@ def test_summary_names_folder_files_and_the_next_step(
     assert sorted(path.name for path in (out / "adapters").iterdir()) == ["bard.onnx_adapter", "tales.onnx_adapter"]
 
 
+def test_blocks_in_int8(run: Run, tiny_model: Get, tiny_adapter: Get, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    result = run("export", "-m", tiny_model("llama"), "-a", tiny_adapter("llama"), "-o", out, "--block-dtype", "int8")
+    assert result.exit_code == 0, result.output
+    assert json.loads((out / "diablo_export.json").read_text())["options"]["block_dtype"] == "int8"
+    wrong = run("export", "-m", tiny_model("llama"), "-a", tiny_adapter("llama"), "-o", out, "--block-dtype", "int4")
+    assert wrong.exit_code == 2 and "'int4' is not one of 'fp32', 'fp16', 'int8'" in wrong.stderr
+
+
 def test_json_is_the_manifest(run: Run, tiny_model: Get, tiny_adapter: Get, tmp_path: Path) -> None:
     result = run("export", "-m", tiny_model("llama"), "-a", tiny_adapter("llama"), "-o", tmp_path / "out", "--json")
     assert result.exit_code == 0, result.output

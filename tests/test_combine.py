@@ -100,6 +100,13 @@ def test_int8(load: Any, tmp_path: Path) -> None:
     np.testing.assert_allclose(got, fed, rtol=0, atol=CLOSE)
 
 
+def test_int8_sums_that_lose_too_much_are_named(load: Any, caplog: pytest.LogCaptureFixture) -> None:
+    large, small = np.zeros((4, 12, 12), np.float32), np.full((4, 12, 12), 0.001, np.float32)
+    large[:, 0, 0] = 0.2  # sets the scale, 0.2 / 127: of the small ones, a thousandth each, none is near a step
+    runtime.combine([load("a", large, int8=True), (load("b", small, int8=True), 0.7)])
+    assert "m.diablo_blocks: the sum is off by 0.0" in caplog.text and "wider --block-dtype" in caplog.text
+
+
 # -------------------------------------------------------------------------------------------------- what it refuses
 
 

@@ -100,6 +100,8 @@ def test_branches_and_their_adapters(outputs: Folder, tiny_adapter: Folder) -> N
     assert any(signature.startswith("input_ids int64 [") for signature in report["inputs"])
     file = outputs("branch") / "adapters" / "style.onnx_adapter"
     assert inspect(file)["kind"] == "onnxruntime adapter"
+    assert adapter["block_dtype"] == "float32"
+    assert len(adapter["base_mark"]) == 8 and adapter["base_mark"] == report["base_mark"]
 
 
 def test_an_onnx_model_beside_a_foreign_adapter(outputs: Folder, tiny_adapter: Folder) -> None:
