@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -36,7 +35,7 @@ def checks() -> Iterator[dict[str, Any]]:
     yield {"usable": [name for name in providers if name not in (CPU, CUDA) or _opens(name)]}
     yield {"body_error": _error(_session(one_node(opschema.function()), CPU, library=False), feeds)}
     library = runtime.find_library()
-    yield {"library": str(library) if library else None, **({} if library else {"reason": why_none()})}
+    yield {"library": str(library) if library else None, **({} if library else {"reason": runtime.why_no_library()})}
     if library is None:
         return
     about = runtime.describe_library(library)
@@ -45,16 +44,6 @@ def checks() -> Iterator[dict[str, Any]]:
     for provider in [CPU, CUDA] if about.get("cuda") and CUDA in providers and _opens(CUDA) else [CPU]:
         errors[provider] = _error(_session(one_node(_wrong_body()), provider, library=True), feeds)
     yield {"kernel_error": errors}
-
-
-def why_none() -> str:
-    """Why there is no library, in a few words."""
-    note = Path(runtime.__file__).parent / "kernels" / "not_built.txt"  # left by the build of a pure Python wheel
-    if runtime.switched_off():
-        return f"switched off by {runtime.LIBRARY_VARIABLE}=off"
-    if note.is_file():
-        return f"not in this wheel: {note.read_text(encoding='utf-8').strip()}"
-    return "not built"
 
 
 def _feeds() -> dict[str, Array]:

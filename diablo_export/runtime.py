@@ -83,6 +83,16 @@ def switched_off() -> bool:
     return os.environ.get(LIBRARY_VARIABLE) == _OFF
 
 
+def why_no_library() -> str:
+    """Why `find_library` finds none, in a few words; `diablo-export doctor` says what to do about it."""
+    note = Path(__file__).resolve().parent / "kernels" / "not_built.txt"  # left by the build of a pure Python wheel
+    if switched_off():
+        return f"switched off by {LIBRARY_VARIABLE}={_OFF}"
+    if note.is_file():
+        return f"not in this wheel: {note.read_text(encoding='utf-8').strip()}"
+    return "not built"
+
+
 def check_library(library: Path) -> None:
     """Load a library, as onnxruntime would.
 

@@ -56,15 +56,19 @@ def test_it_says_once_which_library(model: Path, library: Path, caplog: pytest.L
 def test_switched_off(model: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     monkeypatch.setenv(runtime.LIBRARY_VARIABLE, "off")
     assert y(runtime.session(model)) == 1
-    assert caplog.messages == ["kernels: switched off by DIABLO_KERNELS=off; branches run as standard operators"]
+    assert caplog.messages == ["kernels: none (switched off by DIABLO_KERNELS=off); branches run as standard operators"]
 
 
 def test_none_found(model: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     monkeypatch.delenv(runtime.LIBRARY_VARIABLE, raising=False)
     monkeypatch.setattr(runtime, "__file__", str(model))  # an installation that holds no library
     assert y(runtime.session(model)) == 1
+    (model.parent / "kernels").mkdir()
+    (model.parent / "kernels" / "not_built.txt").write_text("no C++ compiler\n")  # as the build leaves it
+    assert y(runtime.session(model)) == 1
     assert caplog.messages == [
-        "kernels: no library found (see diablo-export doctor); branches run as standard operators"
+        "kernels: none (not built); branches run as standard operators",
+        "kernels: none (not in this wheel: no C++ compiler); branches run as standard operators",
     ]
 
 
