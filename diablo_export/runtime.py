@@ -141,12 +141,7 @@ def _register_for(options: onnxruntime.SessionOptions, providers: Sequence[str])
     """Register what these providers can use, and say what it is, once a process."""
     library = find_library()
     if library is None:
-        why = (
-            f"switched off by {LIBRARY_VARIABLE}={_OFF}"
-            if switched_off()
-            else "no library found (see diablo-export doctor)"
-        )
-        return _say_once(f"kernels: {why}; branches run as standard operators")
+        return _say_once(f"kernels: none ({why_no_library()}); branches run as standard operators")
     about = describe_library(library)
     elsewhere = [name for name in providers if name != "CPUExecutionProvider"]
     if elsewhere and not (about.get("cuda") and elsewhere == ["CUDAExecutionProvider"]):
