@@ -185,6 +185,7 @@ def run_options(adapter: Adapters) -> onnxruntime.RunOptions | None:
     if not several:
         return None
     options = _classes()[1]()
+    options.adapters = several  # onnxruntime's do not keep them: once they are gone a run gives the base, silently
     for one in several:
         options.add_active_adapter(one.handle)
     return options

@@ -62,6 +62,12 @@ def test_adapters_of_several_block_counts_in_one_session(opened: Any, tmp_path: 
     assert runtime.run_options(None) is None and runtime.run_options([]) is None
 
 
+def test_options_keep_their_adapter(opened: Any, tmp_path: Path) -> None:
+    options = runtime.run_options(load(tmp_path, "a")[0])  # nobody else has it
+    tuned = opened.run(["y"], {"x": X}, options)[0]
+    np.testing.assert_allclose(tuned, wanted(random_blocks(4, seed=4)), rtol=0, atol=CLOSE)
+
+
 def test_an_adapter_does_not_silently_win_over_what_is_fed(opened: Any, tmp_path: Path) -> None:
     adapter, blocks = load(tmp_path, "a")
     for call in (runtime.run, runtime.bind):
