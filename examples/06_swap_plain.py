@@ -28,7 +28,7 @@ def generate(adapter: Path | None) -> list[int]:
     """The STEPS likeliest tokens after PROMPT, one by one, with the KV cache."""
     options = onnxruntime.RunOptions()
     if adapter is not None:
-        loaded = onnxruntime.LoraAdapter()
+        loaded = onnxruntime.LoraAdapter()  # to be kept: without it the options run the base, and nothing says so
         loaded.Load(str(adapter))
         options.add_active_adapter(loaded)
     # (batch, heads, past, head size)

@@ -18,12 +18,11 @@ from optimum.onnxruntime import ORTModelForCausalLM, ORTModelForSequenceClassifi
 
 def activate(model: Any, adapter: Path | None) -> None:
     """Have every later run of the model use this adapter, or none."""
-    options = onnxruntime.RunOptions()
+    options, session = onnxruntime.RunOptions(), model.session
     if adapter is not None:
-        loaded = onnxruntime.LoraAdapter()
-        loaded.Load(str(adapter))
-        options.add_active_adapter(loaded)
-    session = model.session
+        session.adapter = onnxruntime.LoraAdapter()  # the options do not keep it, and without it they run the base
+        session.adapter.Load(str(adapter))
+        options.add_active_adapter(session.adapter)
     session.run = functools.partial(type(session).run, session, run_options=options)
 
 
