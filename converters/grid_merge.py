@@ -34,6 +34,7 @@ from diablo_export.converters.onnx_file import MODEL
 from diablo_export.converters.onnx_groups import scale_type, write
 from diablo_export.converters.onnx_match import Match, match
 from diablo_export.converters.onnx_merge import add, put_head, refuse
+from diablo_export.errors import InputError
 from diablo_export.measure.exported_base import base_weight
 from diablo_export.measure.metrics import cosine
 from diablo_export.measure.onnx_runner import OnnxRunner, cache_shape
@@ -49,7 +50,7 @@ from diablo_export.trainer.moments import input_moments
 METHODS = ("auto", "rtn", "refit", "calibrated", "distilled")
 _LENGTH = 128  # tokens of a sequence
 _JUDGED, _MOMENTS, _FITTED = 16, 64, 240  # sequences: to measure on, to calibrate on, to distil on (those among them)
-_SAME = 0.98  # cosine of the network's logits and the file's: activations in int8 leave 0.999
+_SAME, _RELATED = 0.98, 0.8  # cosine of the network's logits and the file's: activations in int8 leave 0.999
 _TEXT_SHARE = 0.4  # of the seconds: for text, moments and measuring; the rest is for distilling
 
 Grids = dict[str, Grid]
@@ -105,7 +106,7 @@ def grid_merge(
     refuse(file, found.values())
     device = "cuda" if torch.cuda.is_available() else "cpu"
     made = grid_network(graph, folder, adapter, found, reference, device)
-    bench = _Bench(made, adapter, calibration, max_seconds, seed, float_base)
+    bench = _Bench(made, adapter, folder, reference, calibration, max_seconds, seed, float_base)
     tried: list[Tried] = []
     for one in bench.tries(method):
         tried.append(one)
@@ -118,9 +119,7 @@ def grid_merge(
     if not has_head:
         put_head(graph, adapter)
     ir.save(graph, file)
-    report = bench.report(tried, best, method, min_survival)
-    report["runtime_cosine"] = bench.against_runtime(best, folder)
-    return entries, report
+    return entries, bench.report(tried, best, method, min_survival)
 
 
 class _Bench:
@@ -130,13 +129,15 @@ class _Bench:
         self,
         made: GridNetwork,
         adapter: Adapter,
+        folder: Path,
+        reference: str | Path,
         calibration: str | Path | None,
         max_seconds: float,
         seed: int,
         float_base: Checkpoint | None,
     ) -> None:
         self.made, self.adapter, self._seed, self._float_base = made, adapter, seed, float_base
-        self._seconds = max_seconds
+        self._seconds, self._reference = max_seconds, reference
         self._pad = int(made.tokenizer.pad_token_id or 0)
         self._classifier = adapter.task_type == TASKS["text-classification"]
         self._calibration = calibration
@@ -144,6 +145,7 @@ class _Bench:
         self._most = budget.batch_tokens(made.network)
         self._per_token = self._measured_speed()
         self.text = self._first_text()
+        self._alike = self._against_runtime(folder)
         self._batch = max(1, self._most // self._longest(self.text.judged))
         self._judge = Judge(made.network, self.text.judged, self._batch, self._pad)
         self._wanted = {name: self._target(name, made.grids[name]) for name in made.grids}
@@ -176,25 +178,9 @@ class _Bench:
             "text": self.text.origin,
             "measured_on": f"{len(self.text.judged)} sequences, {sum(len(i.ids) for i in self.text.judged)} tokens",
             "reference": "the quantized base with the float branch, in torch",
+            "runtime_cosine": self._alike,
             "tried": [self._row(one, least) for one in tried],
         }
-
-    def against_runtime(self, best: Tried, folder: Path) -> float:
-        """Cosine of the network's logits and those of the written file in onnxruntime, on one sequence."""
-        for name, grid in best.grids.items():
-            self._layers[name].begin(grid)
-        item = max(self.text.judged, key=lambda each: len(each.ids))
-        with torch.inference_mode():
-            ours = logits(self.made.network, [item], self._pad, "grid").cpu().numpy()
-        runner = OnnxRunner(runtime.session(folder / MODEL), cache_shape=cache_shape(folder))
-        alike = cosine(ours, runner.prefill(item.ids.astype(np.int64)))
-        if alike < _SAME:
-            log.warning(
-                "the reference with the file's weights answers otherwise than the file in onnxruntime (cosine %.3f): "
-                "they differ outside of the linear layers, so the survival measured is not the file's; run parity",
-                alike,
-            )
-        return alike
 
     def _row(self, one: Tried, least: float) -> dict[str, Any]:
         changed, total = _changed(one.grids, self.made.grids)
@@ -276,6 +262,27 @@ class _Bench:
         yield Tried("distilled", finished, self._judge.measure(), time.perf_counter() - start, steps.steps)
 
     # --------------------------------------------------------------------------------------------------- the text
+
+    def _against_runtime(self, folder: Path) -> float:
+        """Cosine of the base's logits in the network and in onnxruntime, on one sequence.
+
+        Raises:
+            InputError: they are of two models.
+        """
+        item = max(self.text.judged, key=lambda each: len(each.ids))
+        with torch.inference_mode():
+            ours = logits(self.made.network, [item], self._pad, "base").cpu().numpy()
+        runner = OnnxRunner(runtime.session(folder / MODEL), cache_shape=cache_shape(folder))
+        alike = cosine(ours, runner.prefill(item.ids.astype(np.int64)))
+        said = f"{self._reference} with the file's int4 weights and the file in onnxruntime (cosine {alike:.3f})"
+        if not alike >= _RELATED:
+            raise InputError(
+                f"{said} are two different models: they differ outside of the adapted layers. Give the float model "
+                "that the file was made from as --reference, or choose --method rtn"
+            )
+        if alike < _SAME:
+            log.warning("%s give somewhat different logits; run parity for figures of the file itself", said)
+        return alike
 
     def _measured_speed(self) -> float:
         ids = np.random.default_rng(self._seed).integers(0, len(self.made.tokenizer), self._length).astype(np.int32)

@@ -1,0 +1,118 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from diablo_export.blockdiag import Array, BlockShape, add_to_weight, apply
+from diablo_export.quantization import quantize, unpack
+from diablo_export.requantize import Grid, rounded
+from diablo_export.trainer.grid import GridLinear, grid_layers, set_state
+
+SIZE, INPUTS, OUTPUTS = 16, 40, 24  # the last group is padded
+FLOAT32 = 1e-5  # sums of 40 products of order 1, in another order
+
+
+def grid(seed: int = 0, bits: int = 4) -> Grid:
+    whole = quantize(np.random.default_rng(seed).normal(size=(OUTPUTS, INPUTS)).astype(np.float32), bits, SIZE)
+    codes = unpack(whole.codes, bits, SIZE)
+    codes.reshape(OUTPUTS, -1)[:, INPUTS:] = 2 ** (bits - 1)
+    return Grid(codes, whole.scales, np.full(whole.scales.shape, 2 ** (bits - 1), np.uint8), bits, True)
+
+
+def weight(of: Grid) -> Array:
+    return of.values().reshape(OUTPUTS, -1)[:, :INPUTS]
+
+
+def layer(num_blocks: int = 4, bits: int = 4) -> tuple[GridLinear, Grid, Array]:
+    shape = BlockShape.for_linear(INPUTS, OUTPUTS, num_blocks)
+    blocks = np.random.default_rng(1).normal(0, 0.3, shape.blocks).astype(np.float32)
+    made = grid(bits=bits)
+    return GridLinear(nn.Linear(INPUTS, OUTPUTS), shape, blocks, made), made, blocks
+
+
+def outputs(one: GridLinear, state: str, x: Array) -> Array:
+    set_state(one, state)  # type: ignore[arg-type]
+    with torch.no_grad():
+        assert one.bias is not None
+        return np.asarray((one(torch.from_numpy(x)) - one.bias).numpy())
+
+
+@pytest.mark.parametrize("num_blocks", [3, 4])  # 3: blocks padded and ending within a group
+def test_three_states(num_blocks: int) -> None:
+    one, made, blocks = layer(num_blocks)
+    x = np.random.default_rng(2).normal(size=(2, 5, INPUTS)).astype(np.float32)
+    base = x @ weight(made).T
+    np.testing.assert_allclose(outputs(one, "base", x), base, atol=FLOAT32)
+    np.testing.assert_allclose(outputs(one, "branch", x), apply(x, blocks, OUTPUTS, base), atol=FLOAT32)
+    np.testing.assert_allclose(outputs(one, "grid", x), base, atol=FLOAT32)  # nothing trained yet
+    other = rounded(made.values() + 0.1, made)
+    one.begin(other)
+    np.testing.assert_allclose(outputs(one, "grid", x), x @ weight(other).T, atol=FLOAT32)
+    np.testing.assert_allclose(outputs(one, "base", x), base, atol=FLOAT32)
+
+
+@pytest.mark.parametrize("num_blocks", [3, 4])
+def test_what_is_trained_is_what_is_written(num_blocks: int) -> None:
+    one, made, _ = layer(num_blocks)
+    assert one.latent is not None
+    x = np.random.default_rng(2).normal(size=(7, INPUTS)).astype(np.float32)
+    before = outputs(one, "grid", x)
+    with torch.no_grad():
+        one.latent += torch.from_numpy(np.random.default_rng(3).normal(0, 2, one.shape.blocks).astype(np.float32))
+    one.project()
+    finished = one.finish()
+    np.testing.assert_allclose(outputs(one, "grid", x), x @ weight(finished).T, atol=FLOAT32)
+    assert np.abs(before - outputs(one, "grid", x)).max() > 1
+    assert finished.codes.max() <= 15 and np.array_equal(finished.scales, made.scales)
+    under = np.zeros((OUTPUTS, INPUTS), np.bool_)
+    for inputs, rows in one.shape.slices():
+        under[rows, inputs] = True
+    changed = (finished.codes != made.codes).reshape(OUTPUTS, -1)[:, :INPUTS]
+    assert changed[under].mean() > 0.5 and not changed[~under].any()
+
+
+def test_latents_begin_near_the_target_and_round_to_the_grid() -> None:
+    one, made, blocks = layer()
+    target = add_to_weight(weight(made), blocks)
+    one.begin(made, target)
+    assert np.array_equal(one.finish().codes, made.codes)
+    assert one.latent is not None
+    moved = one.latent.detach().numpy() - one.latent.detach().round().numpy()
+    scales = np.repeat(made.scales, SIZE, 1)
+    inputs, rows = next(iter(one.shape.slices()))
+    wanted = np.clip(blocks[0] / scales[rows, inputs].T, -0.45, 0.45)
+    codes = made.codes.reshape(OUTPUTS, -1)[rows, inputs].T
+    inside = (codes > 0) & (codes < 15)  # at its ends the range stops it
+    np.testing.assert_allclose(moved[0][inside], wanted[inside], atol=1e-4)  # of a code, at codes up to 15
+
+
+def test_straight_through() -> None:
+    one, _, _ = layer()
+    assert one.latent is not None
+    x = torch.randn(3, INPUTS)
+    one(x).sum().backward()
+    gradient = one.latent.grad
+    assert gradient is not None
+    inputs, rows = next(iter(one.shape.slices()))
+    scale = torch.from_numpy(np.repeat(grid().scales, SIZE, 1)[rows, inputs].T.copy())
+    torch.testing.assert_close(gradient[0], x.sum(0)[inputs, None] * scale, rtol=1e-4, atol=1e-5)
+
+
+def test_a_float_layer_is_exact() -> None:
+    shape = BlockShape.for_linear(INPUTS, OUTPUTS, 4)
+    one = GridLinear(nn.Linear(INPUTS, OUTPUTS), shape, np.ones(shape.blocks, np.float32), None)
+    x = np.random.default_rng(2).normal(size=(3, INPUTS)).astype(np.float32)
+    assert one.latent is None
+    assert np.array_equal(outputs(one, "grid", x), outputs(one, "branch", x))
+    assert "float" in repr(one)
+
+
+def test_layers_of_a_network() -> None:
+    one, _, _ = layer()
+    network = nn.Sequential(nn.Linear(INPUTS, INPUTS), one)
+    assert list(grid_layers(network)) == ["1"]
+    set_state(network, "base")
+    assert one.state == "base"
+    assert "4 bits" in repr(network)

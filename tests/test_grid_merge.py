@@ -1,0 +1,241 @@
+"""Merges that measure: methods, what they leave alone, what they report, and what they refuse."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+from click.testing import Result
+
+from diablo_export.adapter import Adapter, file_sha256
+from diablo_export.converters import budget, grid_merge
+from diablo_export.converters.merge import merge
+from diablo_export.converters.onnx_linears import linears
+from diablo_export.converters.onnx_match import match
+from diablo_export.errors import AdapterError, DataError, InputError
+from diablo_export.manifest import read_manifest
+from tests import tiny
+from tests.test_onnx_merge import grid, touched
+
+Get = Callable[..., Path]
+Run = Callable[..., Result]
+
+
+@pytest.fixture(autouse=True)
+def little_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Enough to run every line: quality is measured on real models, by examples/benchmarks/merge_methods.py."""
+    monkeypatch.setattr(grid_merge, "_JUDGED", 2)
+    monkeypatch.setattr(grid_merge, "_MOMENTS", 4)
+    monkeypatch.setattr(grid_merge, "_FITTED", 6)
+    monkeypatch.setattr(budget, "STEPS", 40)
+    monkeypatch.setattr(budget, "BATCH_TOKENS", 128)
+    monkeypatch.setattr(budget, "_LEAST_TOKENS", 64)
+
+
+def rows(manifest: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    return {row["method"]: row for row in manifest["survival"]["tried"]}
+
+
+@pytest.mark.parametrize("method", ["refit", "calibrated", "distilled"])
+def test_an_int4_model_changes_in_touched_groups_only(
+    method: str, genai_graph: Get, tiny_adapter: Get, tmp_path: Path
+) -> None:
+    given = genai_graph("llama", "int4")
+    manifest = merge(given.parent, tiny_adapter("llama"), tmp_path / "out", method=method, min_survival=0.1)
+    adapter, model = Adapter.load(tiny_adapter("llama")), ir.load(given)
+    after = {layer.name: layer for layer in linears(ir.load(tmp_path / "out/model.onnx"))}
+    free = {
+        layer.name: np.ones((layer.out_features, -(-layer.in_features // 32)), np.bool_) for layer in after.values()
+    }
+    for name, one in match(model, adapter.modules).items():
+        (piece,) = one.pieces
+        met = touched(adapter.modules[name].shape, 32)
+        free[piece.linear.name][piece.start : piece.stop] &= ~met  # q, k and v share a node
+        entry = next(entry for entry in manifest["modules"] if entry["name"] == name)
+        assert (entry["touched_groups"], entry["codes"]) == (met.sum(), met.size * 32)
+    for layer in linears(model):
+        old, new = grid(layer), grid(after[layer.name])
+        assert np.array_equal(old.codes[free[layer.name]], new.codes[free[layer.name]])
+        assert np.array_equal(old.scales[free[layer.name]], new.scales[free[layer.name]])
+    changed = rows(manifest)[method]
+    assert changed["codes_changed"] > 0.01
+    before, now = given.with_suffix(".onnx.data").read_bytes(), (tmp_path / "out/model.onnx.data").read_bytes()
+    assert len(before) == len(now)
+    inside = np.zeros(len(before), np.bool_)
+    for layer in linears(model):
+        for value in (layer.weight, layer.scales):
+            assert value is not None and isinstance(value.const_value, ir.ExternalTensor)
+            offset, length = value.const_value.offset or 0, value.const_value.length or 0
+            inside[offset : offset + length] = not free[layer.name].all()
+    differ = np.frombuffer(before, np.uint8) != np.frombuffer(now, np.uint8)
+    assert differ.any() and not differ[~inside].any()
+
+
+def test_auto_takes_the_cheapest_that_holds(tiny_model: Get, tiny_adapter: Get, tmp_path: Path) -> None:
+    manifest = merge(tiny_model("llama"), tiny_adapter("llama"), tmp_path / "out", quantize="int4", min_survival=0.8)
+    survival = manifest["survival"]
+    assert [row["method"] for row in survival["tried"]] == ["rtn"] == [survival["method"]]
+    assert survival["passed"] and survival["tried"][0]["holds"]
+    assert "sampled from the tuned model" in survival["text"]
+    # the network that was measured is the file: int8 activations are what is left between the two
+    assert survival["runtime_cosine"] > 0.998
+    assert manifest == read_manifest(tmp_path / "out")
+    for name, entry in manifest["files"].items():
+        assert entry["sha256"] == file_sha256(tmp_path / "out" / name)
+    modules = survival["tried"][0]["modules"]
+    assert modules.keys() == Adapter.load(tiny_adapter("llama")).modules.keys()
+    assert all(0.8 < module["gain"] < 1.2 and module["cosine"] > 0.8 for module in modules.values())
+    # and what was measured is what rounding gives
+    merge(tiny_model("llama"), tiny_adapter("llama"), tmp_path / "rtn", quantize="int4", method="rtn")
+    assert (tmp_path / "rtn/model.onnx.data").read_bytes() == (tmp_path / "out/model.onnx.data").read_bytes()
+
+
+def test_what_misses_stays_and_is_marked(run: Run, tiny_model: Get, tiny_adapter: Get, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    arguments = ("merge", "-m", tiny_model("llama"), "-a", tiny_adapter("llama"), "--quantize", "int4", "-o", out)
+    result = run(*arguments, "--min-survival", 0.999)
+    assert result.exit_code == 1
+    assert "the fine-tune does not survive as asked: gain" in result.stderr
+    assert "survival on 6 sequences of 128 tokens, sampled from the tuned model" in result.stdout
+    survival = read_manifest(out)["survival"]
+    assert not survival["passed"]
+    tried = [row["method"] for row in survival["tried"]]
+    assert tried == ["rtn", "refit", "calibrated", "distilled"]
+    assert survival["method"] == min(survival["tried"], key=lambda row: row["kl"])["method"] != "rtn"
+    as_json = run(*arguments, "--min-survival", 0.999, "--overwrite", "--method", "refit", "--json")
+    assert as_json.exit_code == 1
+    assert json.loads(as_json.stdout)["survival"]["method"] == "refit"
+
+
+def test_calibration_data(tiny_model: Get, tiny_adapter: Get, tmp_path: Path) -> None:
+    lines = [json.dumps({"text": f"the {animal} sat on the log and the mat"}) for animal in ("cat", "dog", "hen")]
+    (tmp_path / "text.jsonl").write_text("\n".join(lines * 20))
+    arguments: Any = (tiny_model("llama"), tiny_adapter("llama"), tmp_path / "out")
+    manifest = merge(
+        *arguments, quantize="int4", calibration=tmp_path / "text.jsonl", method="calibrated", min_survival=0.1
+    )
+    assert f"sequences of {tmp_path / 'text.jsonl'}" in manifest["survival"]["text"]
+    assert manifest["options"]["calibration"] == str(tmp_path / "text.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"), [("", "holds no examples"), ("one sequence", "is one sequence of 128 tokens at most")]
+)
+def test_too_little_calibration_data(
+    content: str, message: str, tiny_model: Get, tiny_adapter: Get, tmp_path: Path
+) -> None:
+    (tmp_path / "text.txt").write_text(content)
+    with pytest.raises(DataError, match=message):
+        merge(
+            tiny_model("llama"), tiny_adapter("llama"), tmp_path / "out", quantize="int4",
+            calibration=tmp_path / "text.txt",
+        )  # fmt: skip
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"quantize": "int4", "method": "gptq"}, "method is 'gptq'; choose one of auto, rtn, refit, calibrated, dist"),
+        ({"quantize": "int4", "min_survival": 1.5}, "min_survival is 1.5; it must be between 0 and 1"),
+        ({"quantize": "int4", "max_seconds": 0}, "max_seconds is 0; it must be above 0"),
+        ({"quantize": "int4", "method": "rtn", "calibration": "x"}, "--calibration is not looked at by --method rtn"),
+        ({"method": "auto"}, "--method and --calibration are for quantized weights, and --quantize none"),
+        ({"quantize": "int4", "reference": "x"}, "--reference is for an ONNX --model"),
+    ],
+)
+def test_options_that_do_not_fit(
+    options: dict[str, Any], message: str, tiny_model: Get, tiny_adapter: Get, tmp_path: Path
+) -> None:
+    with pytest.raises(InputError, match=message):
+        merge(tiny_model("llama"), tiny_adapter("llama"), tmp_path / "out", **options)
+    assert not any(tmp_path.iterdir())
+
+
+def test_the_reference_must_be_the_adapters_base(
+    genai_graph: Get, tiny_model: Get, tiny_adapter: Get, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    given = genai_graph("llama", "int4").parent
+    with pytest.raises(InputError, match=r"--method auto runs the float model(.|\n)*does not belong to the model"):
+        merge(given, tiny_adapter("llama"), tmp_path / "out", reference=tiny_model("qwen2"))
+    with pytest.raises(InputError, match="are two different models: they differ outside of the adapted layers"):
+        merge(given, tiny_adapter("llama"), tmp_path / "out", reference=tiny_model("llama-tied"))  # other embeddings
+    nowhere = tiny.make_adapter(tiny_model("llama"), tmp_path / "adapter")
+    config = json.loads((nowhere / "adapter_config.json").read_text())
+    config["base_model_name_or_path"] = None
+    (nowhere / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(InputError, match=r"--method calibrated .*the adapter does not name its base.*--reference"):
+        merge(given, nowhere, tmp_path / "out", method="calibrated")
+    with caplog.at_level(logging.WARNING, logger="diablo_export"):
+        manifest = merge(given, nowhere, tmp_path / "out")
+    assert "rounded to the nearest, and what is left of the fine-tune not measured" in caplog.text
+    assert (manifest["options"]["method"], "survival" in manifest) == ("rtn", False)
+    named = merge(
+        given, nowhere, tmp_path / "out", overwrite=True, reference=tiny_model("llama"), method="refit",
+        min_survival=0.1,
+    )  # fmt: skip
+    assert named["survival"]["method"] == "refit"
+
+
+def test_an_adapter_of_another_base(tiny_model: Get, tiny_adapter: Get, tmp_path: Path) -> None:
+    with pytest.raises(AdapterError, match="does not belong to the model"):
+        merge(tiny_model("llama-tied"), tiny_adapter("qwen2"), tmp_path / "out", quantize="int4")
+    assert not any(tmp_path.iterdir())
+
+
+def test_groups_that_straddle_blocks(tiny_model: Get, tmp_path: Path) -> None:
+    adapter = tiny.make_adapter(tiny_model("llama"), tmp_path / "adapter", num_blocks=3)
+    arguments: Any = (tiny_model("llama"), adapter, tmp_path / "out")
+    manifest = merge(*arguments, quantize="int4", method="refit", min_survival=0.1)
+    disturbed = {entry["name"].rpartition(".")[2]: entry["disturbed_weights"] for entry in manifest["modules"]}
+    assert disturbed["up_proj"] > 0  # 64 inputs in blocks of 22: groups of 32 reach beyond them
+    assert disturbed["down_proj"] == 0  # 96 inputs in blocks of 32
+
+
+def test_a_device_that_is_too_small(
+    tiny_model: Get,
+    tiny_adapter: Get,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    arguments: Any = (tiny_model("llama"), tiny_adapter("llama"), tmp_path / "out")
+    with caplog.at_level(logging.WARNING, logger="diablo_export"):
+        slow = merge(*arguments, quantize="int4", min_survival=0.999, max_seconds=0.01)
+    assert "not distilled: 40 steps of 64 tokens would take about" in caplog.text
+    assert list(rows(slow)) == ["rtn", "refit", "calibrated"]
+    monkeypatch.setattr("diablo_export.converters.sizes._COPIES", 1e12)
+    with pytest.raises(InputError, match=r"--method auto: the model in torch takes about .* GB of memory"):
+        merge(*arguments, quantize="int4", method="auto", overwrite=True)
+    with caplog.at_level(logging.WARNING, logger="diablo_export"):
+        small = merge(*arguments, quantize="int4", overwrite=True)
+    assert small["options"]["method"] == "rtn" and "not measured: the model in torch takes about" in caplog.text
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", ["bert", "gpt2", "qwen2", "phi3", "gemma3"])
+def test_other_architectures(architecture: str, tiny_model: Get, tiny_adapter: Get, tmp_path: Path) -> None:
+    manifest = merge(
+        tiny_model(architecture), tiny_adapter(architecture), tmp_path / "out", quantize="int4", method="calibrated",
+        min_survival=0.1,
+    )  # fmt: skip
+    survival = manifest["survival"]
+    assert survival["passed"]
+    assert survival["runtime_cosine"] > 0.98  # the network that was measured is the file
+    assert ("random tokens" in survival["text"]) == (architecture == "bert")
+
+
+@pytest.mark.slow
+def test_asymmetric_and_half_precision(tiny_model: Get, tiny_adapter: Get, tmp_path: Path) -> None:
+    arguments: Any = (tiny_model("qwen2"), tiny_adapter("qwen2"))
+    for number, options in enumerate(({"asymmetric": True}, {"precision": "fp16"})):
+        manifest = merge(
+            *arguments, tmp_path / str(number), quantize="int4", method="calibrated", min_survival=0.1, **options
+        )
+        assert manifest["survival"]["runtime_cosine"] > 0.98
