@@ -151,9 +151,8 @@ def _of_runtimes(report: Mapping[str, Any], installed: set[str]) -> Iterator[Pro
 
 def _of_kernels(kernels: Mapping[str, Any], tools: Sequence[Mapping[str, Any]]) -> Iterator[Problem]:
     if kernels["error"]:
-        # an error that names the library says it all
         named = f"{kernels['library']}: " if (kernels["library"] or "") not in kernels["error"] else ""
-        yield _problem(BROKEN, f"the kernel library does not work: {named}{kernels['error']}", _build_command(tools))
+        yield _problem(BROKEN, f"kernels: {named}{kernels['error']}", _build_command(tools))
     elif kernels["max_error"]:
         for provider, error in kernels["max_error"].items():
             if not error <= _TOLERANCE:

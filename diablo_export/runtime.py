@@ -123,7 +123,8 @@ def _entry(library: Path, name: str) -> Any:
     try:
         return getattr(ctypes.CDLL(str(library)), name)
     except OSError as error:
-        raise InputError(f"{library}: the kernel library cannot be loaded: {error}; build it again") from error
+        why = str(error).removeprefix(f"{library}: ")
+        raise InputError(f"{library}: cannot be loaded as a library: {why}; build it again") from error
     except AttributeError as error:
         raise InputError(f"{library}: exports no {name}: not a library of operators for onnxruntime") from error
 
