@@ -6,7 +6,12 @@ BIN := $(VENV)/bin
 TORCH ?= torch==2.13.0
 READY := $(VENV)/.ready
 
-.PHONY: setup demo test test-fast lint wheel-check benchmarks clean
+# What the tests of other runtimes need: node 20 or later brings the first, an environment of its own is the second.
+RUNTIMES := build/runtimes
+NPM := $(RUNTIMES)/node_modules/.ready
+OPTIMUM := $(RUNTIMES)/optimum/.ready
+
+.PHONY: setup demo test test-fast test-runtimes npm optimum lint wheel-check benchmarks clean
 
 demo: $(READY)  ## the whole road on a small model made on the spot
 	$(BIN)/diablo-export demo --output out/demo --overwrite
@@ -16,6 +21,27 @@ test: lint  ## everything CI runs on the code
 
 test-fast: $(READY)  ## without the tests marked slow
 	$(BIN)/python -m pytest -m "not slow"
+
+test-runtimes: $(READY) npm optimum  ## exports in node, a browser, optimum, genai and C++: nothing is skipped
+	cmake -S kernels -B kernels/build -DCMAKE_BUILD_TYPE=Release
+	cmake --build kernels/build --parallel
+	DIABLO_RUNTIMES=all $(BIN)/python -m pytest -m runtimes tests/runtimes --durations=15
+
+npm: $(NPM)
+
+optimum: $(OPTIMUM)
+
+$(NPM): tests/runtimes/package.json tests/runtimes/package-lock.json
+	mkdir -p $(RUNTIMES)
+	cp $^ $(RUNTIMES)
+	cd $(RUNTIMES) && npm ci --ignore-scripts --no-audit --no-fund
+	touch $@
+
+$(OPTIMUM): tests/runtimes/requirements-optimum.txt
+	$(PYTHON) -m venv $(RUNTIMES)/optimum
+	$(if $(TORCH),$(RUNTIMES)/optimum/bin/pip install --quiet $(TORCH))
+	$(RUNTIMES)/optimum/bin/pip install --quiet --requirement $<
+	touch $@
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -37,8 +37,8 @@ def need(tool: str, there: object, how: str) -> None:
 
 def npm(package: str = "") -> Path:
     """The folder with node_modules; node 20 or later must be on the path."""
-    how = "install node 20 or later, then: make build/runtimes/node_modules"
-    need("npm", shutil.which("node") and (PLACE / "node_modules" / package).is_dir(), how)
+    how = "install node 20 or later, then: make npm"
+    need("npm", shutil.which("node") and (PLACE / "node_modules" / (package or ".ready")).exists(), how)
     return PLACE
 
 
@@ -67,7 +67,7 @@ def browser(folder: Path, **job: Any) -> Any:
 def optimum() -> Path:
     """The Python of the environment with optimum."""
     python = PLACE / "optimum" / "bin" / "python"
-    need("optimum", (PLACE / "optimum" / ".ready").is_file(), "run: make build/runtimes/optimum/.ready")
+    need("optimum", (PLACE / "optimum" / ".ready").is_file(), "run: make optimum")
     return python
 
 
