@@ -6,6 +6,9 @@ The environment variable DIABLO_KERNELS_BUILD says what to do about the kernels:
     require  build them or fail
     off      leave them out
 
+CMAKE_ARGS holds further arguments of CMake; CUDA kernels are built only where they are asked for there, with
+`-DDIABLO_CUDA=ON`.
+
 The library links no Python, so one wheel, tagged py3-none-<platform>, serves every version of it. Only the hook
 `get_requires_for_build_wheel` differs from setuptools' own: CMake and ninja come from the package registry where the
 machine has a compiler but not them.
@@ -14,6 +17,7 @@ machine has a compiler but not them.
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -86,6 +90,7 @@ def _build(target: Path) -> str | None:
             ["cmake", "--build", work, "--config", "Release", "--parallel", str(os.cpu_count() or 1)],
             ["cmake", "--install", work, "--prefix", str(target), "--strip"],
         ]
+        steps[0] += ["-DDIABLO_CUDA=OFF", *shlex.split(os.environ.get("CMAKE_ARGS", ""))]
         if not shutil.which("make") and shutil.which("ninja"):
             steps[0] += ["-G", "Ninja"]
         for step in steps:

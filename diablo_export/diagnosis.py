@@ -6,6 +6,7 @@ Heavy packages are known by their metadata alone. onnxruntime and the kernel lib
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -80,7 +81,9 @@ def _check() -> dict[str, Any]:
         lines, error = (expired.stdout or b"").decode().splitlines(), f"no answer within {_PATIENCE} s"
     found: dict[str, Any] = {}
     for line in lines:
-        found |= json.loads(line)
+        with contextlib.suppress(ValueError):  # onnxruntime prints as well, and a line may be cut short
+            said = json.loads(line)
+            found |= said if isinstance(said, dict) else {}
     error = found.get("error", error)
     runs = "body_error" in found  # up to there it is onnxruntime's doing, from there the library's
     return {
@@ -143,10 +146,9 @@ def _of_runtimes(report: Mapping[str, Any], installed: set[str]) -> Iterator[Pro
     if runtime["body_error"] is not None and not runtime["body_error"] <= _TOLERANCE:
         what = f"onnxruntime {runtime['version']} computes the branch with an error of {runtime['body_error']:.2g}"
         yield _problem(BROKEN, what, f"pip install --force-reinstall {several[0] if several else 'onnxruntime'}")
-    unusable = [name for name in runtime["providers"] if name not in runtime["usable"]]
-    if unusable and report["gpus"] and not runtime["error"]:
+    if "CUDAExecutionProvider" in set(runtime["providers"]) - set(runtime["usable"]) and report["gpus"]:
         fix = 'pip install "onnxruntime-gpu[cuda,cudnn]", and a driver that is as young'
-        yield _problem(CONFLICT, f"{', '.join(unusable)} cannot be used: its libraries do not load", fix)
+        yield _problem(CONFLICT, "the CUDAExecutionProvider cannot be used: its libraries do not load", fix)
 
 
 def _of_kernels(kernels: Mapping[str, Any], tools: Sequence[Mapping[str, Any]]) -> Iterator[Problem]:

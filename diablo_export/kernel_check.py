@@ -32,7 +32,7 @@ def checks() -> Iterator[dict[str, Any]]:
     providers = ort.get_available_providers()
     yield {"onnxruntime": ort.__version__, "providers": providers}
     feeds = _feeds()
-    yield {"usable": [name for name in providers if name not in (CPU, CUDA) or _opens(name)]}
+    yield {"usable": [name for name in providers if name == CPU or _opens(name)]}
     yield {"body_error": _error(_session(one_node(opschema.function()), CPU, library=False), feeds)}
     library = runtime.find_library()
     yield {"library": str(library) if library else None, **({} if library else {"reason": runtime.why_no_library()})}
