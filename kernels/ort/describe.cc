@@ -2,7 +2,7 @@
 #include "diablo/block_diag.h"
 #include "export.h"
 
-#ifdef DIABLO_CUDA
+#ifdef DIABLO_WITH_CUDA
 #define DIABLO_HAS_CUDA "true"
 #else
 #define DIABLO_HAS_CUDA "false"
