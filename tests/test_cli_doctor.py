@@ -118,6 +118,19 @@ def test_a_library_with_wrong_numbers(library: Path, tmp_path: Path) -> None:
     assert report(done)["onnxruntime"]["body_error"] < 1e-5
 
 
+def test_a_library_that_registers_nothing_and_prints(tmp_path: Path) -> None:
+    """Where no kernel takes its place, the check's function body leaves the blocks out."""
+    compiler, file = shutil.which("cc"), tmp_path / "empty.so"
+    if compiler is None:
+        pytest.skip("no C compiler")
+    (tmp_path / "empty.c").write_text(
+        '#include <stdio.h>\nvoid* RegisterCustomOps(void* o, void* b) { puts("{1"); fflush(stdout); return 0; }\n'
+    )
+    subprocess.run([compiler, "-shared", "-fPIC", "-o", str(file), str(tmp_path / "empty.c")], check=True)
+    done = doctor("--json", DIABLO_KERNELS=str(file))
+    assert done.returncode == 1 and f"the kernel library {file} is wrong by" in said(report(done), "broken")
+
+
 def test_kernels_switched_off() -> None:
     found = report(doctor("--json", DIABLO_KERNELS="off"))
     assert found["verdict"] == "ok" and found["kernels"]["library"] is None
