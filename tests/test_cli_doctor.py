@@ -12,6 +12,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import onnxruntime
 import pytest
 
 from diablo_export import runtime
@@ -152,6 +153,20 @@ def test_packages_that_do_not_go_together(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout  # they lie badly, and work
     assert "onnxruntime and onnxruntime-gpu overwrite each other's files → pip uninstall -y" in conflicts
     assert "optimum-onnx 0.1.0 does not work with transformers 5." in conflicts
+
+
+def test_a_gpu_that_nothing_uses(tmp_path: Path) -> None:
+    """nvidia-smi is what says so; here a program that says what it says on a machine with one."""
+    if "CUDAExecutionProvider" in onnxruntime.get_available_providers():
+        pytest.skip("this onnxruntime is built for GPUs")
+    smi = tmp_path / "nvidia-smi"
+    smi.write_text("#!/bin/sh\necho 'NVIDIA L4, 23034, 570.86.15, 8.9'\n")
+    smi.chmod(0o755)
+    found = report(doctor("--json", PATH=f"{tmp_path}{os.pathsep}{os.environ['PATH']}"))
+    assert [gpu["name"] for gpu in found["gpus"]] == ["NVIDIA L4"] and found["verdict"] == "ok"
+    assert f"onnxruntime {onnxruntime.__version__} is built for the CPU; there is a GPU → pip uninstall" in said(
+        found, "conflict"
+    )
 
 
 def test_packages_that_are_too_old(tmp_path: Path) -> None:
