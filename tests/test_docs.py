@@ -108,7 +108,7 @@ def test_examples_run_in_order(
     workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     model, train, test = (str(workplace / name) for name in ("model", "train.jsonl", "test.jsonl"))
-    given = {"01": [model, train], "02": [model], "03": [model], "04": [test], "05": [model]}
+    given = {"01": [model, train], "02": [model], "03": [model], "04": [test], "05": [model], "06": ["branch"]}
     scripts = sorted((ROOT / "examples").glob("[0-9]*.py"))
     assert [script.name[:2] for script in scripts] == list(given)
     folder = workplace / "examples"

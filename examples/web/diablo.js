@@ -40,7 +40,8 @@ export function tensors(ort, bytes) {
   for (const [name, { dtype, shape, data_offsets: [from, to] }] of Object.entries(header)) {
     const type = TYPES[dtype];
     if (!type) throw new Error(`${name} is ${dtype}; known are ${Object.keys(TYPES).join(", ")}`);
-    const values = bytes.slice(start + from, start + to); // a copy begins where any type may begin
+    // a copy, which begins where any type may begin; the slice of node's Buffer would be none
+    const values = Uint8Array.prototype.slice.call(bytes, start + from, start + to);
     made[name] = new ort.Tensor(type, new (array(type))(values.buffer), shape);
   }
   return made;

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -21,9 +22,10 @@ Run = Callable[..., subprocess.CompletedProcess[str]]
 def swap(tmp_path_factory: pytest.TempPathFactory) -> Run:
     """swap(folder, more arguments…) runs the example on PROMPT for STEPS tokens."""
     program = tmp_path_factory.mktemp("cpp") / "swap"
-    source = tools.ROOT / "examples/cpp/swap.cpp"
-    flags = ["-std=c++17", "-O1", "-Wall", "-Wextra", "-Wpedantic", "-Werror"]
-    subprocess.run([tools.compiler(), *flags, str(source), "-ldl", "-o", str(program)], check=True)
+    line = re.search(r"^\$ c\+\+ (.*) -o swap$", (tools.ROOT / "docs/runtimes.md").read_text(), re.MULTILINE)
+    assert line, "the command that the documentation gives"
+    flags = [*line[1].split(), "-Wall", "-Wextra", "-Wpedantic", "-Werror", "-o", str(program)]
+    subprocess.run([tools.compiler(), *flags], check=True, cwd=tools.ROOT)
     (library,) = (Path(onnxruntime.__file__).parent / "capi").glob("libonnxruntime.*[0-9]*")
 
     def run(folder: Path, *arguments: object) -> subprocess.CompletedProcess[str]:
