@@ -20,7 +20,7 @@ test: lint  ## everything CI runs on the code
 	$(BIN)/python -m pytest --durations=15
 
 test-fast: $(READY)  ## without the tests marked slow
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow and not runtimes"
 
 test-runtimes: $(READY) npm optimum  ## exports in node, a browser, optimum, genai and C++: nothing is skipped
 	cmake -S kernels -B kernels/build -DCMAKE_BUILD_TYPE=Release

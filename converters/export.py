@@ -238,11 +238,11 @@ def _branch(
         for module, off in storage_errors(name, adapter, values).items():
             entries[module].setdefault("block_error", {})[name] = off
         if web:
-            onnx_web.write_safetensors(folder / _file(name, web), values)
+            onnx_web.write_safetensors(folder / _file(name, web), values, base)
         else:
             write_onnx_adapter(folder / _file(name, web), values, base)
     if web:
-        onnx_web.write_safetensors(folder / _file(onnx_web.NO_ADAPTER, web), none)
+        onnx_web.write_safetensors(folder / _file(onnx_web.NO_ADAPTER, web), none, base)
         onnx_web.leave_out_genai(folder)
     return list(entries.values()), base
 

@@ -14,6 +14,7 @@ import numpy as np
 import onnx_ir as ir
 from safetensors.numpy import save
 
+from diablo_export.block_storage import BASE_KEY
 from diablo_export.blockdiag import Array
 from diablo_export.errors import InputError
 
@@ -46,11 +47,12 @@ def require_inputs(model: ir.Model) -> dict[str, Array]:
     return values
 
 
-def write_safetensors(file: Path, parameters: Mapping[str, Array]) -> None:
-    """Write what to feed, a tensor for each graph input under the input's name."""
+def write_safetensors(file: Path, parameters: Mapping[str, Array], base: str) -> None:
+    """Write what to feed, a tensor for each graph input under the input's name, and the SHA-256 of the base."""
     file.parent.mkdir(exist_ok=True)
     # not save_file, whose files only their owner may read: these are for a web server
-    file.write_bytes(save({name: np.ascontiguousarray(value) for name, value in parameters.items()}))
+    values = {name: np.ascontiguousarray(value) for name, value in parameters.items()}
+    file.write_bytes(save(values, {BASE_KEY: base}))
 
 
 def leave_out_genai(folder: Path) -> None:

@@ -8,6 +8,7 @@ import numpy as np
 import onnx
 import pytest
 from click.testing import Result
+from safetensors import safe_open
 from safetensors.numpy import load_file
 
 from diablo_export.converters.export import export
@@ -33,6 +34,19 @@ def test_fed_from_safetensors_it_is_the_other_export(architecture: str, quantize
         run()
 
 
+@pytest.mark.parametrize("block_dtype", ["int8", "fp16"])
+def test_blocks_in_fewer_bits(block_dtype: str, tiny_model: Get, tiny_adapter: Get, tmp_path: Path) -> None:
+    for for_ in ("ort", "web"):
+        export(tiny_model("llama"), {"a": tiny_adapter("llama")}, tmp_path / for_, block_dtype=block_dtype, for_=for_)
+    wanted, run = runner(tmp_path / "ort/model.onnx"), runner(tmp_path / "web/model.onnx")
+    for name, adapter in (("a", tmp_path / "ort/adapters/a.onnx_adapter"), ("base", None)):
+        fed = load_file(tmp_path / f"web/adapters/{name}.safetensors")
+        np.testing.assert_array_equal(run(more=fed), wanted(adapter))
+    report = parity(tmp_path / "web", **SMALL)
+    # rounded blocks are a finding of their own, on which the other export's parity decides
+    assert report["adapter"]["alive"] and report["adapter"]["survival_cosine"] > 0.99
+
+
 def test_what_the_folder_holds(exported: Get) -> None:
     folder = exported("bert", for_="web")
     manifest = read_manifest(folder)
@@ -46,6 +60,10 @@ def test_what_the_folder_holds(exported: Get) -> None:
     files = {name: load_file(folder / f"adapters/{name}.safetensors") for name in ("a", "b", "base")}
     fed = {"input_ids", "attention_mask", "token_type_ids"}
     assert all(values.keys() == inputs - fed for values in files.values())
+    for name in files:
+        with safe_open(folder / f"adapters/{name}.safetensors", "np") as opened:
+            assert opened.metadata() == {"diablo.base": manifest["diablo.base"]}
+    assert (folder / "adapters/a.safetensors").stat().st_mode & 0o444 == 0o444, "a web server must read it"
     for name, value in files["base"].items():  # no blocks, and the first adapter's head
         if name.endswith(".diablo_blocks"):
             assert value.shape == (0, 0, 0)

@@ -25,16 +25,24 @@ export async function open(ort, read, options = {}) {
   if (manifest.for !== "web") throw new Error("not an export for the web; make it with: diablo-export export --for web");
   const data = "model.onnx.data" in manifest.files ? [{ path: "model.onnx.data", data: await read("model.onnx.data") }] : [];
   const session = await ort.InferenceSession.create(await read("model.onnx"), { externalData: data, ...options });
-  const adapters = { base: tensors(ort, await read(manifest.no_adapter)) };
-  for (const { name, file } of manifest.adapters) adapters[name] = tensors(ort, await read(file));
+  const adapters = {};
+  for (const { name, file } of [{ name: "base", file: manifest.no_adapter }, ...manifest.adapters]) {
+    adapters[name] = tensors(ort, await read(file), manifest["diablo.base"]);
+  }
   return { session, manifest, config: await json(read, "config.json"), adapters };
 }
 
-/** The tensors of a safetensors file: 8 bytes of header size, the header as JSON, then the values, little-endian. */
-export function tensors(ort, bytes) {
+/**
+ * The tensors of a safetensors file: 8 bytes of header size, the header as JSON, then the values, little-endian.
+ *
+ * @param base  SHA-256 of the model's base: an adapter that was made for another one would run, and talk nonsense
+ */
+export function tensors(ort, bytes, base) {
   const view = new DataView(bytes.buffer, bytes.byteOffset, bytes.byteLength);
   const start = 8 + Number(view.getBigUint64(0, true));
   const header = JSON.parse(new TextDecoder().decode(bytes.subarray(8, start)));
+  const madeFor = header.__metadata__?.["diablo.base"];
+  if (base && madeFor !== base) throw new Error(`the adapter is for the base ${madeFor}, the model is ${base}`);
   delete header.__metadata__;
   const made = {};
   for (const [name, { dtype, shape, data_offsets: [from, to] }] of Object.entries(header)) {

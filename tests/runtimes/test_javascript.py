@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from diablo_export.converters.export import export
 from tests.onnx_runs import LOGITS
@@ -68,13 +69,29 @@ def test_same_numbers(runtime: str, architecture: str, quantize: str, exported: 
         assert np.abs(logits[0] - values).max() > 1000 * LOGITS
 
 
-def test_half_precision_in_a_browser(tiny_model: Get, tiny_adapter: Get, exported: Get, tmp_path: Path) -> None:
+@pytest.mark.parametrize("options", [{"precision": "fp16"}, {"block_dtype": "fp16"}, {"block_dtype": "int8"}], ids=str)
+def test_fewer_bits_in_a_browser(
+    options: dict[str, str], tiny_model: Get, tiny_adapter: Get, exported: Get, tmp_path: Path
+) -> None:
     tools.npm()
-    export(tiny_model("llama"), {"a": tiny_adapter("llama")}, tmp_path / "web", precision="fp16", for_="web")
+    swap = tmp_path / "swap" if options.get("block_dtype") else exported("llama")
+    for folder, for_ in ((swap, "ort"), (tmp_path / "web", "web")):
+        if not folder.exists():
+            export(tiny_model("llama"), {"a": tiny_adapter("llama")}, folder, for_=for_, **options)
     found = measure(WEB[1], tmp_path / "web", adapters=["base", "a"], ids=PROMPT, steps=0)
+    # a graph in fp16 rounds weights, blocks and activations to 2^-11 of themselves: logits near 10, two layers
+    error = 0.1 if "precision" in options else LOGITS
     for name, one in zip(("base", "a"), found, strict=True):
-        # weights, blocks and activations rounded to 2^-11 of themselves, logits near 10, two layers
-        np.testing.assert_allclose(one["logits"], wanted(exported("llama"), name, 0).logits, rtol=0, atol=0.1)
+        np.testing.assert_allclose(one["logits"], wanted(swap, name, 0).logits, rtol=0, atol=error)
+
+
+def test_an_adapter_for_another_base_is_refused(exported: Get, tmp_path: Path) -> None:
+    tools.npm()
+    folder = Path(shutil.copytree(exported("llama", for_="web"), tmp_path / "web"))
+    file = folder / "adapters/b.safetensors"
+    save_file(load_file(file), file, {"diablo.base": "0" * 64})
+    with pytest.raises(AssertionError, match=r"the adapter is for the base 0{64}, the model is [0-9a-f]{64}"):
+        measure("onnxruntime-node", folder, adapters=["base"], ids=PROMPT, steps=0)
 
 
 @pytest.mark.parametrize("runtime", ["onnxruntime-node", WEB[1]])
