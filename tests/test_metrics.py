@@ -149,3 +149,34 @@ def test_nan_is_not_lost_on_the_way(logits: dict[str, Array]) -> None:
     assert math.isnan(running.logits()["max_abs"])
     assert math.isnan(running.divergence()["mean"])
     assert math.isnan(running.survival()[0])
+
+
+def test_distribution_by_hand() -> None:
+    running = metrics.Comparison()
+    tuned = np.log(np.array([[0.5, 0.3, 0.1, 0.05, 0.04, 0.01], [0.2, 0.2, 0.2, 0.2, 0.1, 0.1]]))
+    exported = np.log(np.array([[0.4, 0.4, 0.1, 0.05, 0.04, 0.01], [0.2, 0.2, 0.2, 0.1, 0.1, 0.2]]))
+    running.update(tuned, tuned, exported, tuned, np.array([1, -1]))
+    found = running.distribution()
+    slow = [slow_kl(t, e) for t, e in zip(tuned, exported, strict=True)]
+    assert found["kl_median"] == pytest.approx(sum(slow) / 2)
+    # the standard error of two values is half their distance
+    assert found["kl_error"] == pytest.approx(abs(slow[0] - slow[1]) / 2)
+    assert found["delta_p"]["rms"] == pytest.approx(math.sqrt(0.1**2 / 2))
+    assert found["kl_histogram"]["edges"][8:10] == pytest.approx([0.1, 1])
+    assert found["kl_histogram"]["counts"] == [0] * 8 + [2] + [0] * 4  # 0.025 and 0.069 nats
+    assert running.perplexity() == pytest.approx({"tuned": 1 / 0.3, "exported": 1 / 0.4, "base": 1 / 0.3})
+    assert math.isnan(running.perplexity_error()["tuned"])  # one target has no spread
+
+
+def test_error_of_a_ratio_is_that_of_paired_differences(logits: dict[str, Array]) -> None:
+    running, targets = metrics.Comparison(), np.array([0, 3, 6, 1, 2, 5, 4, 0, 6])
+    running.update(**logits, targets=targets)
+    t, e = metrics.nll(logits["tuned"], targets), metrics.nll(logits["exported"], targets)
+    expected = np.exp((e - t).mean()) * (e - t).std(ddof=1) / 3
+    assert running.perplexity_error()["ratio"] == pytest.approx(expected, rel=EXACT)
+
+
+def test_overlap_counts_choices_that_both_have() -> None:
+    one, two = np.array([[9.0, 8, 7, 1, 0]]), np.array([[7.0, 9, 1, 8, 0]])
+    assert metrics.overlap(one, two, 3) == pytest.approx([2 / 3])
+    assert metrics.overlap(one, two, 9) == 1  # no more than there are

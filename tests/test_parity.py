@@ -25,7 +25,7 @@ Get = Callable[[str], Path]
 
 KEYS = [
     "format_version", "verdict", "checks", "logits", "kl", "top1_agreement", "perplexity", "decode", "adapter",
-    "modules", "first_divergent_module", "environment", "hashes",
+    "modules", "first_divergent_module", "environment", "hashes", "distribution", "texts",
 ]  # fmt: skip
 FLOAT_CHECKS = {
     "files", "sources", "runs", "untouched", "logits.max_abs", "kl.max", "decode.max_abs", "decode.cache",

@@ -15,6 +15,9 @@ from typing import Any
 
 from diablo_export.errors import InputError
 
+PRECISIONS = ("fp32", "fp16", "bf16", "int8", "int4")
+_BASELINE = "baseline."  # these are held to the baseline and to nothing else
+
 # name → (at most "<=" or at least ">=", what it is)
 FIGURES: Mapping[str, tuple[str, str]] = {
     "files": ("<=", "files of the folder that differ from the manifest's hashes"),
@@ -31,6 +34,8 @@ FIGURES: Mapping[str, tuple[str, str]] = {
     "kl.ratio": ("<=", "mean KL(tuned ‖ exported) over mean KL(base ‖ exported base)"),
     "kl.share": ("<=", "mean KL(tuned ‖ exported) over mean KL(tuned ‖ base)"),
     "top1_agreement": (">=", "share of positions with the same first choice as tuned"),
+    "top5_agreement": (">=", "share of tuned's five first choices that exported has among its own"),
+    "delta_p.rms": ("<=", "root mean square of what the probability of tuned's first choice moves by"),
     "top1_agreement.drop": ("<=", "agreement of exported base with base, less that of exported with tuned"),
     "perplexity.ratio": ("<=", "perplexity of exported over that of tuned"),
     "decode.max_abs": ("<=", "largest difference of a logit from tuned, decoding with the KV cache"),
@@ -41,6 +46,12 @@ FIGURES: Mapping[str, tuple[str, str]] = {
     "adapter.survival_gain": (">=", "share of the adapter's effect on the logits that is left"),
     "adapter.survival_gain.error": ("<=", "distance of that share from 1"),
     "adapter.survival_cosine": (">=", "cosine of the effect that is left and the one wanted"),
+    "baseline.kl.mean": ("<=", "mean KL(tuned ‖ exported), against the baseline's"),
+    "baseline.top1_agreement": (">=", "top-1 agreement, against the baseline's"),
+    "baseline.perplexity": ("<=", "perplexity of exported, against the baseline's"),
+    "baseline.accuracy": (">=", "accuracy of exported, against the baseline's"),
+    "baseline.survival_gain.error": ("<=", "distance of the survival gain from 1, against the baseline's"),
+    "baseline.survival_cosine": (">=", "survival cosine, against the baseline's"),
 }  # fmt: skip
 
 _ALWAYS: Mapping[str, float] = {
@@ -158,8 +169,9 @@ def parse(texts: Iterable[str]) -> dict[str, float]:
             limits[name] = float(value)
         except ValueError as error:
             raise InputError(f"--limit {text}: write NAME=VALUE with a number, such as kl.mean=0.05") from error
-        if name not in FIGURES or math.isnan(limits[name]):
-            known = "\n".join(f"  {figure} {sign} …   {what}" for figure, (sign, what) in FIGURES.items())
+        if name not in FIGURES or name.startswith(_BASELINE) or math.isnan(limits[name]):
+            listed = {figure: entry for figure, entry in FIGURES.items() if not figure.startswith(_BASELINE)}
+            known = "\n".join(f"  {figure} {sign} …   {what}" for figure, (sign, what) in listed.items())
             raise InputError(f"--limit {text}: no such figure, or no number; figures that can be limited are:\n{known}")
     return limits
 

@@ -17,6 +17,7 @@ import numpy.typing as npt
 from diablo_export.blockdiag import Array
 
 Float64 = npt.NDArray[np.float64]
+_FIRST = 5  # choices that `distribution` compares
 _ENTRIES_AT_ONCE = 1 << 20  # logits per step: a float64 temporary is 8 MB
 
 
@@ -44,6 +45,26 @@ def nll(logits: Array, targets: npt.NDArray[np.int64]) -> Float64:
 def top1(reference: Array, other: Array) -> npt.NDArray[np.bool_]:
     """Where both have the same first choice: (positions,)."""
     return np.asarray(reference.argmax(-1) == other.argmax(-1))
+
+
+def overlap(reference: Array, other: Array, count: int) -> Float64:
+    """Share of the `count` first choices of each position that both have: (positions,)."""
+    count = min(count, reference.shape[-1])
+    one, two = (np.argpartition(-logits, count - 1, -1)[:, :count] for logits in (reference, other))
+    shared: Float64 = (one[:, :, None] == two[:, None, :]).any(-1).mean(-1)
+    return shared
+
+
+def delta_p(reference: Array, other: Array) -> Float64:
+    """Probability of the reference's first choice: other's less its own, at each position; (positions,)."""
+    rows, first = np.arange(len(reference)), reference.argmax(-1)
+    moved: Float64 = np.exp(log_softmax(other)[rows, first]) - np.exp(log_softmax(reference)[rows, first])
+    return moved
+
+
+def standard_error(values: Float64) -> float:
+    """Of the mean of independent values; nan of fewer than two."""
+    return float(values.std(ddof=1) / math.sqrt(len(values))) if len(values) > 1 else math.nan
 
 
 def cosine(a: Array, b: Array) -> float:
@@ -94,6 +115,8 @@ class Comparison:
     _largest_wanted: float = 0.0
     _largest_effect: float = 0.0
     _kl: list[Float64] = field(default_factory=list)
+    _delta_p: list[Float64] = field(default_factory=list)
+    _nll: dict[str, list[Float64]] = field(default_factory=dict)
 
     def update(
         self,
@@ -110,9 +133,8 @@ class Comparison:
             self._update(tuned[rows], base[rows], exported[rows], exported_base[rows])
             if targets is not None:
                 counted = np.flatnonzero(targets[rows] >= 0)
-                self._add("targets", len(counted))
                 for name, logits in (("tuned", tuned), ("exported", exported), ("base", base)):
-                    self._add(f"nll_{name}", nll(logits[rows][counted], targets[rows][counted]).sum())
+                    self._nll.setdefault(name, []).append(nll(logits[rows][counted], targets[rows][counted]))
 
     def _update(self, tuned: Array, base: Array, exported: Array, exported_base: Array) -> None:
         t, e = tuned.astype(np.float64), exported.astype(np.float64)
@@ -134,7 +156,9 @@ class Comparison:
         self._kl.append(kl(tuned, exported))
         self._add("base_kl", kl(base, exported_base).sum())
         self._add("wanted_kl", kl(tuned, base).sum())
+        self._delta_p.append(delta_p(tuned, exported))
         self._add("agree", top1(tuned, exported).sum())
+        self._add("agree5", overlap(tuned, exported, _FIRST).sum())
         self._add("base_agree", top1(base, exported_base).sum())
         self.positions += len(tuned)
 
@@ -160,6 +184,27 @@ class Comparison:
             "max": float(values.max()),
         }
 
+    def distribution(self) -> dict[str, Any]:
+        """How positions differ among themselves.
+
+        Returns:
+            `kl_median`, and `kl_error`, the standard error of the mean KL. `top5_agreement`: mean share of tuned's
+            five first choices that are exported's too. `delta_p`: quantiles and root mean square of exported's
+            probability of tuned's first choice, less tuned's. `kl_histogram`: counts of positions between the powers of
+            ten of `edges`; the first and the last are open.
+        """
+        moved, values = np.concatenate(self._delta_p), np.concatenate(self._kl)
+        edges = 10.0 ** np.arange(-9, 3)
+        counts = np.bincount(np.searchsorted(edges, values), minlength=len(edges) + 1)
+        quantiles = {f"p{share}": float(np.quantile(moved, share / 100)) for share in (1, 5, 50, 95, 99)}
+        return {
+            "kl_median": float(np.median(values)),
+            "kl_error": standard_error(values),
+            "top5_agreement": self._sums["agree5"] / self.positions,
+            "delta_p": {**quantiles, "rms": float(np.sqrt((moved**2).mean()))},
+            "kl_histogram": {"edges": edges.tolist(), "counts": counts.tolist()},
+        }
+
     @property
     def base_kl(self) -> float:
         """Mean KL(base ‖ exported base) in nats: what the export costs without any adapter."""
@@ -182,10 +227,25 @@ class Comparison:
 
     def perplexity(self) -> dict[str, float] | None:
         """exp(mean negative log-likelihood) of tuned, exported and base; None without targets."""
-        if not self._sums.get("targets"):
+        found = self._likelihoods()
+        return {name: _exp(float(values.mean())) for name, values in found.items()} if found else None
+
+    def perplexity_error(self) -> dict[str, float] | None:
+        """Standard errors of `perplexity`, and of exported's over tuned's as `ratio`; None without targets.
+
+        The ratio's is far smaller than the others' would suggest: both models find the same tokens hard.
+        """
+        found = self._likelihoods()
+        if not found:
             return None
-        count = self._sums["targets"]
-        return {name: _exp(self._sums[f"nll_{name}"] / count) for name in ("tuned", "exported", "base")}
+        errors = {name: _exp(float(values.mean())) * standard_error(values) for name, values in found.items()}
+        apart = found["exported"] - found["tuned"]
+        return {**errors, "ratio": _exp(float(apart.mean())) * standard_error(apart)}
+
+    def _likelihoods(self) -> dict[str, Float64]:
+        """Negative log-likelihoods of all targets, by model; empty without targets."""
+        found = {name: np.concatenate(parts) for name, parts in self._nll.items()}
+        return found if found and all(len(values) for values in found.values()) else {}
 
     def survival(self) -> tuple[float, float]:
         """(gain, cosine) over all positions; nan where tuned is base."""

@@ -24,6 +24,7 @@ from diablo_export.measure.golden import Golden, record
 from diablo_export.measure.metrics import Comparison
 from diablo_export.measure.onnx_runner import OnnxRunner
 from diablo_export.measure.prompts import Sample, collect
+from diablo_export.measure.texts import answers, continuations
 from diablo_export.measure.torch_runner import TorchRunner, context_length
 from diablo_export.trainer.model import load_tuned
 
@@ -111,9 +112,11 @@ def measure(
         if found.classifier:
             labels = adapter.labels or range(tuned.prefill(items[0].ids).shape[-1])
             _add_accuracy(found, compare.accuracy(choices, items, list(labels)), choices)
+            found.parts["texts"] = answers(name, tokenizer, items, choices, [str(label) for label in labels])
         elif exported.decodes:
             prompts = compare.decoding_prompts(items, tokenizer.eos_token_id, context_length(model), steps)
             _add_decode(found, compare.decode(tuned, exported.on, prompts, steps))
+            found.parts["texts"] = continuations(name, tokenizer, off, tuned, exported.on, prompts, steps)
         if certify:
             found.golden = _golden(name, tuned, off, exported, items, tokenizer.eos_token_id)
         found.figures["runs"] = 1
@@ -186,8 +189,13 @@ def _add_logits(found: Measured, sums: Comparison) -> None:
     found.errors["top1_agreement.drop"] = math.sqrt(sum(p * (1 - p) for p in shares) / sums.positions)
     found.figures["kl.ratio"] = _over(kl["mean"], sums.base_kl)
     found.figures["kl.share"] = _over(kl["mean"], sums.wanted_kl)
+    found.parts["distribution"] = distribution = sums.distribution()
+    found.figures["kl.median"] = distribution["kl_median"]
+    found.figures["top5_agreement"] = distribution["top5_agreement"]
+    found.figures["delta_p.rms"] = distribution["delta_p"]["rms"]
     if not found.classifier:
         found.parts["perplexity"] = perplexity
+        distribution["perplexity_error"] = sums.perplexity_error()
     if perplexity:
         found.figures["perplexity.ratio"] = perplexity["exported"] / perplexity["tuned"]
 

@@ -64,6 +64,15 @@ class OnnxRunner:
             rows.append(logits[-1])
         return np.stack(rows)
 
+    def greedy(self, prompt: Ids, steps: int) -> Ids:
+        """The `steps` likeliest next tokens, one after the other."""
+        logits, cache = self._call(prompt, self.empty_cache(), keep=True)
+        tokens = [int(logits[-1].argmax())]
+        for past in range(len(prompt), len(prompt) + steps - 1):
+            logits, cache = self._call(np.array(tokens[-1:]), cache, past=past, keep=True)
+            tokens.append(int(logits[-1].argmax()))
+        return np.array(tokens, np.int64)
+
     @property
     def has_cache(self) -> bool:
         """Whether the graph takes and gives a KV cache."""

@@ -9,7 +9,10 @@ from typing import TYPE_CHECKING, Any
 from diablo_export.errors import InputError
 from diablo_export.manifest import PARITY, read_manifest
 from diablo_export.measure import certificate as certificates
-from diablo_export.measure import limits, report, sources
+from diablo_export.measure import held, report, sources
+from diablo_export.measure import limits as checking
+from diablo_export.measure import markdown as markdowns
+from diablo_export.measure import page as pages
 
 if TYPE_CHECKING:
     from diablo_export.measure.one_adapter import Measured
@@ -25,10 +28,14 @@ def parity(
     max_tokens: int = 8192,
     steps: int = 32,
     limit: Mapping[str, float] | Iterable[str] = (),
+    limits: str | Path | None = None,
+    baseline: str | Path | None = None,
     seed: int = 0,
     threads: int | None = None,
     json: str | Path | None = None,
     junit: str | Path | None = None,
+    html: str | Path | None = None,
+    markdown: str | Path | None = None,
     certificate: bool = False,
 ) -> dict[str, Any]:
     """Compare an output folder with the tuned model in torch, write its parity.json and return that report.
@@ -42,10 +49,14 @@ def parity(
         max_tokens: at most this many tokens of it.
         steps: tokens to decode after each of a few prompts.
         limit: `NAME=VALUE` texts, or a mapping: checks to add, or to hold to another limit.
+        limits: a parity.toml: limits for all exports and by precision; `limit` goes before it.
+        baseline: the parity.json of an earlier export: no figure may be worse than there, by more than noise.
         seed: of the choice of examples.
         threads: of torch and onnxruntime; None: their choice.
         json: a second place for the report.
         junit: a file for the checks in JUnit XML.
+        html: a file for the report as one page with pictures, which needs no network.
+        markdown: a file for the report as a comment on a pull request.
         certificate: where every check held, certify the folder: golden rows, limits and hashes for `verify`.
 
     Returns:
@@ -55,10 +66,11 @@ def parity(
         InputError: a folder, model, adapter, data file or limit that cannot be used.
     """
     out = Path(out)
-    chosen = dict(limit) if isinstance(limit, Mapping) else limits.parse(limit)
-    limits.parse(f"{name}={value}" for name, value in chosen.items())
+    chosen = dict(limit) if isinstance(limit, Mapping) else checking.parse(limit)
+    checking.parse(f"{name}={value}" for name, value in chosen.items())
     if steps < 1 or max_tokens < 1 or (samples is not None and samples < 1):
         raise InputError(f"--steps {steps}, --max-tokens {max_tokens}, --samples {samples}: each must be 1 or more")
+    earlier = held.baseline(baseline) if baseline is not None else None
     manifest = read_manifest(out)
     folders = sources.adapter_folders(manifest, adapter)
     base = sources.base_folder(manifest, model, folders)
@@ -66,7 +78,8 @@ def parity(
     if certificate and (not sources.is_onnx(out) or manifest.get("for") == "web"):
         raise InputError(f"{out}: --certificate is for what onnxruntime runs from Python, so not for {_other(out)}")
     kind = {"branch": sources.is_branch(manifest), "classifier": sources.is_classifier(manifest)}
-    defaults = limits.defaults(sources.precision(out, manifest), block_dtype=sources.block_dtype(manifest), **kind)
+    defaults = checking.defaults(sources.precision(out, manifest), block_dtype=sources.block_dtype(manifest), **kind)
+    kept = held.from_toml(limits, sources.precision(out, manifest)) if limits is not None else {}
     from diablo_export.measure.one_adapter import measure, using_threads  # torch: only once the input is known good
 
     counts: dict[str, float] = {"files": len(hashes["changed"]), "sources": len(hashes["sources_changed"])}
@@ -76,13 +89,19 @@ def parity(
     with using_threads(threads):
         for name, folder in folders.items():
             measured.append(measure(out, manifest, base, name, folder, **bounds))
-    result = _report(measured, counts, defaults, chosen, hashes)
+    result = _report(measured, counts, defaults, kept, chosen, hashes)
+    if earlier is not None:
+        held.compare(result, earlier, baseline)
     certificates.revoke(out)  # what is checked anew is not what was certified
     for file in (out / PARITY, json):
         if file is not None:
             report.write_json(result, Path(file))
     if junit is not None:
         report.write_junit(result, Path(junit))
+    if html is not None:
+        report.write(Path(html), pages.page(result, out.resolve().name))
+    if markdown is not None:
+        report.write(Path(markdown), markdowns.markdown(result, out.resolve().name))
     if certificate and result["verdict"] == "pass":
         cases = [case for one in measured for case in one.golden]
         certificates.write(out, cases, sources.precision(out, manifest), result["environment"])
@@ -97,6 +116,7 @@ def _report(
     measured: list[Measured],
     counts: dict[str, float],
     defaults: Mapping[str, float],
+    kept: Mapping[str, float],
     chosen: Mapping[str, float],
     hashes: dict[str, Any],
 ) -> dict[str, Any]:
@@ -112,8 +132,8 @@ def _report(
         absent = sorted(set(chosen) - set(figures))
         if absent and figures["runs"]:
             raise InputError(f"--limit {absent[0]}: not measured here; there are: {', '.join(sorted(figures))}")
-        held = {**limits.widened(defaults, one.errors), **chosen}
-        found = limits.check(figures, held, f"@{one.name}" if len(measured) > 1 else "")
+        bounds = {**checking.widened(defaults, one.errors), **kept, **chosen}
+        found = checking.check(figures, bounds, f"@{one.name}" if len(measured) > 1 else "")
         checks += found
         ranks.append((sum(not check["pass"] for check in found), figures.get("kl.mean", 0.0)))
     worst = measured[max(range(len(measured)), key=ranks.__getitem__)]

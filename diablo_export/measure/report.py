@@ -48,6 +48,8 @@ def make(
         "first_divergent_module": None,
         "environment": environment,
         "hashes": hashes,
+        "distribution": figures.get("distribution"),
+        "texts": figures.get("texts") or [],
     }
     plain: dict[str, Any] = _plain(report)
     return plain
@@ -56,7 +58,7 @@ def make(
 def failures(report: Mapping[str, Any]) -> str:
     """The failed checks in one line: name, value, limit; empty when none failed."""
     return ", ".join(
-        f"{check['name']} {_number(check['value'])} (limit {_sign(check)} {_number(check['limit'])})"
+        f"{check['name']} {shown(check['value'])} (limit {explained(check)[0]} {shown(check['limit'])})"
         for check in report["checks"]
         if not check["pass"]
     )
@@ -79,7 +81,7 @@ def require_pass(report: Mapping[str, Any], folder: Path) -> None:
 
 def write_json(report: Mapping[str, Any], file: Path) -> None:
     """Write the report, all of it or nothing."""
-    _write(file, json.dumps(report, indent=1, allow_nan=False) + "\n")
+    write(file, json.dumps(report, indent=1, allow_nan=False) + "\n")
 
 
 def write_junit(report: Mapping[str, Any], file: Path) -> None:
@@ -91,13 +93,13 @@ def write_junit(report: Mapping[str, Any], file: Path) -> None:
     suite = ElementTree.SubElement(root, "testsuite", {"name": "parity", **counts})
     for check in checks:
         case = ElementTree.SubElement(suite, "testcase", {"classname": "parity", "name": check["name"]})
-        said = f"{_number(check['value'])}, limit {_sign(check)} {_number(check['limit'])}: {_meaning(check)}"
+        said = f"{shown(check['value'])}, limit {explained(check)[0]} {shown(check['limit'])}: {explained(check)[1]}"
         if not check["pass"]:
             ElementTree.SubElement(case, "failure", {"message": said})
         ElementTree.SubElement(case, "system-out").text = said
     ElementTree.indent(root)
     text = ElementTree.tostring(root, encoding="unicode", xml_declaration=False)
-    _write(file, f'<?xml version="1.0" encoding="UTF-8"?>\n{text}\n')
+    write(file, f'<?xml version="1.0" encoding="UTF-8"?>\n{text}\n')
 
 
 def table(report: Mapping[str, Any]) -> Group:
@@ -113,16 +115,16 @@ def table(report: Mapping[str, Any]) -> Group:
     checks.add_column("", no_wrap=True)
     for check in report["checks"]:
         mark = Text("pass", "green") if check["pass"] else Text("FAIL", "bold red")
-        limit = f"{_sign(check)} {_number(check['limit'])}"
-        checks.add_row(check["name"], _number(check["value"]), limit, mark)
+        limit = f"{explained(check)[0]} {shown(check['limit'])}"
+        checks.add_row(check["name"], shown(check["value"]), limit, mark)
     figures = Table(title="Figures", title_justify="left", show_header=False, show_edge=False, pad_edge=False)
     figures.add_column(no_wrap=True)
     figures.add_column(overflow="fold")
     for name in _SHOWN:
         if report.get(name) is not None:
-            figures.add_row(name, "  ".join(f"{key} {_number(value)}" for key, value in report[name].items()))
+            figures.add_row(name, "  ".join(f"{key} {shown(value)}" for key, value in report[name].items()))
     if report["top1_agreement"] is not None:
-        figures.add_row("top-1 agreement", _number(report["top1_agreement"]))
+        figures.add_row("top-1 agreement", shown(report["top1_agreement"]))
     passed = report["verdict"] == "pass"
     count = sum(check["pass"] for check in report["checks"])
     verdict = Text(
@@ -132,7 +134,12 @@ def table(report: Mapping[str, Any]) -> Group:
     return Group(checks, Text(), figures, Text(), verdict)
 
 
-def _write(file: Path, text: str) -> None:
+def write(file: Path, text: str) -> None:
+    """Write a file whole or not at all.
+
+    Raises:
+        OutputError: it cannot be written.
+    """
     partial = file.with_name(f".{file.name}.{os.getpid()}")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -153,19 +160,14 @@ def _plain(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _figure(check: Mapping[str, Any]) -> tuple[str, str]:
-    return FIGURES.get(str(check["name"]).partition("@")[0], ("", ""))
+def explained(check: Mapping[str, Any]) -> tuple[str, str]:
+    """The sign of a check's limit, and what its figure means."""
+    sign, meaning = FIGURES.get(str(check["name"]).partition("@")[0], ("", ""))
+    return sign.replace("<=", "≤").replace(">=", "≥"), meaning
 
 
-def _sign(check: Mapping[str, Any]) -> str:
-    return _figure(check)[0].replace("<=", "≤").replace(">=", "≥")
-
-
-def _meaning(check: Mapping[str, Any]) -> str:
-    return _figure(check)[1]
-
-
-def _number(value: Any) -> str:
+def shown(value: Any) -> str:
+    """A figure as a person reads it: four digits."""
     if value is None:
         return "none"
     if isinstance(value, bool):

@@ -1,0 +1,224 @@
+"""A parity report as one HTML page that needs no network: checks, pictures as SVG, texts with their first difference.
+
+Light or dark as the reader's system asks, and readable on a phone.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from html import escape
+from typing import Any
+
+from diablo_export.measure.report import explained, shown
+
+_FIGURES = ("logits", "kl", "decode", "perplexity", "accuracy", "adapter")
+_STYLE = """
+:root { color-scheme: light dark; --ink: #1b1f24; --soft: #5b6570; --line: #d9dee3; --card: #fff; --back: #f4f6f8;
+  --good: #1a7f37; --bad: #c2252d; --bar: #3567c4; --mark: #ffd9d6 }
+@media (prefers-color-scheme: dark) { :root { --ink: #e7eaee; --soft: #9aa5b1; --line: #333a42; --card: #1c2127;
+  --back: #12161a; --good: #4ac26b; --bad: #ff7b72; --bar: #7aa5f5; --mark: #6b2320 } }
+* { box-sizing: border-box }
+body { margin: 0; background: var(--back); color: var(--ink); font: 15px/1.5 system-ui, sans-serif }
+main { max-width: 70rem; margin: 0 auto; padding: 1.5rem 1rem 4rem }
+h1 { font-size: 1.35rem; margin: 0; overflow-wrap: anywhere } h2 { font-size: 1.05rem; margin: 0 0 .7rem }
+section, header { background: var(--card); border: 1px solid var(--line); border-radius: 10px; padding: 1rem 1.1rem;
+  margin-bottom: 1rem }
+.verdict { font-weight: 700; font-size: 1.1rem } .pass { color: var(--good) } .fail { color: var(--bad) }
+.soft { color: var(--soft) } .wide { overflow-x: auto }
+table { border-collapse: collapse; width: 100% } th { text-align: left; color: var(--soft); font-weight: 600 }
+td, th { padding: .3rem .7rem .3rem 0; border-bottom: 1px solid var(--line); vertical-align: top }
+td.number { text-align: right; white-space: nowrap; font-variant-numeric: tabular-nums }
+code { font-size: .92em; overflow-wrap: anywhere } svg { width: 100%; height: auto; display: block }
+svg text { fill: var(--soft); font: 11px system-ui, sans-serif }
+.texts { display: grid; grid-template-columns: repeat(auto-fit, minmax(15rem, 1fr)); gap: .8rem; margin-bottom: 1.2rem }
+.texts div { border: 1px solid var(--line); border-radius: 8px; padding: .6rem .7rem; white-space: pre-wrap;
+  overflow-wrap: anywhere }
+.texts b { display: block; color: var(--soft); font-size: .85rem; white-space: normal }
+.texts mark { background: var(--mark); color: inherit } .prompt { margin: 0 0 .4rem; white-space: pre-wrap }
+"""
+
+
+def page(report: Mapping[str, Any], title: str) -> str:
+    """The page; `title` names what was checked."""
+    parts = [_head(report, title), _checks(report["checks"])]
+    distribution = report.get("distribution")
+    if distribution:
+        parts.append(_histogram(distribution["kl_histogram"]))
+    if report["modules"]:
+        parts += [_depth(report["modules"], report["first_divergent_module"]), _heat(report["modules"])]
+    if report["texts"]:
+        parts.append(_texts(report["texts"]))
+    parts += [_figures(report), _environment(report["environment"])]
+    return (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>Parity of {escape(title)}</title><style>{_STYLE}</style></head>\n"
+        f"<body><main>\n{''.join(parts)}</main></body></html>\n"
+    )
+
+
+def _head(report: Mapping[str, Any], title: str) -> str:
+    checks, passed = report["checks"], report["verdict"] == "pass"
+    held = sum(check["pass"] for check in checks)
+    kind, word = ("pass", "PASS") if passed else ("fail", "FAIL")
+    fault = report["environment"].get("fault")
+    changed = [*(report["hashes"].get("changed") or []), *(report["hashes"].get("sources_changed") or [])]
+    more = f"<p>{escape(fault)}</p>" if fault else ""
+    more += f"<p>Changed since the export: <code>{escape(', '.join(changed))}</code></p>" if changed else ""
+    return (
+        f'<header><h1>Parity of {escape(title)}</h1><p class="verdict {kind}">{word}: {held} of {len(checks)} checks '
+        f"held</p>{more}</header>\n"
+    )
+
+
+def _checks(checks: Sequence[Mapping[str, Any]]) -> str:
+    rows = []
+    for check in checks:
+        sign, meaning = explained(check)
+        kind, word = ("pass", "pass") if check["pass"] else ("fail", "FAIL")
+        limit = f"{sign} {shown(check['limit'])}"
+        rows.append(
+            f'<tr><td class="{kind}">{word}</td><td><code>{escape(check["name"])}</code></td>'
+            f'<td class="number">{shown(check["value"])}</td><td class="number">{limit}</td>'
+            f'<td class="soft">{escape(meaning)}</td></tr>'
+        )
+    head = "<tr><th></th><th>check</th><th>value</th><th>limit</th><th>what</th></tr>"
+    return f'<section><h2>Checks</h2><div class="wide"><table>{head}{"".join(rows)}</table></div></section>\n'
+
+
+def _histogram(histogram: Mapping[str, Sequence[float]]) -> str:
+    """Bars of the positions between powers of ten of KL."""
+    counts, edges = histogram["counts"], histogram["edges"]
+    names = [f"<{edges[0]:.0e}", *(f"{edge:.0e}" for edge in edges)]
+    width, height, base = 720, 190, 150
+    step, most = width / len(counts), max(counts)
+    bars = []
+    for index, (count, name) in enumerate(zip(counts, names, strict=True)):
+        tall = (base - 20) * count / most
+        left = index * step + 3
+        bars.append(
+            f'<rect x="{left:.1f}" y="{base - tall:.1f}" width="{step - 6:.1f}" height="{tall:.1f}" fill="var(--bar)">'
+            f"<title>{escape(name)}: {count} positions</title></rect>"
+            f'<text x="{left + step / 2 - 3:.1f}" y="{base + 14}" text-anchor="middle">{escape(name)}</text>'
+        )
+        if count:
+            x, y = left + step / 2 - 3, base - tall - 4
+            bars.append(f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="middle">{count}</text>')
+    picture = _svg(width, height, "".join(bars), "Histogram of KL")
+    return (
+        f'<section><h2>KL(tuned ‖ exported), by position</h2><div class="wide">{picture}</div>'
+        '<p class="soft">Nats; each bar begins at the power of ten below it.</p></section>\n'
+    )
+
+
+def _depth(modules: Sequence[Mapping[str, Any]], first: str | None) -> str:
+    """Local and inherited error of each module, in the order of the network: higher bars are nearer to tuned."""
+    pairs = [("local_sqnr_db", "var(--bar)", 1.0), ("inherited_sqnr_db", "var(--soft)", 0.5)]
+    values = [module.get(key) for module in modules for key, _, _ in pairs]
+    finite = [value for value in values if value is not None and math.isfinite(value)]
+    if not finite:
+        return ""
+    width, base, most = max(720, 9 * len(modules)), 150, max(60.0, *finite)
+    step, shapes = width / len(modules), []
+    for index, module in enumerate(modules):
+        for key, colour, share in pairs:
+            value = module.get(key)
+            tall = base - 10 if value is None else max(0.0, min(1.0, value / most)) * (base - 10)
+            red = module["name"] == first and key == "local_sqnr_db"
+            shapes.append(
+                f'<rect x="{index * step + 1:.1f}" y="{base - tall:.1f}" width="{max(1.0, (step - 2) * share):.1f}" '
+                f'height="{tall:.1f}" fill="{"var(--bad)" if red else colour}" opacity="{1.1 - share / 2:.2f}">'
+                f"<title>{escape(module['name'])}: {escape(key)} {shown(value)}</title></rect>"
+            )
+    picture = _svg(width, base + 10, "".join(shapes), "Error of each module")
+    said = f" The first that diverges is <code>{escape(first)}</code>, in red." if first else ""
+    return (
+        f'<section><h2>Error by depth</h2><div class="wide">{picture}</div><p class="soft">Signal to noise in '
+        f"decibels, up to {most:.0f}: each module on tuned's own input (blue), and with what it inherits (grey).{said}"
+        "</p></section>\n"
+    )
+
+
+def _heat(modules: Sequence[Mapping[str, Any]]) -> str:
+    """Survival of each module, layers down and kinds across."""
+    cells: dict[tuple[str, str], float] = {}
+    for module in modules:
+        gain = module.get("survival_gain")
+        if gain is not None:
+            layer, _, kind = _split(module["name"])
+            cells[layer, kind] = gain
+    if not cells:
+        return ""
+    layers, kinds = list(dict.fromkeys(a for a, _ in cells)), list(dict.fromkeys(b for _, b in cells))
+    rows = []
+    for layer in layers:
+        row = "".join(_cell(cells.get((layer, kind))) for kind in kinds)
+        rows.append(f"<tr><th>{escape(layer)}</th>{row}</tr>")
+    head = "".join(f"<th>{escape(kind)}</th>" for kind in kinds)
+    return (
+        '<section><h2>Survival gain of each module</h2><div class="wide"><table>'
+        f"<tr><th></th>{head}</tr>{''.join(rows)}</table></div></section>\n"
+    )
+
+
+def _cell(gain: float | None) -> str:
+    if gain is None:
+        return "<td></td>"
+    off = min(1.0, abs(gain - 1) * 4)  # a quarter lost is as bad as all
+    colour = f"color-mix(in srgb, var(--bad) {off * 70:.0f}%, transparent)"
+    return f'<td class="number" style="background: {colour}">{gain:.3f}</td>'
+
+
+def _split(name: str) -> tuple[str, str, str]:
+    """("3", ".", "self_attn.q_proj") of model.layers.3.self_attn.q_proj; a name without a number is its own layer."""
+    parts = name.split(".")
+    at = next((index for index, part in enumerate(parts) if part.isdigit()), None)
+    return (name, "", "") if at is None else (parts[at], ".", ".".join(parts[at + 1 :]))
+
+
+def _texts(texts: Sequence[Mapping[str, Any]]) -> str:
+    several = len({text["adapter"] for text in texts}) > 1
+    parts = []
+    for text in texts:
+        name = f" (adapter {escape(text['adapter'])})" if several else ""
+        starts = {"base": None, "tuned": None, "exported": text["first_difference"]}
+        boxes = "".join(f"<div><b>{model}</b>{_marked(text[model], at)}</div>" for model, at in starts.items())
+        parts.append(f'<p class="prompt">{escape(text["prompt"])}{name}</p><div class="texts">{boxes}</div>')
+    note = "Greedy; what exported says after its first difference from tuned is marked."
+    return f'<section><h2>What they say</h2>{"".join(parts)}<p class="soft">{note}</p></section>\n'
+
+
+def _marked(text: str, start: int | None) -> str:
+    if start is None:
+        return escape(text)
+    return f"{escape(text[:start])}<mark>{escape(text[start:])}</mark>"
+
+
+def _figures(report: Mapping[str, Any]) -> str:
+    rows = []
+    for name in (*_FIGURES, "distribution"):
+        for key, value in (report.get(name) or {}).items():
+            if key != "kl_histogram":
+                inner = value if isinstance(value, Mapping) else {"": value}
+                rows += [(f"{name}.{key}{'.' if part else ''}{part}", shown(number)) for part, number in inner.items()]
+    if report["top1_agreement"] is not None:
+        rows.append(("top1_agreement", shown(report["top1_agreement"])))
+    table = "".join(f'<tr><td><code>{escape(a)}</code></td><td class="number">{b}</td></tr>' for a, b in rows)
+    return f'<section><h2>Figures</h2><div class="wide"><table>{table}</table></div></section>\n' if rows else ""
+
+
+def _environment(environment: Mapping[str, Any]) -> str:
+    rows = "".join(
+        f"<tr><td>{escape(str(key))}</td><td><code>{escape(str(value))}</code></td></tr>"
+        for key, value in environment.items()
+        if key != "fault" and value is not None
+    )
+    return f'<section><h2>How it was measured</h2><div class="wide"><table>{rows}</table></div></section>\n'
+
+
+def _svg(width: float, height: float, inside: str, label: str) -> str:
+    return (
+        f'<svg viewBox="0 0 {width:.0f} {height:.0f}" role="img" aria-label="{label}" '
+        f'style="min-width: 30rem">{inside}</svg>'
+    )
