@@ -12,6 +12,7 @@ import click
 from diablo_export.cli.options import verbosity_options
 
 _STDOUT = Path("-")
+_WIDTH = 90
 
 
 @click.command()
@@ -31,7 +32,8 @@ _STDOUT = Path("-")
 @click.option(
     "--provider", default="CPUExecutionProvider", show_default=True, help="Execution provider of onnxruntime."
 )
-@click.option("--control", is_flag=True, help="Time the base twice: how far apart two equal sessions are.")
+@click.option("--only", multiple=True, metavar="VARIANT", help="Time this beside the base, not all; can be repeated.")
+@click.option("--control", is_flag=True, help="Time the base twice, as base-again: how far apart equal sessions are.")
 @click.option("--json", type=click.Path(path_type=Path), is_flag=False, flag_value=_STDOUT, metavar="[FILE]",
               help="Write the report here; without FILE, to standard output in place of the tables.")  # fmt: skip
 @click.option("--png", type=click.Path(path_type=Path), metavar="FILE", help="Draw the ratios here.")
@@ -40,11 +42,12 @@ def command(out: Path, json: Path | None, **options: Any) -> None:
     """Time the branch export in OUT beside its own base: prompts, and decoding a token with a KV cache.
 
     \b
-    base      the same graph without branches
-    branch    with the adapter; as standard operators, and with the kernel library where there is one
-    empty     the branch's graph without adapter, likewise
-    LoRA      low-rank branches of as many parameters at the same places, as onnxruntime runs them
-    merged    a merge, where --merged names one
+    base            the same graph without branches
+    branch          with the adapter, as standard operators
+    branch-kernels  with the kernel library, where there is one
+    empty           the branch's graph without adapter; empty-kernels: with the kernel library
+    lora            low-rank branches of as many parameters at the same places, as onnxruntime runs them
+    merged          a merge, where --merged names one
 
     All take turns, and the figure is the median of the ratios of each round.
 
@@ -63,4 +66,6 @@ def command(out: Path, json: Path | None, **options: Any) -> None:
     elif log.isEnabledFor(logging.INFO):
         from rich.console import Console
 
-        Console(highlight=False, soft_wrap=True).print(tables(report))
+        console = Console(highlight=False)
+        console.width = max(console.width, _WIDTH)  # a figure cut short is none
+        console.print(tables(report))

@@ -16,7 +16,7 @@ from diablo_export.manifest import read_manifest, versions
 from diablo_export.measure import bench_sessions
 from diablo_export.measure.bench_report import draw
 from diablo_export.measure.bench_sessions import VARIANTS, Variant, context, open_all, prepared
-from diablo_export.measure.bench_timing import Times, interleave, ratio, summary
+from diablo_export.measure.bench_timing import Times, interleave, once, ratio, summary, turn_length
 from diablo_export.measure.sources import is_branch, is_classifier, is_onnx
 
 FORMAT_VERSION = 1
@@ -30,11 +30,12 @@ def bench(
     adapter: str | None = None,
     merged: str | Path | None = None,
     prefill: Sequence[int] = PREFILL,
-    past: int = 64,
+    past: int | None = 64,
     rounds: int = 20,
     seconds: float = 60,
     threads: int | None = None,
     provider: str = "CPUExecutionProvider",
+    only: Sequence[str] = (),
     control: bool = False,
     json: str | Path | None = None,
     png: str | Path | None = None,
@@ -46,12 +47,14 @@ def bench(
         adapter: name of the adapter to time; None: the first.
         merged: folder of a merge of the same model and adapter into ONNX, to be timed as well.
         prefill: prompt lengths in tokens; of a classifier, lengths of its input.
-        past: tokens in the KV cache when one more is decoded; not for a classifier.
+        past: tokens in the KV cache when one more is decoded; None, or a classifier: decodes nothing.
         rounds: how often each variant gets its turn.
         seconds: begin no further round of a length after this time, but never fewer than three.
         threads: within an operator; None: onnxruntime's choice.
         provider: execution provider of onnxruntime.
-        control: time the base a second time, in a session of its own: how far apart equal things are.
+        only: names of `bench_sessions.VARIANTS` to time, beside the base; none: all, without `base-again`.
+        control: `base-again` as well: time the base a second time, in a session of its own, to see how
+            far apart equal things are.
         json: write the report here.
         png: draw the ratios here.
 
@@ -65,21 +68,24 @@ def bench(
     out, beside = Path(out), None if merged is None else Path(merged)
     manifest = read_manifest(out)
     name = _check(out, manifest, adapter)
-    work = _work(out, prefill, None if is_classifier(manifest) else past)
+    work = _work(out, prefill, past, is_classifier(manifest))
     _check_merged(beside)
+    wanted = _wanted(only, control)
+    if rounds < 1:
+        raise InputError(f"rounds is {rounds}; it must be at least 1")
     _check_files(json, png)
     chosen = runtime.load_adapter(out / "adapters" / f"{name}{_ADAPTER_FILES}")
     with progress("opening", 4 + control + (beside is not None)) as advance:
         variants, skipped = open_all(
-            out, chosen, merged=beside, threads=threads, provider=provider, control=control, advance=advance
+            out, chosen, merged=beside, threads=threads, provider=provider, only=wanted, advance=advance
         )
     if not is_classifier(manifest) and not variants["base"].runner(out).has_cache:
         work = {title: sizes for title, sizes in work.items() if not sizes[1]}
     results = []
     with progress("timing", rounds * len(work)) as advance:
         for title, (tokens, before) in work.items():
-            runs, failed = _runs(variants, out, beside, tokens, before)
-            times, repeats = interleave(runs, rounds, seconds, advance)
+            runs, repeats, failed = _runs(variants, out, beside, tokens, before)
+            times = interleave(runs, repeats, rounds, seconds, advance)
             results.append(
                 {"name": title, "tokens": tokens, "past": before, "rounds": len(times["base"].wall),
                  "runs_per_turn": repeats, "variants": figures(times, one_thread=threads == 1), "failed": failed}
@@ -88,7 +94,7 @@ def bench(
         "format_version": FORMAT_VERSION,
         "model": str(out),
         "adapter": name,
-        "variants": {title: _about(title, variants, skipped) for title in VARIANTS if control or title != "base again"},
+        "variants": {title: _about(title, variants, skipped) for title in VARIANTS if title in wanted},
         "work": results,
         "environment": _environment(threads, provider),
     }
@@ -104,11 +110,14 @@ def figures(times: Mapping[str, Times], one_thread: bool) -> dict[str, dict[str,
     base = times["base"]
     found: dict[str, dict[str, Any]] = {}
     for name, taken in times.items():
-        found[name] = {"seconds": summary(taken.wall), "ratio": ratio(taken.wall, base.wall)}
+        found[name] = {
+            "seconds": summary(taken.wall), "ratio": ratio(taken.wall, base.wall), "turns": taken.wall.tolist()
+        }  # fmt: skip
         if one_thread:
             found[name] |= {
                 "processor_seconds": summary(taken.processor),
                 "processor_ratio": ratio(taken.processor, base.processor),
+                "processor_turns": taken.processor.tolist(),
             }
     return found
 
@@ -128,6 +137,14 @@ def _check(out: Path, manifest: Mapping[str, Any], adapter: str | None) -> str:
     return adapter or next(iter(files))
 
 
+def _wanted(only: Sequence[str], control: bool) -> set[str]:
+    """Names of what to time."""
+    unknown = [name for name in only if name not in VARIANTS]
+    if unknown:
+        raise InputError(f"--only {unknown[0]}: no such variant; there are {', '.join(VARIANTS)}")
+    return {"base", *(only or [name for name in VARIANTS if name != "base-again"]), *(["base-again"] * control)}
+
+
 def _check_merged(merged: Path | None) -> None:
     if merged is None:
         return
@@ -145,15 +162,15 @@ def _check_files(json: str | Path | None, png: str | Path | None) -> None:
         require("matplotlib", "train")
 
 
-def _work(out: Path, prefill: Sequence[int], past: int | None) -> dict[str, tuple[int, int]]:
+def _work(out: Path, prefill: Sequence[int], past: int | None, classifier: bool) -> dict[str, tuple[int, int]]:
     """What to time: title → (tokens, tokens before them).
 
     Raises:
         InputError: more tokens than the model can take, or nothing to do.
     """
-    title = "forward" if past is None else "prefill"
+    title = "forward" if classifier else "prefill"
     work = {f"{title} {tokens}": (tokens, 0) for tokens in prefill}
-    if past is not None:
+    if past is not None and not classifier:
         work[f"decode at {past}"] = (1, past)
     most = context(out)
     long = [title for title, sizes in work.items() if min(sizes) < 0 or sizes[0] < 1 or (most and sum(sizes) > most)]
@@ -163,26 +180,26 @@ def _work(out: Path, prefill: Sequence[int], past: int | None) -> dict[str, tupl
             f"{out}: cannot run {', '.join(long)}; lengths go from 1 to {limit} tokens, the new one included"
         )
     if not work:
-        raise InputError("nothing to time: give at least one --prefill length")
+        raise InputError("nothing to time: give prompt lengths, or a number of tokens before a decoded one")
     return work
 
 
 def _runs(
     variants: Mapping[str, Variant], out: Path, merged: Path | None, tokens: int, past: int
-) -> tuple[dict[str, Any], dict[str, str]]:
-    """Each variant's run, tried once; what fails, with the reason. The base must not fail."""
-    runs, failed = {}, {}
+) -> tuple[dict[str, Any], int, dict[str, str]]:
+    """Each variant's run, tried once, how many make a turn, and what fails, with the reason. The base must not fail."""
+    runs, failed, took = {}, {}, []
     for name, variant in variants.items():
         run = prepared(variant, merged if name == "merged" and merged else out, tokens, past)
         try:
-            run()
+            took.append(once(run)[0])
         except ExportError as error:
             if name == "base":
                 raise
             failed[name] = str(error)
         else:
             runs[name] = run
-    return runs, failed
+    return runs, turn_length(took), failed
 
 
 def _about(name: str, variants: Mapping[str, Variant], skipped: Mapping[str, str]) -> dict[str, Any]:

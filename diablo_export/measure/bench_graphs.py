@@ -104,17 +104,21 @@ def _factor(model: ir.Model, name: str, shape: tuple[int | str, int | str], dtyp
 
 def _replace(model: ir.Model, branch: Branch, new: ir.Value) -> None:
     """Let the readers of a branch read `new`; take the branch and what fed it away."""
-    old = branch.node.outputs[0]
-    for position, output in enumerate(model.graph.outputs):
-        if output is old:
-            old.name, new.name = f"{old.name}/branch", old.name  # the output keeps its name
-            model.graph.outputs[position] = new
-    ir.convenience.replace_all_uses_with(old, new)
+    _redirect(model.graph, branch.node.outputs[0], new)
     model.graph.remove(branch.node, safe=True)
     for value in branch.fed:
         if not value.uses():
             model.graph.inputs.remove(value)
             model.graph.initializers.pop(value.name or "", None)
+
+
+def _redirect(graph: ir.Graph, old: ir.Value, new: ir.Value) -> None:
+    """Let the readers of `old` read `new`; where it is an output of the graph, so is `new`, under its name."""
+    for position, output in enumerate(graph.outputs):
+        if output is old:
+            old.name, new.name = f"{old.name}/before", old.name
+            graph.outputs[position] = new
+    ir.convenience.replace_all_uses_with(old, new)
 
 
 def _drop_joins(graph: ir.Graph) -> None:
@@ -123,15 +127,12 @@ def _drop_joins(graph: ir.Graph) -> None:
         parts = [value for value in join.inputs if value is not None]
         before, after = parts[0].producer(), [use.node for use in join.outputs[0].uses()]
         if before is not None and before.op_type == "Split" and list(before.outputs) == parts:
-            whole = before.inputs[0]
-            assert whole is not None
-            for position, output in enumerate(graph.outputs):
-                if output is join.outputs[0]:
-                    graph.outputs[position] = whole
-            ir.convenience.replace_all_uses_with(join.outputs[0], whole)
+            assert before.inputs[0] is not None
+            _redirect(graph, join.outputs[0], before.inputs[0])
             graph.remove([join, before], safe=True)
         elif len(after) == 1 and after[0].op_type == "Split" and len(after[0].outputs) == len(parts):
-            ir.convenience.replace_all_uses_with(list(after[0].outputs), parts)
+            for output, part in zip(after[0].outputs, parts, strict=True):
+                _redirect(graph, output, part)
             graph.remove([after[0], join], safe=True)
 
 

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
 SIZE = (10.0, 4.5)  # inches
 DPI = 150
-_COLORS = {"base": "#666666", "base again": "#999999", "LoRA": "#d9822b", "merged": "#3d8f5f"}
+_COLORS = {"base": "#666666", "base-again": "#999999", "lora": "#d9822b", "merged": "#3d8f5f"}
 _BLUE = "#3b6ea8"
 
 
@@ -24,9 +24,10 @@ def tables(report: dict[str, Any]) -> RenderableType:
     parts: list[Any] = []
     for work in report["work"]:
         title = f"{work['name']}, {work['rounds']} rounds"
-        table = Table(title=title, title_justify="left", header_style="bold", box=SIMPLE_HEAD)
+        table = Table(title=title, title_justify="left", header_style="bold", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
         processor = any("processor_ratio" in each for each in work["variants"].values())
-        for column in ("", "ms", "quartiles", "× base", "95 %", *(["× base, processor", "95 %"] if processor else [])):
+        columns = ["", "ms", "quartiles", "× base", "95 %", *(["processor", "95 %"] if processor else [])]
+        for column in columns:
             table.add_column(column, justify="right" if column else "left", no_wrap=True)
         for name, figures in work["variants"].items():
             table.add_row(name, *cells(figures))
@@ -43,10 +44,10 @@ def tables(report: dict[str, Any]) -> RenderableType:
 def cells(figures: dict[str, Any]) -> list[str]:
     """A variant's row: median, quartiles, ratio and its interval; the same of processor time where it is known."""
     seconds = figures["seconds"]
-    row = [milliseconds(seconds["median"]), f"{milliseconds(seconds['q1'])} – {milliseconds(seconds['q3'])}"]
+    row = [milliseconds(seconds["median"]), f"{milliseconds(seconds['q1'])}–{milliseconds(seconds['q3'])}"]
     for kind in ("ratio", "processor_ratio"):
         if kind in figures:
-            row += [f"{figures[kind]['median']:.3f}", f"{figures[kind]['low']:.3f} – {figures[kind]['high']:.3f}"]
+            row += [f"{figures[kind]['median']:.3f}", f"{figures[kind]['low']:.3f}–{figures[kind]['high']:.3f}"]
     return row
 
 

@@ -7,7 +7,7 @@ of the same round; the median of the rounds' ratios has an interval from resampl
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -41,22 +41,23 @@ def order(names: Sequence[str], turn: int) -> list[str]:
 
 def interleave(
     runs: Mapping[str, Callable[[], object]],
+    repeats: int,
     rounds: int,
     seconds: float,
     advance: Callable[[float], None] = lambda amount: None,
-) -> tuple[dict[str, Times], int]:
+) -> dict[str, Times]:
     """Time `runs` by name in turns.
 
     Args:
-        runs: what to time.
+        runs: what to time; each has run before.
+        repeats: how many runs a turn is.
         rounds: how often each gets its turn.
         seconds: stop after this time, but not before the third round.
         advance: told 1 at the end of each round.
 
     Returns:
-        Times by name, and how many runs a turn was.
+        Times by name.
     """
-    repeats = max(1, round(_TURN / max(_once(run)[0] for run in runs.values())))  # the first runs warm up as well
     taken: dict[str, list[tuple[float, float]]] = {name: [] for name in runs}
     end = time.perf_counter() + seconds
     for turn in range(rounds):
@@ -64,9 +65,9 @@ def interleave(
             advance(rounds - turn)
             break
         for name in order(list(runs), turn):
-            taken[name].append(_once(runs[name], repeats))
+            taken[name].append(once(runs[name], repeats))
         advance(1)
-    return {name: Times(*np.array(each).T) for name, each in taken.items()}, repeats
+    return {name: Times(*np.array(each).T) for name, each in taken.items()}
 
 
 def summary(values: Float64) -> dict[str, float]:
@@ -91,7 +92,12 @@ def interval(values: Float64, seed: int = 0) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def _once(run: Callable[[], object], repeats: int = 1) -> tuple[float, float]:
+def turn_length(once_took: Iterable[float]) -> int:
+    """How many runs make a turn that is long enough for the clock, from the seconds that one run of each took."""
+    return max(1, round(_TURN / max(once_took)))
+
+
+def once(run: Callable[[], object], repeats: int = 1) -> tuple[float, float]:
     """Mean seconds of a run: by the clock, and of this thread's processor time."""
     wall, processor = time.perf_counter(), time.thread_time()
     for _ in range(repeats):
