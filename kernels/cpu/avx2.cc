@@ -53,6 +53,7 @@ struct Avx2 {
   }
 
   static __m128i load16(const void* at) { return _mm_loadu_si128(static_cast<const __m128i*>(at)); }
+  static Vector widen(const float* at) { return load(at); }
   static Vector widen(const Half* at) { return _mm256_cvtph_ps(load16(at)); }
   static Vector widen(const Brain* at) {
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(load16(at)), 16));

@@ -26,6 +26,7 @@ struct Avx512 {
   static void store(float* at, Vector value, Lanes lanes) { _mm512_mask_storeu_ps(at, lanes, value); }
 
   static __m256i load32(const void* at) { return _mm256_loadu_si256(static_cast<const __m256i*>(at)); }
+  static Vector widen(const float* at) { return load(at); }
   static Vector widen(const Half* at) { return _mm512_cvtph_ps(load32(at)); }
   static Vector widen(const Brain* at) {
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(load32(at)), 16));

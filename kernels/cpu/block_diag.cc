@@ -9,10 +9,13 @@ using diablo::Piece;
 
 // What makes a piece worth handing to another thread, in products: about five microseconds on one core.
 constexpr int64_t kPieceWork = 256 * 1024;
-constexpr int64_t kPiecesWanted = 16;
+constexpr int64_t kMostPieces = 16;
+// So much of the blocks stays in a core's cache while rows stream past them.
+constexpr int64_t kCachedBlocks = 96 * 1024;
 // Columns of a block are shared out before rows: two pieces of the same columns copy the same panels of the block. Few
 // rows read the block in long runs, which must not become short.
-constexpr int64_t kManyRows = 32, kFewestRows = 384, kFewestColumns = 128, kFewestLongColumns = 4096;
+constexpr int64_t kFewRows = 48, kFewestRows = 384, kFewestColumns = 128, kFewestLongColumns = 4096;
+constexpr int64_t kRowStep = 12;  // of a kernel
 
 struct Plan {
   Job job;
@@ -56,22 +59,32 @@ bool is_empty(const DiabloShape& s) { return s.num_blocks == 0 || s.block_size_i
 // Into how many parts to cut `size`, so that there are `wanted` pieces if none becomes smaller than `fewest`.
 int64_t parts(int64_t wanted, int64_t size, int64_t fewest) { return clamp(wanted, 1, ceil_divide(size, fewest)); }
 
-// Columns and rows are cut only where the blocks alone are too few pieces to keep threads busy.
+// All small blocks that fit in the cache by some of the rows: then whole rows pass through it. Large blocks, and all where
+// rows are few, are shared out one by one; columns are cut only where blocks are too few to keep threads busy.
 Plan make_plan(const Job& job, Kernel kernel) {
   const DiabloShape& s = job.shape;
-  Plan plan{job, kernel, 0, 0, 0, 0, 0, 0};
-  const int64_t fewest = s.rows > kManyRows ? kFewestColumns : kFewestLongColumns;
-  const int64_t column_parts = parts(ceil_divide(kPiecesWanted, s.num_blocks), s.block_size_out, fewest);
-  plan.columns = ceil_divide(ceil_divide(s.block_size_out, column_parts), fewest) * fewest;
-  plan.column_pieces = ceil_divide(s.block_size_out, plan.columns);
-  const int64_t row_parts = parts(ceil_divide(kPiecesWanted, s.num_blocks * plan.column_pieces), s.rows, kFewestRows);
-  plan.rows = ceil_divide(s.rows, row_parts);
-  plan.row_pieces = ceil_divide(s.rows, plan.rows);
+  const int64_t block = s.block_size_in * s.block_size_out;
   // Below 8 rows the time goes into reading the block, whatever the number of rows.
-  const int64_t columns = clamp(plan.columns, 1, s.block_size_out);
-  const int64_t work = s.block_size_in * columns * (plan.rows < 8 ? 8 : plan.rows);
-  plan.blocks = clamp(kPieceWork / work, 1, s.num_blocks);
+  const int64_t wanted = clamp(ceil_divide(s.num_blocks * block, kPieceWork / (s.rows < 8 ? 8 : s.rows) + 1), 1, kMostPieces);
+  const bool few = s.rows <= kFewRows;
+  Plan plan{job, kernel, 0, 0, 0, 0, 0, 0};
+
+  const int64_t cached = clamp(kCachedBlocks / block, 1, s.num_blocks);
+  const int64_t cached_parts = ceil_divide(s.num_blocks, cached);
+  const bool by_blocks = few || s.block_size_out > kFewestColumns;
+  const int64_t block_parts = by_blocks ? clamp(wanted, cached_parts, s.num_blocks) : cached_parts;
+  plan.blocks = ceil_divide(s.num_blocks, block_parts);
   plan.block_pieces = ceil_divide(s.num_blocks, plan.blocks);
+
+  const int64_t fewest_columns = few ? kFewestLongColumns : kFewestColumns;
+  const int64_t column_parts = parts(ceil_divide(wanted, plan.block_pieces), s.block_size_out, fewest_columns);
+  plan.columns = ceil_divide(ceil_divide(s.block_size_out, column_parts), fewest_columns) * fewest_columns;
+  plan.column_pieces = ceil_divide(s.block_size_out, plan.columns);
+
+  const int64_t fewest_rows = block > kCachedBlocks / 8 ? kFewestRows : kRowStep;
+  const int64_t row_parts = few ? 1 : parts(ceil_divide(wanted, plan.block_pieces * plan.column_pieces), s.rows, fewest_rows);
+  plan.rows = ceil_divide(ceil_divide(s.rows, row_parts), kRowStep) * kRowStep;
+  plan.row_pieces = ceil_divide(s.rows, plan.rows);
   return plan;
 }
 

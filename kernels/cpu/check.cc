@@ -41,6 +41,8 @@ const char* diablo_error_text(DiabloError error) {
       return "int8 blocks need scales";
     case DIABLO_NO_SUCH_ISA:
       return "this processor or this build does not have that instruction set";
+    case DIABLO_CUDA_FAILED:
+      return "CUDA refused the launch";
   }
   return "unknown error";
 }

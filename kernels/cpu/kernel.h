@@ -1,7 +1,8 @@
 // One block times some rows, cut into panels that stay in cache; the same source for every instruction set.
 //
-// x and y are used where they lie, as sub-matrices of whole rows. A panel of a block is copied only where that makes it
-// float32, or dense: read in place, rows of a wide block lie at strides that fall on the same few sets of a cache.
+// In float32, x and y are used where they lie. 16-bit rows are widened and narrowed in runs over many small blocks. A
+// block is read as it is stored by few rows; for many, a panel of it is copied where that makes it float32, or dense:
+// read in place, rows of a wide block lie at strides that fall on the same few sets of a cache.
 #pragma once
 
 #include <type_traits>
@@ -12,21 +13,22 @@
 
 namespace {
 
-// Many rows: 64 KiB of a block, in any second-level cache, is used by all rows before the next is touched.
+// 64 KiB of a block, in any second-level cache, is used by all rows before the next is touched.
 constexpr int64_t kColumns = 128, kDepth = 128;
-// Few rows: reading the block is what takes time, so it is read in long runs that the prefetcher follows; the sums wait
-// in the first-level cache. A block that one tile of rows reads once needs no copy, and less depth to spread over.
-constexpr int64_t kFewRows = 32, kLongColumns = 1024, kLongDepth = 16, kOnceColumns = 4096, kOnceDepth = 8;
+// Up to so many rows, reading a wide block is what takes time, and copying it never pays. So few that each element of it
+// is used by one tile alone read it in long runs that the prefetcher follows; their sums wait in the first-level cache.
+constexpr int64_t kFewRows = 48, kFewDepth = 32, kOnceColumns = 4096, kOnceDepth = 8;
 constexpr int64_t kRowsForDots = 4;  // that make up for transposing the block
-// 16-bit outputs: the sums of so many rows wait in float32 until their last panel, to be rounded once.
-constexpr int64_t kSumRows = 96;
-static_assert(kLongColumns * kLongDepth <= kColumns * kDepth && kMostRows * kLongColumns <= kSumRows * kColumns);
+// Blocks that together stay in the second-level cache are read by so few rows at a time that whole rows pass through the
+// cache as streams, not one line of each. More of them are read by more rows.
+constexpr int64_t kSmallBlocks = 96 * 1024, kStreamedRows = 12, kSumRows = 96;
+constexpr int64_t kRun = kSumRows * 128;  // of x and of y at once, where they have to be widened
 
 // On the stack of the thread that runs a piece, and taken once: a compiler may touch every page of it at each call.
 struct Scratch {
-  alignas(64) float d[kColumns * kDepth];
-  alignas(64) float x[kMostRows * kDepth];
-  alignas(64) float y[kSumRows * kColumns];
+  alignas(64) float d[kColumns * kDepth + 64];  // narrow panels are read up to a vector beyond their end
+  alignas(64) float x[kRun];
+  alignas(64) float y[kRun];
 };
 
 template <class T>
@@ -50,79 +52,168 @@ void narrow_rows(Matrix<const float> from, int64_t rows, int64_t columns, Matrix
 }
 
 template <class T>
+void copy_rows(Matrix<const T> from, int64_t rows, int64_t columns, Matrix<T> to) {
+  if (from.data == to.data) return;
+  for (int64_t r = 0; r < rows; ++r)
+    memcpy(to.data + r * to.stride, from.data + r * from.stride, static_cast<size_t>(columns) * sizeof(T));
+}
+
+template <class T>
 void transpose(Matrix<const T> from, int64_t rows, int64_t columns, float scale, Matrix<float> to) {
   for (int64_t r = 0; r < rows; ++r)
     for (int64_t c = 0; c < columns; ++c) to.data[c * to.stride + r] = scale * to_float(from.data[r * from.stride + c]);
 }
 
-// How many rows to take at once: as many as the registers hold, and no odd few left over at the end.
-template <class Simd>
-int64_t even_rows(int64_t rows, int64_t columns) {
-  const int64_t most = rows_beside<Simd>(columns <= Simd::width ? 1 : Simd::tile_vectors);
-  if (rows <= most) return rows;
-  const int64_t tiles = (rows + most - 1) / most;
-  return (rows + tiles - 1) / tiles;
+// Asks for them early; a no-op for what does not exist.
+template <class T>
+void prefetch(Matrix<T> matrix, int64_t rows, int64_t columns) {
+  constexpr int64_t kLine = 64 / sizeof(T);
+  for (int64_t r = 0; r < rows; ++r)
+    for (int64_t c = 0; c < columns; c += kLine) __builtin_prefetch(matrix.data + r * matrix.stride + c);
 }
 
-// y = y0 + x · scale · d, with x (rows, depth), d (depth, columns), y0 and y (rows, columns); depth > 0.
-template <class Simd, class T, class B>
-void multiply_block(Matrix<const T> x, Matrix<const B> d, float scale, Matrix<const T> y0, Matrix<T> y, int64_t rows,
-                    int64_t depth, int64_t columns, Scratch& scratch) {
-  constexpr bool kWideRows = std::is_same<T, float>::value, kWideBlocks = std::is_same<B, float>::value;
-  const bool dots = 4 * columns <= Simd::width && rows >= kRowsForDots;
-  const int64_t tile_rows = dots && kWideRows ? rows : even_rows<Simd>(rows, columns);
-  const bool once = tile_rows == rows;  // each element of the block is used by one tile alone
-  const bool few = columns > kColumns && (once || (kWideRows && rows <= kFewRows));
-  const int64_t once_columns = kWideRows && kWideBlocks ? kOnceColumns : kLongColumns;
-  const int64_t panel_columns = !few ? kColumns : once ? once_columns : kLongColumns;
-  const int64_t panel_depth = !few ? kDepth : once ? kOnceDepth : kLongDepth;
-  const bool in_place = kWideBlocks && !dots && (once || columns <= kColumns);
+// A block, or some columns of it, and where the memory ends that may be read.
+template <class B>
+struct Block {
+  Matrix<const B> d;
+  const B* end;
+  float scale;
+};
 
-  for (int64_t c = 0; c < columns; c += panel_columns) {
-    const int64_t width = smaller(panel_columns, columns - c);
-    const Matrix<float> sums{scratch.y, width};
-    if constexpr (!kWideRows) widen_rows<Simd>(y0.from(0, c), rows, width, 1.0f, sums);
-
-    for (int64_t k = 0; k < depth; k += panel_depth) {
-      const int64_t height = smaller(panel_depth, depth - k);
-      Matrix<const float> panel{scratch.d, width};
-      if constexpr (kWideBlocks) {
-        if (in_place) panel = d.from(k, c);
-      }
-      if (dots) {
-        panel.stride = kDepth;
-        transpose(d.from(k, c), height, width, scale, Matrix<float>{scratch.d, kDepth});
-      } else if (!in_place) {
-        widen_rows<Simd>(d.from(k, c), height, width, scale, Matrix<float>{scratch.d, width});
-      }
-
-      for (int64_t r = 0; r < rows; r += tile_rows) {
-        const int64_t taken = smaller(tile_rows, rows - r);
-        Tile tile{height, scratch.x, kDepth, panel.data, panel.stride, nullptr, nullptr, 0};
-        if constexpr (kWideRows) {
-          const Matrix<const T> before = k == 0 ? y0 : Matrix<const T>{y.data, y.stride};
-          tile.x = x.from(r, k).data, tile.x_stride = x.stride;
-          tile.y0 = before.from(r, c).data, tile.y = y.from(r, c).data, tile.y_stride = y.stride;
-        } else {
-          widen_rows<Simd>(x.from(r, k), taken, height, 1.0f, Matrix<float>{scratch.x, kDepth});
-          tile.y0 = tile.y = sums.from(r, 0).data, tile.y_stride = width;
-        }
-        if (dots) {
-          dot_rows<Simd>(tile, taken, width);
-        } else {
-          multiply_rows<Simd>(tile, static_cast<int>(taken), width);
-        }
-      }
-    }
-    if constexpr (!kWideRows) narrow_rows<Simd>(Matrix<const float>{scratch.y, width}, rows, width, y.from(0, c));
+// y = y0 + x · panel, with all of the panel's depth; of many rows so few at a time that they stay in the first-level cache.
+template <class Simd, class B>
+DIABLO_INLINE void multiply_panel(Matrix<const float> x, Block<B> panel, Matrix<const float> y0, Matrix<float> y, int64_t rows,
+                    int64_t depth, int64_t columns) {
+  const int64_t room = panel.end - panel.d.data - Simd::width;
+  const int64_t safe = room < 0 ? 0 : smaller(depth, room / panel.d.stride + 1);
+  const int64_t step = rows <= kFewRows ? rows : kStreamedRows;
+  for (int64_t r = 0; r < rows; r += step) {
+    Strip<B> strip{depth, x.data + r * x.stride, x.stride, panel.d.data, panel.d.stride, panel.scale,
+                   y0.data + r * y0.stride, y.data + r * y.stride, y.stride, 0, safe};
+    multiply_rows<Simd>(strip, smaller(step, rows - r), columns);
   }
 }
 
-template <class T>
-void copy_rows(Matrix<const T> from, int64_t rows, int64_t columns, Matrix<T> to) {
-  if (from.data == to.data) return;
-  for (int64_t r = 0; r < rows; ++r)
-    memcpy(to.data + r * to.stride, from.data + r * from.stride, static_cast<size_t>(columns) * sizeof(T));
+// The block is read where it lies.
+template <class Simd, class B>
+DIABLO_INLINE void multiply_in_place(Matrix<const float> x, Block<B> block, Matrix<const float> y0, Matrix<float> y,
+                                     int64_t rows, int64_t depth, int64_t columns) {
+  constexpr int64_t kTile = Simd::tile_vectors * Simd::width;
+  const bool wide = columns > kColumns, once = rows <= kMostStoredRows, few = wide && !once;
+  const int64_t panel_columns = few ? kTile : wide ? kOnceColumns : columns;
+  const int64_t panel_depth = few ? kFewDepth : wide ? kOnceDepth : once ? depth : kDepth;
+  for (int64_t k = 0; k < depth; k += panel_depth) {
+    const int64_t height = smaller(panel_depth, depth - k);
+    for (int64_t c = 0, width; c < columns; c += width) {
+      width = few && columns - c < 2 * kTile ? columns - c : smaller(panel_columns, columns - c);
+      // The rows of a panel lie far apart, where only the program knows which it will read
+      if (few) prefetch(block.d.from(k + panel_depth, c), smaller(panel_depth, depth - k - panel_depth), width);
+      multiply_panel<Simd>(x.from(0, k), Block<B>{block.d.from(k, c), block.end, block.scale},
+                           k == 0 ? y0.from(0, c) : Matrix<const float>{y.data + c, y.stride}, y.from(0, c), rows,
+                           height, width);
+    }
+  }
+}
+
+// Panels of the block are copied, to float32; transposed where a vector would be idle in most of its lanes.
+template <class Simd, class B>
+void multiply_copied(Matrix<const float> x, Block<B> block, Matrix<const float> y0, Matrix<float> y, int64_t rows,
+                     int64_t depth, int64_t columns, bool dots, float* copy) {
+  for (int64_t c = 0; c < columns; c += kColumns) {
+    const int64_t width = smaller(kColumns, columns - c);
+    for (int64_t k = 0; k < depth; k += kDepth) {
+      const int64_t height = smaller(kDepth, depth - k);
+      const Matrix<const float> before = k == 0 ? y0.from(0, c) : Matrix<const float>{y.data + c, y.stride};
+      if (dots) {
+        transpose(block.d.from(k, c), height, width, block.scale, Matrix<float>{copy, kDepth});
+        dot_rows<Simd>(Strip<float>{height, x.data + k, x.stride, copy, kDepth, 1.0f, before.data, y.data + c,
+                                    y.stride, 0, 0},
+                       rows, width);
+      } else {
+        widen_rows<Simd>(block.d.from(k, c), height, width, block.scale, Matrix<float>{copy, width});
+        multiply_panel<Simd>(x.from(0, k), Block<float>{{copy, width}, copy + kColumns * kDepth + 64, 1.0f}, before,
+                             y.from(0, c), rows, height, width);
+      }
+    }
+  }
+}
+
+// y = y0 + x · scale · d, with x (rows, depth), d (depth, columns), y0 and y (rows, columns); depth > 0.
+template <class Simd, class B>
+DIABLO_INLINE void multiply_block(Matrix<const float> x, Block<B> block, Matrix<const float> y0, Matrix<float> y, int64_t rows,
+                    int64_t depth, int64_t columns, float* copy) {
+  constexpr bool kStored = !std::is_same<B, float>::value;
+  const bool dots = 4 * columns <= Simd::width && rows >= kRowsForDots;
+  const int64_t most_in_place = kStored ? kMostStoredRows : columns <= kColumns ? rows : kFewRows;
+  if (dots || rows > most_in_place) {
+    multiply_copied<Simd>(x, block, y0, y, rows, depth, columns, dots, copy);
+  } else {
+    multiply_in_place<Simd>(x, block, y0, y, rows, depth, columns);
+  }
+}
+
+template <class B>
+Block<B> block_of(const diablo::Job& job, int64_t block, int64_t column) {
+  const DiabloShape& s = job.shape;
+  const B* blocks = static_cast<const B*>(job.blocks);
+  return {{blocks + block * s.block_size_in * s.block_size_out + column, s.block_size_out},
+          blocks + s.num_blocks * s.block_size_in * s.block_size_out,
+          std::is_same<B, int8_t>::value ? job.scales[block] : 1.0f};
+}
+
+// Blocks [first, end) on some rows; x begins at the first block's inputs, y0 and y at its outputs in the piece.
+template <class Simd, class B>
+void multiply_blocks(const diablo::Job& job, const diablo::Piece& piece, int64_t first, int64_t end,
+                     Matrix<const float> x, Matrix<const float> y0, Matrix<float> y, int64_t rows, float* copy) {
+  const DiabloShape& s = job.shape;
+  for (int64_t block = first; block < end; ++block) {
+    const int64_t depth = smaller(s.block_size_in, s.in_features - block * s.block_size_in);
+    const int64_t left = s.out_features - block * s.block_size_out - piece.first_column;
+    const int64_t columns = smaller(piece.end_column - piece.first_column, left);
+    const int64_t input = (block - first) * s.block_size_in, output = (block - first) * s.block_size_out;
+    if (columns <= 0) break;  // here and in all blocks behind it there is only padding
+    if (depth <= 0) {         // it meets no input
+      copy_rows(y0.from(0, output), rows, columns, y.from(0, output));
+    } else {
+      multiply_block<Simd>(x.from(0, input), block_of<B>(job, block, piece.first_column), y0.from(0, output),
+                           y.from(0, output), rows, depth, columns, copy);
+    }
+  }
+}
+
+// The same for 16-bit rows, as many blocks at a time as there is room for; sums are rounded once, at their end.
+template <class Simd, class T, class B>
+void multiply_narrow(const diablo::Job& job, const diablo::Piece& piece, Matrix<const T> x, Matrix<const T> y0,
+                     Matrix<T> y, int64_t rows, Scratch& scratch) {
+  const DiabloShape& s = job.shape;
+  const int64_t run = kRun / rows, width = piece.end_column - piece.first_column;
+  const int64_t larger = s.block_size_in > s.block_size_out ? s.block_size_in : s.block_size_out;
+  const int64_t group = width == s.block_size_out && larger <= run ? run / larger : 1;
+  for (int64_t block = piece.first_block; block < piece.end_block; block += group) {
+    const int64_t end = smaller(block + group, piece.end_block);
+    const int64_t input = block * s.block_size_in, output = block * s.block_size_out + piece.first_column;
+    const int64_t inputs = smaller((end - block) * s.block_size_in, s.in_features - input);
+    const int64_t outputs = smaller((end - block - 1) * s.block_size_out + width, s.out_features - output);
+    for (int64_t c = 0; c < outputs; c += run) {
+      const int64_t columns = smaller(run, outputs - c);
+      const Matrix<float> sums{scratch.y, columns};
+      widen_rows<Simd>(y0.from(0, output + c), rows, columns, 1.0f, sums);
+      for (int64_t k = 0; k < inputs; k += run) {
+        const int64_t depth = smaller(run, inputs - k);
+        const Matrix<float> wide{scratch.x, depth};
+        const Matrix<const float> before{sums.data, sums.stride}, given{wide.data, wide.stride};
+        if (c == 0 || inputs > run) widen_rows<Simd>(x.from(0, input + k), rows, depth, 1.0f, wide);
+        if (group > 1 || (depth == inputs && columns == outputs)) {
+          multiply_blocks<Simd, B>(job, piece, block, end, given, before, sums, rows, scratch.d);
+        } else {
+          Block<B> part = block_of<B>(job, block, piece.first_column);
+          part.d = part.d.from(k, c);
+          multiply_block<Simd>(given, part, before, sums, rows, depth, columns, scratch.d);
+        }
+      }
+      narrow_rows<Simd>(Matrix<const float>{sums.data, sums.stride}, rows, columns, y.from(0, output + c));
+    }
+  }
 }
 
 template <class Simd, class T, class B>
@@ -130,27 +221,23 @@ void run_piece(const diablo::Job& job, const diablo::Piece& piece) {
   const DiabloShape& s = job.shape;
   const Matrix<const T> x{static_cast<const T*>(job.x), s.x_stride}, y0{static_cast<const T*>(job.y0), s.y_stride};
   const Matrix<T> y{static_cast<T*>(job.y), s.y_stride};
-  const Matrix<const B> blocks{static_cast<const B*>(job.blocks), s.block_size_out};
-  // Small blocks: a few rows by all blocks, so that whole rows pass through the cache, not one line of each. Large ones
-  // by all rows, for what copying their panels costs. 16-bit outputs have no room for more sums than these.
-  const bool small = s.block_size_out <= kColumns || !std::is_same<T, float>::value;
-  const int64_t step = small ? kSumRows : piece.end_row - piece.first_row;
+  const int64_t blocks = piece.end_block - piece.first_block, columns = piece.end_column - piece.first_column;
+  const int64_t all = piece.end_row - piece.first_row;
+  const bool small = blocks * s.block_size_in * columns <= kSmallBlocks;
+  // Large blocks by all rows, for what copying their panels costs; 16-bit ones by as many as there is room for
+  const bool large = s.block_size_out > kColumns, dots = 4 * s.block_size_out <= Simd::width;
+  const int64_t step = small && !large && !dots ? kStreamedRows : large && std::is_same<T, float>::value ? all : kSumRows;
   Scratch scratch;
 
   for (int64_t r = piece.first_row; r < piece.end_row; r += step) {
     const int64_t rows = smaller(step, piece.end_row - r);
-    for (int64_t block = piece.first_block; block < piece.end_block; ++block) {
-      const int64_t input = block * s.block_size_in, output = block * s.block_size_out + piece.first_column;
-      const int64_t depth = smaller(s.block_size_in, s.in_features - input);
-      const int64_t columns = smaller(piece.end_column - piece.first_column, s.out_features - output);
-      if (columns <= 0) break;  // here and in all blocks behind it there is only padding
-      if (depth <= 0) {         // it meets no input
-        copy_rows(y0.from(r, output), rows, columns, y.from(r, output));
-      } else {
-        const float scale = std::is_same<B, int8_t>::value ? job.scales[block] : 1.0f;
-        multiply_block<Simd>(x.from(r, input), blocks.from(input, piece.first_column), scale, y0.from(r, output),
-                             y.from(r, output), rows, depth, columns, scratch);
-      }
+    if constexpr (std::is_same<T, float>::value) {
+      const int64_t input = piece.first_block * s.block_size_in;
+      const int64_t output = piece.first_block * s.block_size_out + piece.first_column;
+      multiply_blocks<Simd, B>(job, piece, piece.first_block, piece.end_block, x.from(r, input), y0.from(r, output),
+                               y.from(r, output), rows, scratch.d);
+    } else {
+      multiply_narrow<Simd, T, B>(job, piece, x.from(r, 0), y0.from(r, 0), y.from(r, 0), rows, scratch);
     }
   }
 }

@@ -35,6 +35,7 @@ struct Neon {
     if (count == 3) vst1q_lane_f32(at + 2, value, 2);
   }
 
+  static Vector widen(const float* at) { return load(at); }
   static Vector widen(const Half* at) {
     return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(reinterpret_cast<const uint16_t*>(at))));
   }

@@ -6,30 +6,43 @@
 namespace diablo {
 namespace {
 
-constexpr size_t kX = 0, kBlocks = 1, kY0 = 2, kInputs = 3;
+constexpr size_t kX = 0, kBlocks = 1, kScales = 2;  // then Y0, which comes last
 constexpr size_t kMostRank = 16;
 
 const BlockDiagOp& self(const OrtCustomOp* op) { return *static_cast<const BlockDiagOp*>(op); }
 
-const char* ORT_CALL name(const OrtCustomOp*) { return "BlockDiagMatMul"; }
+size_t y0_index(const BlockDiagOp& op) { return op.scaled() ? 3 : 2; }
 
-const char* ORT_CALL provider(const OrtCustomOp*) { return "CPUExecutionProvider"; }
+const char* ORT_CALL name(const OrtCustomOp* op) { return self(op).name(); }
 
-OrtElementType ORT_CALL element(const OrtCustomOp* op, size_t) {
-  switch (self(op).type) {
+const char* ORT_CALL provider(const OrtCustomOp* op) {
+  return self(op).device == Device::kCuda ? "CUDAExecutionProvider" : "CPUExecutionProvider";
+}
+
+OrtElementType element_of(DiabloType type) {
+  switch (type) {
     case DIABLO_F16:
       return kOrtFloat16;
     case DIABLO_BF16:
       return kOrtBFloat16;
+    case DIABLO_I8:
+      return kOrtInt8;
     default:
       return kOrtFloat;
   }
 }
 
-size_t ORT_CALL input_count(const OrtCustomOp*) { return kInputs; }
+OrtElementType ORT_CALL input_element(const OrtCustomOp* op, size_t index) {
+  if (index == kBlocks) return element_of(self(op).block_type);
+  return index == kScales && self(op).scaled() ? kOrtFloat : element_of(self(op).type);
+}
+
+OrtElementType ORT_CALL output_element(const OrtCustomOp* op, size_t) { return element_of(self(op).type); }
+
+size_t ORT_CALL input_count(const OrtCustomOp* op) { return y0_index(self(op)) + 1; }
 size_t ORT_CALL output_count(const OrtCustomOp*) { return 1; }
 OrtCharacteristic ORT_CALL required(const OrtCustomOp*, size_t) { return kOrtRequired; }
-OrtMemType ORT_CALL in_main_memory(const OrtCustomOp*, size_t) { return kOrtMemDefault; }
+OrtMemType ORT_CALL in_default_memory(const OrtCustomOp*, size_t) { return kOrtMemDefault; }
 int ORT_CALL one(const OrtCustomOp*) { return 1; }
 int ORT_CALL any_later(const OrtCustomOp*) { return INT_MAX; }
 
@@ -48,12 +61,13 @@ OrtStatus* ORT_CALL compute(void* kernel, OrtKernelContext* context) {
 OrtStatus* ORT_CALL infer(const OrtCustomOp* op, OrtShapeInferContext* context) {
   const ort::Api& api = self(op).api;
   OrtTensorTypeAndShapeInfo* info = nullptr;  // the context owns it
-  if (OrtStatus* status = api.inferred_input(context, kY0, &info)) return status;
+  if (OrtStatus* status = api.inferred_input(context, y0_index(self(op)), &info)) return status;
   return api.infer_output(context, 0, info);
 }
 
+template <int From>
 size_t ORT_CALL in_place(int** input, int** output) {
-  static int from = kY0, to = 0;
+  static int from = From, to = 0;
   *input = &from;
   *output = &to;
   return 1;
@@ -67,25 +81,36 @@ struct Tensor {
   int64_t sizes[kMostRank];
 };
 
-OrtStatus* read_shape(const ort::Api& api, const OrtTensorTypeAndShapeInfo* info, const char* input, Tensor* tensor) {
+OrtStatus* read_shape(const ort::Api& api, const OrtTensorTypeAndShapeInfo* info, Tensor* tensor) {
   if (OrtStatus* status = api.rank(info, &tensor->rank)) return status;
   if (tensor->rank <= kMostRank) return api.sizes(info, tensor->sizes, tensor->rank);
   char text[128];
-  std::snprintf(text, sizeof text, "BlockDiagMatMul: %s has %zu dimensions; at most %zu are supported", input,
+  std::snprintf(text, sizeof text, "BlockDiagMatMul: an input has %zu dimensions; at most %zu are supported",
                 tensor->rank, kMostRank);
   return api.create_status(kOrtInvalidArgument, text);
 }
 
 OrtStatus* read(const ort::Api& api, const OrtKernelContext* context, size_t index, Tensor* tensor) {
-  static const char* const names[] = {"X", "D", "Y0"};
   const OrtValue* value = nullptr;
   if (OrtStatus* status = api.input(context, index, &value)) return status;
   if (OrtStatus* status = api.data(const_cast<OrtValue*>(value), &tensor->data)) return status;
   OrtTensorTypeAndShapeInfo* info = nullptr;
   if (OrtStatus* status = api.info(value, &info)) return status;
-  OrtStatus* status = read_shape(api, info, names[index], tensor);
+  OrtStatus* status = read_shape(api, info, tensor);
   api.release_info(info);
   return status;
+}
+
+struct Inputs {
+  Tensor x, blocks, scales, y0;
+};
+
+OrtStatus* read_all(const BlockDiagOp& op, const OrtKernelContext* context, Inputs* inputs) {
+  if (OrtStatus* status = read(op.api, context, kX, &inputs->x)) return status;
+  if (OrtStatus* status = read(op.api, context, kBlocks, &inputs->blocks)) return status;
+  if (op.scaled())
+    if (OrtStatus* status = read(op.api, context, kScales, &inputs->scales)) return status;
+  return read(op.api, context, y0_index(op), &inputs->y0);
 }
 
 // "(2, 3, 64)", cut short where it does not fit.
@@ -101,18 +126,21 @@ struct Shown {
   }
 };
 
-OrtStatus* refuse(const ort::Api& api, const Tensor& x, const Tensor& blocks, const Tensor& y0, const char* why) {
-  char text[1024];
+OrtStatus* refuse(const BlockDiagOp& op, const Inputs& given, const char* why) {
+  char text[1280], scales[200] = "";
+  if (op.scaled()) std::snprintf(scales, sizeof scales, "S %s, ", Shown(given.scales).text);
   std::snprintf(text, sizeof text,
-                "BlockDiagMatMul: %s. X has shape %s, D %s, Y0 %s; X is (..., K), Y0 (..., N) with the same leading "
+                "%s: %s. X has shape %s, D %s, %sY0 %s; X is (..., K), Y0 (..., N) with the same leading "
                 "sizes, D (num_blocks, block_size_in, block_size_out) with num_blocks * block_size_in >= K and "
-                "num_blocks * block_size_out >= N, or empty",
-                why, Shown(x).text, Shown(blocks).text, Shown(y0).text);
-  return api.create_status(kOrtInvalidArgument, text);
+                "num_blocks * block_size_out >= N, or empty%s",
+                op.name(), why, Shown(given.x).text, Shown(given.blocks).text, scales, Shown(given.y0).text,
+                op.scaled() ? "; S (num_blocks)" : "");
+  return op.api.create_status(kOrtInvalidArgument, text);
 }
 
 // The shape as the kernels want it; nullptr, or what is wrong with it.
-const char* make_shape(const Tensor& x, const Tensor& blocks, const Tensor& y0, DiabloType type, DiabloShape* shape) {
+const char* make_shape(const BlockDiagOp& op, const Inputs& given, DiabloShape* shape) {
+  const Tensor &x = given.x, &blocks = given.blocks, &y0 = given.y0;
   if (blocks.rank != 3) return "D does not have three dimensions";
   if (x.rank == 0 || x.rank != y0.rank) return "X and Y0 do not have the same number of dimensions, at least one";
   int64_t rows = 1;
@@ -121,7 +149,10 @@ const char* make_shape(const Tensor& x, const Tensor& blocks, const Tensor& y0, 
     rows *= x.sizes[i];
   }
   const int64_t k = x.sizes[x.rank - 1], n = y0.sizes[y0.rank - 1];
-  *shape = {rows, k, n, blocks.sizes[0], blocks.sizes[1], blocks.sizes[2], k, n, type, type};
+  *shape = {rows, k, n, blocks.sizes[0], blocks.sizes[1], blocks.sizes[2], k, n, op.type, op.block_type};
+  const bool empty = blocks.sizes[0] == 0 || blocks.sizes[1] == 0 || blocks.sizes[2] == 0;
+  if (op.scaled() && !empty && (given.scales.rank != 1 || given.scales.sizes[0] != blocks.sizes[0]))
+    return "S does not have one scale for each block";
   const DiabloError error = diablo_check(shape);
   return error == DIABLO_OK ? nullptr : diablo_error_text(error);
 }
@@ -138,27 +169,47 @@ struct Pool {
   }
 };
 
-OrtStatus* multiply(const ort::Api& api, const OrtKernelContext* context, const DiabloShape& shape, const Tensor& x,
-                      const Tensor& blocks, const Tensor& y0, void* y) {
-  Pool pool{api, context, nullptr};
+OrtStatus* multiply_on_cpu(const BlockDiagOp& op, const OrtKernelContext* context, const DiabloShape& shape,
+                           const Inputs& given, void* y) {
+  Pool pool{op.api, context, nullptr};
   const DiabloParallelFor parallel{Pool::run, &pool};
-  const DiabloError error =
-      diablo_block_diag_cpu(&shape, x.data, blocks.data, nullptr, y0.data, y, &parallel, DIABLO_AUTO);
-  if (error != DIABLO_OK) return refuse(api, x, blocks, y0, diablo_error_text(error));
+  const float* scales = op.scaled() ? static_cast<const float*>(given.scales.data) : nullptr;
+  const DiabloError error = diablo_block_diag_cpu(&shape, given.x.data, given.blocks.data, scales, given.y0.data, y,
+                                                  &parallel, DIABLO_AUTO);
+  if (error != DIABLO_OK) return refuse(op, given, diablo_error_text(error));
   return pool.status;
 }
 
+#ifdef DIABLO_WITH_CUDA
+OrtStatus* multiply_on_cuda(const BlockDiagOp& op, const OrtKernelContext* context, const DiabloShape& shape,
+                            const Inputs& given, void* y) {
+  void* stream = nullptr;
+  if (OrtStatus* status = op.api.gpu_stream(context, &stream)) return status;
+  const float* scales = op.scaled() ? static_cast<const float*>(given.scales.data) : nullptr;
+  const char* cause = nullptr;
+  const DiabloError error =
+      diablo_block_diag_cuda(&shape, given.x.data, given.blocks.data, scales, given.y0.data, y, stream, &cause);
+  if (error == DIABLO_OK) return nullptr;
+  if (error != DIABLO_CUDA_FAILED) return refuse(op, given, diablo_error_text(error));
+  char text[256];
+  std::snprintf(text, sizeof text, "%s: %s: %s", op.name(), diablo_error_text(error), cause);
+  return op.api.create_status(kOrtFail, text);
+}
+#endif
+
 }  // namespace
 
-BlockDiagOp::BlockDiagOp(DiabloType element_type, ort::Api table) : OrtCustomOp{}, type(element_type), api(table) {
+BlockDiagOp::BlockDiagOp(DiabloType element_type, DiabloType element_of_blocks, Device runs_on, ort::Api table)
+    : OrtCustomOp{}, type(element_type), block_type(element_of_blocks), device(runs_on), api(table) {
   version = ort::kVersion;
-  GetName = name;
+  GetName = diablo::name;
   GetExecutionProviderType = provider;
-  GetInputType = GetOutputType = element;
+  GetInputType = input_element;
+  GetOutputType = output_element;
   GetInputTypeCount = input_count;
   GetOutputTypeCount = output_count;
   GetInputCharacteristic = GetOutputCharacteristic = required;
-  GetInputMemoryType = in_main_memory;
+  GetInputMemoryType = in_default_memory;
   GetVariadicInputMinArity = GetVariadicInputHomogeneity = one;
   GetVariadicOutputMinArity = GetVariadicOutputHomogeneity = one;
   CreateKernelV2 = create;
@@ -167,23 +218,24 @@ BlockDiagOp::BlockDiagOp(DiabloType element_type, ort::Api table) : OrtCustomOp{
   InferOutputShape = infer;
   GetStartVersion = one;
   GetEndVersion = any_later;
-  GetMayInplace = in_place;
+  GetMayInplace = scaled() ? in_place<3> : in_place<2>;
   ReleaseMayInplace = release_in_place;
 }
 
 OrtStatus* BlockDiagOp::compute(OrtKernelContext* context) const {
-  Tensor x, blocks, y0;
-  if (OrtStatus* status = read(api, context, kX, &x)) return status;
-  if (OrtStatus* status = read(api, context, kBlocks, &blocks)) return status;
-  if (OrtStatus* status = read(api, context, kY0, &y0)) return status;
+  Inputs given;
+  if (OrtStatus* status = read_all(*this, context, &given)) return status;
   DiabloShape shape;
-  if (const char* why = make_shape(x, blocks, y0, type, &shape)) return refuse(api, x, blocks, y0, why);
+  if (const char* why = make_shape(*this, given, &shape)) return refuse(*this, given, why);
 
   OrtValue* output = nullptr;
   void* y = nullptr;
-  if (OrtStatus* status = api.output(context, 0, y0.sizes, y0.rank, &output)) return status;
+  if (OrtStatus* status = api.output(context, 0, given.y0.sizes, given.y0.rank, &output)) return status;
   if (OrtStatus* status = api.data(output, &y)) return status;
-  return multiply(api, context, shape, x, blocks, y0, y);
+#ifdef DIABLO_WITH_CUDA
+  if (device == Device::kCuda) return multiply_on_cuda(*this, context, shape, given, y);
+#endif
+  return multiply_on_cpu(*this, context, shape, given, y);
 }
 
 }  // namespace diablo

@@ -34,7 +34,7 @@ struct OrtApiBase {
   const char*(ORT_CALL* GetVersionString)();
 };
 
-enum OrtElementType : int { kOrtFloat = 1, kOrtFloat16 = 10, kOrtBFloat16 = 16 };
+enum OrtElementType : int { kOrtFloat = 1, kOrtInt8 = 3, kOrtFloat16 = 10, kOrtBFloat16 = 16 };
 enum OrtCharacteristic : int { kOrtRequired = 0 };
 enum OrtMemType : int { kOrtMemDefault = 0 };
 enum OrtErrorCode : int { kOrtFail = 1, kOrtInvalidArgument = 2 };
@@ -118,6 +118,9 @@ struct Api {
   void release_status(OrtStatus* status) const { at<void(ORT_CALL*)(OrtStatus*)>(93)(status); }
   void release_info(OrtTensorTypeAndShapeInfo* info) const {
     at<void(ORT_CALL*)(OrtTensorTypeAndShapeInfo*)>(99)(info);
+  }
+  OrtStatus* gpu_stream(const OrtKernelContext* context, void** stream) const {
+    return at<OrtStatus*(ORT_CALL*)(const OrtKernelContext*, void**)>(193)(context, stream);
   }
   OrtStatus* inferred_input(const OrtShapeInferContext* context, size_t index, OrtTensorTypeAndShapeInfo** info) const {
     using Function = OrtStatus*(ORT_CALL*)(const OrtShapeInferContext*, size_t, OrtTensorTypeAndShapeInfo**);

@@ -8,19 +8,34 @@
 namespace {
 
 using diablo::BlockDiagOp;
+using diablo::Device;
+
+constexpr struct {
+  DiabloType type, blocks;
+} kPairs[] = {{DIABLO_F32, DIABLO_F32},  {DIABLO_F32, DIABLO_F16}, {DIABLO_F32, DIABLO_I8},  {DIABLO_F16, DIABLO_F16},
+              {DIABLO_F16, DIABLO_I8},   {DIABLO_BF16, DIABLO_BF16}, {DIABLO_BF16, DIABLO_F16}, {DIABLO_BF16, DIABLO_I8}};
+
+constexpr Device kDevices[] = {
+    Device::kCpu,
+#ifdef DIABLO_WITH_CUDA
+    Device::kCuda,
+#endif
+};
 
 // Sessions keep pointers to the operators and do not own the domain: all live as long as the library. One domain holds
 // every kernel, as ONNX Runtime refuses a domain that comes twice, even from two libraries.
 struct Domain {
-  BlockDiagOp ops[3];
+  alignas(BlockDiagOp) unsigned char ops[sizeof kPairs / sizeof *kPairs * sizeof kDevices / sizeof *kDevices *
+                                         sizeof(BlockDiagOp)];
   OrtCustomOpDomain* handle = nullptr;
   OrtStatus* status = nullptr;
 
-  explicit Domain(ort::Api api)
-      : ops{{DIABLO_F32, api}, {DIABLO_F16, api}, {DIABLO_BF16, api}} {
+  explicit Domain(ort::Api api) {
+    BlockDiagOp* next = reinterpret_cast<BlockDiagOp*>(ops);
     status = api.create_domain("ai.diablo", &handle);
-    for (const BlockDiagOp& op : ops)
-      if (status == nullptr) status = api.add_op(handle, &op);
+    for (const Device device : kDevices)
+      for (const auto& pair : kPairs)
+        if (status == nullptr) status = api.add_op(handle, new (next++) BlockDiagOp(pair.type, pair.blocks, device, api));
   }
 };
 

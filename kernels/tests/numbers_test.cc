@@ -1,4 +1,5 @@
-// Random calls against the reference: every type, instruction set and odd size, in place or not, on one or more threads.
+// Random calls against the reference: every type, instruction set and odd size, in place or not, on one to four threads;
+// and calls whose sizes do not fit, each with the error that names what is wrong.
 //
 // usage: numbers_test [calls] [seed]
 #include "fixture.h"
@@ -37,7 +38,10 @@ DiabloShape random_shape(std::mt19937& random) {
   };
   s.in_features = crop(s.block_size_in);
   s.out_features = crop(s.block_size_out);
-  if (between(random, 0, 50) == 0) (between(random, 0, 1) ? s.block_size_in : s.block_size_out) = 0;
+  if (between(random, 0, 30) == 0) {
+    int64_t* const sizes[] = {&s.num_blocks, &s.block_size_in, &s.block_size_out, &s.in_features, &s.out_features};
+    *sizes[between(random, 0, 4)] = 0;
+  }
   s.x_stride = s.in_features + (between(random, 0, 3) == 0 ? between(random, 1, 5) : 0);
   s.y_stride = s.out_features + (between(random, 0, 3) == 0 ? between(random, 1, 5) : 0);
   s.type = static_cast<DiabloType>(between(random, DIABLO_F32, DIABLO_BF16));
@@ -74,7 +78,7 @@ void check_call(std::mt19937& random) {
   const DiabloShape s = random_shape(random);
   // One row more than strides need would hide what is read or written behind the last one.
   const auto elements = [&](int64_t stride, int64_t columns) {
-    return static_cast<size_t>(s.rows == 0 ? 0 : (s.rows - 1) * stride + columns);
+    return static_cast<size_t>(s.rows == 0 || columns == 0 ? 0 : (s.rows - 1) * stride + columns);
   };
   Numbers x(s.type, elements(s.x_stride, s.in_features)), y0(s.type, elements(s.y_stride, s.out_features));
   Numbers blocks(s.block_type, static_cast<size_t>(s.num_blocks * s.block_size_in * s.block_size_out));
@@ -88,7 +92,7 @@ void check_call(std::mt19937& random) {
   CHECK(error == DIABLO_OK, "%s", diablo_error_text(error));
   for (DiabloIsa isa : isas()) {
     const bool in_place = between(random, 0, 1) != 0;
-    int threads = 3;
+    int threads = static_cast<int>(between(random, 1, 4));
     const DiabloParallelFor pool{run_on_threads, &threads};
     Numbers got = y0, from = y0;
     if (!in_place)  // garbage that must not show, except in the gaps between rows, which must stay
@@ -102,12 +106,48 @@ void check_call(std::mt19937& random) {
   }
 }
 
+// One thing about a good shape is made wrong; nothing may be read or written, so all pointers are null.
+void check_refusal(std::mt19937& random) {
+  DiabloShape s = random_shape(random);
+  s.rows = between(random, 2, 9), s.num_blocks = between(random, 1, 9);
+  s.block_size_in = odd_size(random), s.block_size_out = odd_size(random);
+  s.in_features = s.x_stride = s.num_blocks * s.block_size_in;
+  s.out_features = s.y_stride = s.num_blocks * s.block_size_out;
+  int64_t* const sizes[] = {&s.rows, &s.in_features, &s.out_features, &s.num_blocks, &s.block_size_in, &s.block_size_out};
+  DiabloError wanted = DIABLO_OK;
+  switch (between(random, 0, 5)) {
+    case 0:
+      *sizes[between(random, 0, 5)] = -between(random, 1, INT64_MAX), wanted = DIABLO_NEGATIVE_SIZE;
+      break;
+    case 1:
+      s.in_features += between(random, 1, 1000), s.x_stride = s.in_features, wanted = DIABLO_INPUTS_NOT_COVERED;
+      break;
+    case 2:
+      s.out_features += between(random, 1, 1000), s.y_stride = s.out_features, wanted = DIABLO_OUTPUTS_NOT_COVERED;
+      break;
+    case 3:
+      (between(random, 0, 1) ? s.x_stride : s.y_stride) -= 1, wanted = DIABLO_ROWS_OVERLAP;
+      break;
+    case 4:
+      s.type = DIABLO_I8, wanted = DIABLO_UNKNOWN_TYPE;
+      break;
+    default:
+      s.block_type = DIABLO_I8, wanted = DIABLO_NO_SCALES;
+  }
+  for (DiabloIsa isa : isas()) {
+    const DiabloError got = diablo_block_diag_cpu(&s, nullptr, nullptr, nullptr, nullptr, nullptr, nullptr, isa);
+    CHECK(got == wanted, "%s: %s instead of: %s", name_of(isa), diablo_error_text(got), diablo_error_text(wanted));
+  }
+  const DiabloError got = diablo_block_diag_reference(&s, nullptr, nullptr, nullptr, nullptr, nullptr);
+  CHECK(got == wanted, "reference: %s instead of: %s", diablo_error_text(got), diablo_error_text(wanted));
+}
+
 }  // namespace
 
 int main(int count, char** arguments) {
   const long calls = count > 1 ? std::atol(arguments[1]) : 2000;
   std::mt19937 random(count > 2 ? static_cast<unsigned>(std::atol(arguments[2])) : 1u);
-  for (long i = 0; i < calls; ++i) check_call(random);
+  for (long i = 0; i < calls; ++i) i % 10 == 9 ? check_refusal(random) : check_call(random);
   std::printf("%ld random calls agree with the reference on:", calls);
   for (DiabloIsa isa : isas()) std::printf(" %s", name_of(isa));
   std::printf("\n");

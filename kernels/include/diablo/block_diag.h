@@ -27,7 +27,8 @@ typedef enum {
   DIABLO_ROWS_OVERLAP,        /* x_stride < in_features or y_stride < out_features */
   DIABLO_UNKNOWN_TYPE,        /* type is not F32, F16 or BF16 */
   DIABLO_NO_SCALES,           /* int8 blocks without scales */
-  DIABLO_NO_SUCH_ISA          /* this build or this processor does not have it */
+  DIABLO_NO_SUCH_ISA,         /* this build or this processor does not have it */
+  DIABLO_CUDA_FAILED          /* CUDA refused the launch */
 } DiabloError;
 
 typedef struct {
@@ -68,6 +69,13 @@ DiabloError diablo_block_diag_reference(const DiabloShape* shape, const void* x,
  */
 DiabloError diablo_block_diag_cpu(const DiabloShape* shape, const void* x, const void* blocks, const float* scales,
                                   const void* y0, void* y, const DiabloParallelFor* pool, DiabloIsa isa);
+
+/* On a CUDA device: the same, with pointers into its memory, scales too; only in a build with CUDA.
+ *   stream  a cudaStream_t, on which all work is queued; nothing is allocated and nothing waited for
+ *   cause   where CUDA fails, its own words; may be NULL
+ */
+DiabloError diablo_block_diag_cuda(const DiabloShape* shape, const void* x, const void* blocks, const float* scales,
+                                   const void* y0, void* y, void* stream, const char** cause);
 
 #ifdef __cplusplus
 }
