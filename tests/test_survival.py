@@ -88,8 +88,9 @@ def test_distillation_brings_the_grid_to_the_branch(network: Network) -> None:
     after = judge.measure()
     # 60 steps of up to 0.1, falling, move a latent by three codes: enough for these blocks, of about one code. What is
     # left is for want of text: half of it is not there on the text that was fitted to
-    assert after.kl < 0.45 * before.kl and after.gain > 0.6 and after.cosine > 0.75
-    assert np.mean(losses[-5:]) < 0.4 * losses[0]
+    assert after.kl < 0.3 * before.kl and after.gain > 0.75 and after.cosine > 0.8, after
+    assert losses[0] < 0.2 * before.kl  # nothing is rounded yet; some latents stop at the ends of the range
+    assert np.mean(losses[-5:]) < 0.2 * before.kl
     for name, layer in layers.items():
         outside = np.ones((*codes[name].shape[:1], layer.shape.in_features), np.bool_)
         for inputs, rows in layer.shape.slices():

@@ -1,7 +1,9 @@
 """Distilling on the grid: codes that make a merged int4 model answer as the base with its float branch does.
 
 Adam on the KL divergence from the branch state of the same network to its grid state; only latents of codes under
-the blocks are trained (`trainer.grid`). Any text will do: what is learned is what the branch says to it.
+the blocks are trained (`trainer.grid`). Rounding comes in by degrees: latents that begin at the float branch are codes
+in the end, and in between the one make up for what the others lose. Any text will do: what is learned is what the
+branch says to it.
 """
 
 from __future__ import annotations
@@ -15,6 +17,8 @@ from torch.nn import functional
 from diablo_export.trainer.batches import Batches, collate
 from diablo_export.trainer.data import Encoded
 from diablo_export.trainer.grid import grid_layers, set_state
+
+_HARD = 0.8  # of the steps, after which latents are fully rounded
 
 
 def distil(
@@ -50,6 +54,8 @@ def distil(
     losses: list[float] = []
     for step in range(steps):
         (batch,) = batches(step)
+        for layer in layers:
+            layer.hardness = min(1.0, step / (_HARD * steps))
         for group in optimizer.param_groups:
             group["lr"] = lr * (1 - step / steps)
         with torch.no_grad():
@@ -62,6 +68,8 @@ def distil(
             layer.project()
         losses.append(float(loss.detach()))
         advance(1)
+    for layer in layers:
+        layer.hardness = 1.0
     return losses
 
 

@@ -3,6 +3,9 @@
 Three states of one layer: the quantized base, base + float blocks, and the grid that is to be written. On the grid the
 codes under the blocks are trained straight-through: latents in code units, rounded on the way forward, as if not
 rounded on the way back. What is trained is what is written: the codes, and nothing is lost between the two.
+
+Rounding can be brought in by degrees (`hardness`), so that a merge begins at the float branch itself and the latents
+that still may move make up for those that are nearly codes (alpha-blending, arXiv 1903.01061).
 """
 
 from __future__ import annotations
@@ -20,7 +23,6 @@ from diablo_export.requantize import Grid
 from diablo_export.trainer.layer import add_branch, features
 
 State = Literal["base", "branch", "grid"]
-_INSIDE = 0.45  # of a code: a latent this far from its code still rounds to it
 
 
 class GridLinear(nn.Module):
@@ -33,6 +35,7 @@ class GridLinear(nn.Module):
         latent: the same shape, in code units: what is trained. None for a layer that is not quantized, whose merge is
             exact: its grid state is its branch state.
         state: which of the three the layer computes.
+        hardness: 1: latents are rounded; 0: not at all; between the two, so much of the way.
     """
 
     weight: Tensor
@@ -49,6 +52,7 @@ class GridLinear(nn.Module):
             weight = weight.T  # Conv1D
         self.shape = shape
         self.state: State = "grid"
+        self.hardness = 1.0
         self.register_buffer("weight", weight.contiguous(), persistent=False)
         bias = linear.bias
         self.register_buffer("bias", bias.detach() if isinstance(bias, Tensor) else None, persistent=False)
@@ -64,8 +68,7 @@ class GridLinear(nn.Module):
 
         Args:
             grid: codes, scales and zero points of the whole layer.
-            target: (out, in), where the weights should be; a latent then begins as near to it as its code allows, so
-                that the codes that are nearly another flip first.
+            target: (out, in), where the weights should be: there, and not at their codes, the latents then begin.
         """
         values = self._dense(grid)
         self._start = None if torch.equal(values, self.weight) else values
@@ -77,8 +80,7 @@ class GridLinear(nn.Module):
             width = target.shape[1]
             usable = np.where(scales == 0, np.float32(np.inf), scales)[:, :width]
             wanted = target / usable + np.repeat(grid.zeros, grid.codes.shape[-1], axis=1)[:, :width]
-            latent = np.clip(wanted, codes[:, :width] - _INSIDE, codes[:, :width] + _INSIDE)
-            latent = np.clip(latent, 0, grid.top)
+            latent = np.clip(wanted, 0, grid.top)
         self.register_buffer("_codes", self._under_blocks(codes), persistent=False)
         self.register_buffer("_scales", self._under_blocks(scales), persistent=False)
         self.latent = nn.Parameter(self._under_blocks(latent))
@@ -112,8 +114,8 @@ class GridLinear(nn.Module):
     def _moved(self) -> Tensor:
         """How far the codes have moved each weight under a block, (num_blocks, block_size_in, block_size_out)."""
         assert self.latent is not None
-        rounded = self.latent + (self.latent.round() - self.latent).detach()
-        return (rounded - self._codes) * self._scales
+        rounding = (self.latent.round() - self.latent).detach()
+        return (self.latent + self.hardness * rounding - self._codes) * self._scales
 
     def _dense(self, grid: Grid) -> Tensor:
         values = grid.values().reshape(len(grid.scales), -1)[:, : self.shape.in_features]
