@@ -80,7 +80,8 @@ def demo(output: str | Path = "diablo-demo", quick: bool = False, overwrite: boo
     stage(
         "merge",
         "The blocks are merged into int4",
-        lambda: merge(base, adapter, int4, quantize="int4", overwrite=overwrite),
+        # the quick demo's adapter has learnt next to nothing: there is no fine-tune to keep
+        lambda: merge(base, adapter, int4, quantize="int4", method="rtn" if quick else None, overwrite=overwrite),
     )
     stage(
         "export", "The blocks become a branch beside an int4 base",
