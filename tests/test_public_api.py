@@ -13,7 +13,7 @@ from diablo_export.cli import COMMANDS
 
 def test_all_is_pinned() -> None:
     assert diablo_export.__all__ == [
-        "__version__", "bench", "convert", "demo", "doctor", "export", "inspect", "merge", "parity", "train",
+        "__version__", "bench", "convert", "demo", "doctor", "export", "inspect", "merge", "parity", "train", "verify",
     ]  # fmt: skip
     assert dir(diablo_export) == diablo_export.__all__
 

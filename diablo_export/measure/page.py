@@ -26,6 +26,7 @@ section, header { background: var(--card); border: 1px solid var(--line); border
   margin-bottom: 1rem }
 .verdict { font-weight: 700; font-size: 1.1rem } .pass { color: var(--good) } .fail { color: var(--bad) }
 .soft { color: var(--soft) } .wide { overflow-x: auto }
+@media (max-width: 36rem) { td, th { padding-right: .4rem; font-size: .9em } .texts div { padding: .5rem } }
 table { border-collapse: collapse; width: 100% } th { text-align: left; color: var(--soft); font-weight: 600 }
 td, th { padding: .3rem .7rem .3rem 0; border-bottom: 1px solid var(--line); vertical-align: top }
 td.number { text-align: right; white-space: nowrap; font-variant-numeric: tabular-nums }
@@ -79,22 +80,24 @@ def _checks(checks: Sequence[Mapping[str, Any]]) -> str:
         kind, word = ("pass", "pass") if check["pass"] else ("fail", "FAIL")
         limit = f"{sign} {shown(check['limit'])}"
         rows.append(
-            f'<tr><td class="{kind}">{word}</td><td><code>{escape(check["name"])}</code></td>'
-            f'<td class="number">{shown(check["value"])}</td><td class="number">{limit}</td>'
-            f'<td class="soft">{escape(meaning)}</td></tr>'
+            f'<tr><td class="{kind}">{word}</td><td><code>{escape(check["name"])}</code>'
+            f'<div class="soft">{escape(meaning)}</div></td>'
+            f'<td class="number">{shown(check["value"])}</td><td class="number">{limit}</td></tr>'
         )
-    head = "<tr><th></th><th>check</th><th>value</th><th>limit</th><th>what</th></tr>"
+    head = "<tr><th></th><th>check</th><th>value</th><th>limit</th></tr>"
     return f'<section><h2>Checks</h2><div class="wide"><table>{head}{"".join(rows)}</table></div></section>\n'
 
 
 def _histogram(histogram: Mapping[str, Sequence[float]]) -> str:
     """Bars of the positions between powers of ten of KL."""
-    counts, edges = histogram["counts"], histogram["edges"]
-    names = [f"<{edges[0]:.0e}", *(f"{edge:.0e}" for edge in edges)]
+    edges = histogram["edges"]
+    bins = list(zip((f"<{edges[0]:.0e}", *(f"{edge:.0e}" for edge in edges)), histogram["counts"], strict=True))
+    full = [index for index, (_, count) in enumerate(bins) if count]
+    bins = bins[max(0, full[0] - 1) : full[-1] + 2]  # and an empty one at either side
     width, height, base = 720, 190, 150
-    step, most = width / len(counts), max(counts)
+    step, most = width / len(bins), max(count for _, count in bins)
     bars = []
-    for index, (count, name) in enumerate(zip(counts, names, strict=True)):
+    for index, (name, count) in enumerate(bins):
         tall = (base - 20) * count / most
         left = index * step + 3
         bars.append(
@@ -183,7 +186,7 @@ def _texts(texts: Sequence[Mapping[str, Any]]) -> str:
     for text in texts:
         name = f" (adapter {escape(text['adapter'])})" if several else ""
         starts = {"base": None, "tuned": None, "exported": text["first_difference"]}
-        boxes = "".join(f"<div><b>{model}</b>{_marked(text[model], at)}</div>" for model, at in starts.items())
+        boxes = "".join(f"<div><b>{model}</b>{_marked(text[model].rstrip(), at)}</div>" for model, at in starts.items())
         parts.append(f'<p class="prompt">{escape(text["prompt"])}{name}</p><div class="texts">{boxes}</div>')
     note = "Greedy; what exported says after its first difference from tuned is marked."
     return f'<section><h2>What they say</h2>{"".join(parts)}<p class="soft">{note}</p></section>\n'
@@ -210,11 +213,17 @@ def _figures(report: Mapping[str, Any]) -> str:
 
 def _environment(environment: Mapping[str, Any]) -> str:
     rows = "".join(
-        f"<tr><td>{escape(str(key))}</td><td><code>{escape(str(value))}</code></td></tr>"
+        f"<tr><td>{escape(str(key))}</td><td><code>{escape(_plain(value))}</code></td></tr>"
         for key, value in environment.items()
         if key != "fault" and value is not None
     )
     return f'<section><h2>How it was measured</h2><div class="wide"><table>{rows}</table></div></section>\n'
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key} {inner}" for key, inner in value.items())
+    return ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
 
 
 def _svg(width: float, height: float, inside: str, label: str) -> str:
