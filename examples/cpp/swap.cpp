@@ -3,9 +3,9 @@
 //   g++ -std=c++17 -O2 examples/cpp/swap.cpp -ldl -o swap
 //   ./swap FOLDER LIBONNXRUNTIME "5 6 7" STEPS [--kernels LIBRARY] [ADAPTER …]
 //
-// FOLDER is what `diablo-export export` wrote for a decoder, in fp32 (the weights may be int4); LIBONNXRUNTIME the shared
+// FOLDER is what `diablo-export export` wrote for a decoder, in fp32 (weights may be int4); LIBONNXRUNTIME the shared
 // library of ONNX Runtime 1.20 or later, such as the one inside its Python package; ADAPTER a name in FOLDER/adapters.
-// Each line of the output is "base" or an adapter, and the STEPS tokens that follow the prompt.
+// For Linux and macOS. Each line of the output is "base" or an adapter, and the STEPS tokens that follow the prompt.
 // With ONNX Runtime's headers at hand add -I and their folder; without them ort_subset.h declares what is called here.
 
 #if __has_include(<onnxruntime_c_api.h>)
@@ -52,7 +52,7 @@ void load_runtime(const char* path) {
   auto base = reinterpret_cast<const OrtApiBase* (*)()>(dlsym(library, "OrtGetApiBase"));
   if (base == nullptr) throw std::runtime_error(std::string(path) + " is not ONNX Runtime");
   api = base()->GetApi(ORT_API_VERSION);
-  if (api == nullptr) throw std::runtime_error("ONNX Runtime " + std::string(base()->GetVersionString()) + " is too old");
+  if (api == nullptr) throw std::runtime_error(std::string("too old: ONNX Runtime ") + base()->GetVersionString());
 }
 
 struct Model {

@@ -1,7 +1,7 @@
-// A folder of `diablo-export export --for web` in onnxruntime-web or onnxruntime-node, its adapters swapped between runs.
+// A folder of `diablo-export export --for web` in onnxruntime-web or onnxruntime-node, adapters swapped between runs.
 //
-// The blocks of every adapted layer are inputs of the graph. An adapter is a safetensors file with a tensor for each of
-// them; no adapter is such a file too, with empty blocks. Swapping is feeding the other tensors: nothing is loaded again.
+// The blocks of every adapted layer are inputs of the graph. An adapter is a safetensors file with a tensor for each
+// of them; no adapter is such a file too, with empty blocks. Swapping is feeding other tensors: nothing loads again.
 
 const TYPES = { F32: "float32", F16: "float16", I8: "int8", U8: "uint8", I64: "int64" };
 const ARRAYS = {
@@ -22,9 +22,14 @@ const ARRAYS = {
  */
 export async function open(ort, read, options = {}) {
   const manifest = await json(read, "diablo_export.json");
-  if (manifest.for !== "web") throw new Error("not an export for the web; make it with: diablo-export export --for web");
-  const data = "model.onnx.data" in manifest.files ? [{ path: "model.onnx.data", data: await read("model.onnx.data") }] : [];
-  const session = await ort.InferenceSession.create(await read("model.onnx"), { externalData: data, ...options });
+  if (manifest.for !== "web") {
+    throw new Error("not an export for the web; make it with: diablo-export export --for web");
+  }
+  const externalData = [];
+  for (const path of ["model.onnx.data"]) {
+    if (path in manifest.files) externalData.push({ path, data: await read(path) });
+  }
+  const session = await ort.InferenceSession.create(await read("model.onnx"), { externalData, ...options });
   const adapters = {};
   for (const { name, file } of [{ name: "base", file: manifest.no_adapter }, ...manifest.adapters]) {
     adapters[name] = tensors(ort, await read(file), manifest["diablo.base"]);
@@ -81,7 +86,9 @@ export async function* generate(ort, model, adapter, prompt, count) {
     past += ids.length;
     ids = [token];
     cache = {};
-    for (const name in outputs) if (name.startsWith("present")) cache[name.replace("present", "past_key_values")] = outputs[name];
+    for (const [name, value] of Object.entries(outputs)) {
+      if (name.startsWith("present")) cache[name.replace("present", "past_key_values")] = value;
+    }
   }
 }
 
@@ -104,7 +111,7 @@ function emptyCache(ort, model) {
 }
 
 function array(type) {
-  if (!ARRAYS[type]) throw new Error(`no array for ${type} here; export with --precision fp32, or take a newer browser`);
+  if (!ARRAYS[type]) throw new Error(`no array for ${type} here; export in fp32, or take a newer browser`);
   return ARRAYS[type];
 }
 

@@ -7,6 +7,7 @@ import { generate, open } from "./diablo.js";
 
 const folder = new URL(`${new URLSearchParams(location.search).get("model") ?? "model"}/`, location.href);
 const form = document.querySelector("form");
+const button = form.querySelector("button");
 const status = document.querySelector(".status");
 const columns = {};
 
@@ -42,6 +43,8 @@ function show(column, text, base) {
 
 async function write(model, tokenizer, prompt, count) {
   const ids = tokenizer.encode(prompt).ids;
+  const decode = (tokens) => tokenizer.decode(tokens, { skip_special_tokens: true });
+  const given = decode(ids).length;
   let base = null;
   for (const column of Object.values(columns)) {
     column.querySelector(".given").textContent = prompt;
@@ -56,12 +59,13 @@ async function write(model, tokenizer, prompt, count) {
     for await (const token of generate(ort, model, name, ids, count)) {
       tokens.push(token);
       // of the whole, as a character may be made of several tokens and some tokenizers drop a leading space
-      text = tokenizer.decode([...ids, ...tokens], { skip_special_tokens: true }).slice(tokenizer.decode(ids, { skip_special_tokens: true }).length);
+      text = decode([...ids, ...tokens]).slice(given);
       show(column, text, base ?? text);
       await new Promise(requestAnimationFrame); // let the browser paint
     }
     const seconds = (performance.now() - began) / 1000;
-    column.querySelector("footer").textContent = `${tokens.length} tokens, ${(tokens.length / seconds).toFixed(0)} a second`;
+    const speed = (tokens.length / seconds).toFixed(0);
+    column.querySelector("footer").textContent = `${tokens.length} tokens, ${speed} a second`;
     column.dataset.tokens = tokens.join(" ");
     column.classList.remove("writing");
     base ??= text;
@@ -76,7 +80,7 @@ async function start() {
   for (const [name, blocks] of Object.entries(model.adapters)) addColumn(name, blocks);
   form.addEventListener("submit", async (event) => {
     event.preventDefault();
-    form.elements[2].disabled = true;
+    button.disabled = true;
     document.body.dataset.state = "writing";
     try {
       await write(model, tokenizer, form.prompt.value, Number(form.count.value));
@@ -85,9 +89,9 @@ async function start() {
       say(String(error.message ?? error), true);
       document.body.dataset.state = "fault";
     }
-    form.elements[2].disabled = false;
+    button.disabled = false;
   });
-  form.elements[2].disabled = false;
+  button.disabled = false;
   document.body.dataset.state = "ready";
   say(`Ready: ${Object.keys(model.adapters).length - 1} adapters for one model.`);
 }

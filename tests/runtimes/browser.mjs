@@ -1,4 +1,4 @@
-// node browser.mjs ROOT FOLDER JOB, where the packages are installed: measure FOLDER in a headless Chromium, print JSON.
+// node browser.mjs ROOT FOLDER JOB, where the packages are: measure FOLDER in a headless Chromium, print JSON.
 //
 // ROOT is the repository. With job.page the example page is used as a person would, and what its columns then hold is
 // printed; with job.screenshots, a folder, pictures of it are left there. CHROME names the browser; without it the one
@@ -13,8 +13,19 @@ import process from "node:process";
 const [root, folder, text] = process.argv.slice(2);
 const job = JSON.parse(text);
 const require = createRequire(`${process.cwd()}/`);
-const KINDS = { ".html": "text/html", ".js": "text/javascript", ".mjs": "text/javascript", ".css": "text/css", ".json": "application/json", ".wasm": "application/wasm" };
-const PLACES = { "/examples/web/model/": folder, "/examples/web/node_modules/": path.join(process.cwd(), "node_modules"), "/": root };
+const KINDS = {
+  ".html": "text/html",
+  ".js": "text/javascript",
+  ".mjs": "text/javascript",
+  ".css": "text/css",
+  ".json": "application/json",
+  ".wasm": "application/wasm",
+};
+const PLACES = {
+  "/examples/web/model/": folder,
+  "/examples/web/node_modules/": path.join(process.cwd(), "node_modules"),
+  "/": root,
+};
 
 const server = createServer((request, response) => {
   const asked = decodeURIComponent(new URL(request.url, "http://localhost").pathname);
@@ -30,7 +41,8 @@ const home = `http://127.0.0.1:${server.address().port}/examples/web`;
 async function launch() {
   const puppeteer = require("puppeteer-core");
   if (process.env.CHROME) {
-    return puppeteer.launch({ executablePath: process.env.CHROME, headless: true, args: ["--no-sandbox", "--disable-gpu"] });
+    const args = ["--no-sandbox", "--disable-gpu"];
+    return puppeteer.launch({ executablePath: process.env.CHROME, headless: true, args });
   }
   const chromium = require("@sparticuz/chromium");
   return puppeteer.launch({ executablePath: await chromium.executablePath(), headless: "shell", args: chromium.args });
@@ -52,7 +64,8 @@ async function numbers(page) {
 async function columns(page) {
   await page.goto(`${home}/index.html`);
   await page.waitForSelector("body[data-state]");
-  if (await page.$("body[data-state=fault]")) return { status: await page.$eval(".status", (element) => element.textContent) };
+  const status = await page.$eval(".status", (element) => element.textContent);
+  if (await page.$("body[data-state=fault]")) return { status };
   await page.$eval("textarea", (element, prompt) => (element.value = prompt), job.page.prompt);
   await page.$eval("input", (element, count) => (element.value = count), job.page.count);
   await page.click("button");
@@ -66,11 +79,15 @@ async function columns(page) {
   }
   return page.evaluate(() => {
     const text = (column, part) => column.querySelector(part).textContent;
-    const found = { status: document.querySelector(".status").textContent, columns: {}, wide: document.documentElement.scrollWidth > innerWidth };
+    const status = document.querySelector(".status").textContent;
+    const found = { status, columns: {}, wide: document.documentElement.scrollWidth > innerWidth };
     for (const column of document.querySelectorAll("article")) {
       found.columns[column.dataset.adapter] = {
         tokens: (column.dataset.tokens ?? "").split(" ").filter(Boolean).map(Number),
-        given: text(column, ".given"), same: text(column, ".same"), changed: text(column, "mark"), title: text(column, "h2"),
+        title: text(column, "h2"),
+        given: text(column, ".given"),
+        same: text(column, ".same"),
+        changed: text(column, "mark"),
       };
     }
     return found;

@@ -11,4 +11,5 @@ const [name, folder, job] = process.argv.slice(2);
 const ort = createRequire(`${process.cwd()}/`)(name);
 if (ort.env.wasm) ort.env.wasm.numThreads = 1;
 const read = async (file) => new Uint8Array(await readFile(path.join(folder, file)));
-process.stdout.write(JSON.stringify(await measure(ort, read, JSON.parse(job))), () => process.exit()); // wasm keeps node alive
+const found = await measure(ort, read, JSON.parse(job));
+process.stdout.write(JSON.stringify(found), () => process.exit()); // wasm keeps node alive

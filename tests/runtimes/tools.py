@@ -1,11 +1,13 @@
 """Where the tools for the tests of other runtimes are: npm packages, a browser, a compiler, an environment for optimum.
 
 `make test-runtimes` puts them into build/runtimes. A test whose tools are absent skips and says what would bring them,
-unless DIABLO_RUNTIMES names them (npm, kernels, compiler, optimum, with commas between, or all): then it fails.
+unless DIABLO_RUNTIMES names them (npm, kernels, compiler, genai, optimum, with commas between, or all): then it fails.
 """
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 import json
 import os
 import shutil
@@ -69,6 +71,12 @@ def optimum() -> Path:
     python = PLACE / "optimum" / "bin" / "python"
     need("optimum", (PLACE / "optimum" / ".ready").is_file(), "run: make optimum")
     return python
+
+
+def genai() -> Any:
+    """The module onnxruntime_genai."""
+    need("genai", importlib.util.find_spec("onnxruntime_genai"), 'install it: pip install "diablo-export[genai]"')
+    return importlib.import_module("onnxruntime_genai")
 
 
 def compiler() -> str:
