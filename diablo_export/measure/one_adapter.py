@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -86,22 +86,61 @@ def measure(
     log.info("parity: %s against %s with the adapter %s in torch", out, base, folder)
     model, tokenizer = load_tuned(base, adapter)
     tuned, off = TorchRunner(model), TorchRunner(model, adapted=False)
-    found = Measured(name, adapter.task_type == TASKS["text-classification"], _environment(manifest, base, name))
+    found = Measured(name, adapter.task_type == TASKS["text-classification"], environment(manifest, base, name))
+    found.environment["precision"] = sources.precision(out, manifest)
+    bounds: dict[str, Any] = {"data": data, "samples": samples, "max_tokens": max_tokens, "seed": seed, "steps": steps}
+    bounds |= {"threads": threads, "certify": certify, "labels": adapter.labels}
+
+    def opened() -> Exported:
+        return open_exported(out, manifest, off, name, adapter, threads)
+
+    return examine(found, tuned, off, tokenizer, opened, **bounds)
+
+
+def examine(
+    found: Measured,
+    tuned: TorchRunner,
+    off: TorchRunner,
+    tokenizer: Any,
+    opened: Callable[[], Exported],
+    *,
+    labels: Sequence[str | int],
+    data: str | Path | None,
+    samples: int | None,
+    max_tokens: int,
+    seed: int,
+    steps: int,
+    threads: int | None,
+    certify: bool = False,
+    longest: int | None = None,
+) -> Measured:
+    """Compare tuned and its base with what `opened` opens, and put all figures into `found`.
+
+    Args:
+        found: to be filled.
+        tuned: the reference.
+        off: its base.
+        tokenizer: theirs.
+        opened: opens the export; its ExportError is a finding.
+        labels: class names of a classifier, in class order; empty: numbers.
+        data, samples, max_tokens, seed, steps, threads, certify: as of `parity`.
+        longest: sequence that the export takes, where that is bounded.
+
+    Raises:
+        InputError: the data cannot be used.
+    """
     bounds: dict[str, Any] = {"data": data, "samples": samples, "max_tokens": max_tokens, "seed": seed}
-    window = _window(model)
+    window = min(_window(tuned.model), longest or _WINDOW)
     items = collect(tokenizer, window=window, classifier=found.classifier, **bounds)
     tokens = sum(len(item.ids) for item in items)
     found.environment |= bounds | {
         "data": str(data or "built-in prompts"),
         "sequences": len(items),
         "tokens": tokens,
-    }
-    found.environment |= {
-        "precision": sources.precision(out, manifest),
         "threads": threads or torch.get_num_threads(),
     }
     try:
-        exported = open_exported(out, manifest, off, name, adapter, threads)
+        exported = opened()
         found.environment["provider"] = exported.provider
         if exported.provider != "torch":
             found.environment["kernels"] = str(runtime.find_library() or "") or None
@@ -110,15 +149,15 @@ def measure(
         _add_logits(found, sums)
         _add_adapter(found, sums, exported, items[0])
         if found.classifier:
-            labels = adapter.labels or range(tuned.prefill(items[0].ids).shape[-1])
-            _add_accuracy(found, compare.accuracy(choices, items, list(labels)), choices)
-            found.parts["texts"] = answers(name, tokenizer, items, choices, [str(label) for label in labels])
+            classes = list(labels) or list(range(tuned.prefill(items[0].ids).shape[-1]))
+            _add_accuracy(found, compare.accuracy(choices, items, classes), choices)
+            found.parts["texts"] = answers(found.name, tokenizer, items, choices, [str(label) for label in classes])
         elif exported.decodes:
-            prompts = compare.decoding_prompts(items, tokenizer.eos_token_id, context_length(model), steps)
+            prompts = compare.decoding_prompts(items, tokenizer.eos_token_id, context_length(tuned.model), steps)
             _add_decode(found, compare.decode(tuned, exported.on, prompts, steps))
-            found.parts["texts"] = continuations(name, tokenizer, off, tuned, exported.on, prompts, steps)
+            found.parts["texts"] = continuations(found.name, tokenizer, off, tuned, exported.on, prompts, steps)
         if certify:
-            found.golden = _golden(name, tuned, off, exported, items, tokenizer.eos_token_id)
+            found.golden = _golden(found.name, tuned, off, exported, items, tokenizer.eos_token_id)
         found.figures["runs"] = 1
     except ExportError as error:
         found.environment["fault"] = str(error)
@@ -166,7 +205,8 @@ def _window(model: Any) -> int:
     return min(_WINDOW, fitting, context_length(model))
 
 
-def _environment(manifest: Mapping[str, Any], base: Path, name: str) -> dict[str, Any]:
+def environment(manifest: Mapping[str, Any], base: Path, name: str) -> dict[str, Any]:
+    """What a report says of where and with what it was measured."""
     return {
         "versions": versions(),
         "exported_with": manifest.get("versions"),
