@@ -22,7 +22,7 @@ from diablo_export.converters.onnx_head import feed_parameters
 from diablo_export.converters.onnx_linears import kind, linears
 from diablo_export.converters.onnx_match import Match, match
 from diablo_export.converters.onnx_nodes import MODEL
-from diablo_export.converters.sizes import check_options, onnx_bytes
+from diablo_export.converters.sizes import check_options, grid, onnx_bytes
 from diablo_export.errors import AdapterError, InputError, MatchError
 from diablo_export.manifest import adapter_entry, write_manifest
 from diablo_export.output import check_output, new_folder
@@ -30,7 +30,7 @@ from diablo_export.runtime import session
 
 Given = str | Path | Sequence[str | Path] | Mapping[str, str | Path]
 TARGETS = ("ort", "web")
-_DEFAULTS = ("none", 32, False, "fp32", None, "ort", None)  # of the options that make the graph
+_DEFAULTS = ("none", None, None, "fp32", None, "ort", None)  # of the options that make the graph
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
@@ -40,8 +40,8 @@ def export(
     output: str | Path,
     *,
     quantize: str = "none",
-    group_size: int = 32,
-    asymmetric: bool = False,
+    group_size: int | None = None,
+    asymmetric: bool | None = None,
     precision: str = "fp32",
     block_dtype: str | None = None,
     for_: str = "ort",
@@ -57,8 +57,8 @@ def export(
             folder given alone is the folder's.
         output: the folder to write.
         quantize: none, int8 or int4: the base's linear layers. The blocks do not change with it.
-        group_size: input positions that share a scale, when quantizing.
-        asymmetric: a zero point for each group, when quantizing.
+        group_size: input positions that share a scale, when quantizing; None: what `sizes.grid` says of the task.
+        asymmetric: a zero point for each group, when quantizing; None: likewise.
         precision: fp32 or fp16, of everything that is not quantized.
         block_dtype: fp32, fp16 or int8 (with a scale for each block): how blocks are stored and fed, at half or a
             quarter of float32's bytes. None: in each layer's own float type. The manifest says per module how far
@@ -91,6 +91,7 @@ def export(
         raise InputError("--custom-ops-library is for onnxruntime-genai; it does not run exports for web: leave it out")
     library = genai_library.find(custom_ops_library)
     task = _one_task(adapters)
+    group_size, asymmetric = grid(TASKS[task], group_size, asymmetric)
     source = onnx_file.find(model) or _checkpoint(model, adapters)
     needs = sum(4 * one.parameters for one in adapters.values())
     if isinstance(source, onnx_file.OnnxModel):

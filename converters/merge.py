@@ -10,7 +10,7 @@ from diablo_export.checkpoint import Checkpoint
 from diablo_export.console import log
 from diablo_export.converters import onnx_file
 from diablo_export.converters.base import hashing
-from diablo_export.converters.sizes import check_options, checkpoint_bytes, onnx_bytes
+from diablo_export.converters.sizes import check_options, checkpoint_bytes, grid, onnx_bytes
 from diablo_export.errors import AdapterError, CheckpointError, ExportError, InputError
 from diablo_export.manifest import adapter_entry, write_manifest
 from diablo_export.output import check_output, new_folder
@@ -28,8 +28,8 @@ def merge(
     *,
     quantize: str = "none",
     format: str | None = None,
-    group_size: int = 32,
-    asymmetric: bool = False,
+    group_size: int | None = None,
+    asymmetric: bool | None = None,
     precision: str = "fp32",
     method: str | None = None,
     calibration: str | Path | None = None,
@@ -48,8 +48,8 @@ def merge(
         output: the folder to write.
         quantize: none, int8 or int4, of every linear layer; only ONNX holds quantized weights.
         format: onnx or hf; None: onnx when quantizing, hf otherwise. hf keeps the checkpoint's dtypes.
-        group_size: input positions that share a scale, when quantizing.
-        asymmetric: a zero point for each group, when quantizing.
+        group_size: input positions that share a scale, when quantizing; None: what `sizes.grid` says of the task.
+        asymmetric: a zero point for each group, when quantizing; None: likewise.
         precision: fp32 or fp16, of what an ONNX file holds unquantized.
         method: how quantized weights take the blocks, see docs/merging.md: rtn, refit, calibrated, distilled, or
             auto, the first of these that keeps `min_survival`. None: auto for 4 bits and fewer, rtn for 8.
@@ -78,6 +78,7 @@ def merge(
     given = Adapter.load(adapter)
     if given.task_type not in TASKS.values():
         raise AdapterError(f"{adapter}: task_type is {given.task_type!r}; known are {', '.join(TASKS.values())}")
+    group_size, asymmetric = grid(given.task_type, group_size, asymmetric)
     source = onnx_file.find(model) or Checkpoint.open(model)
     if isinstance(source, onnx_file.OnnxModel):
         onnx_file.refuse_adapted(source)
@@ -94,7 +95,8 @@ def merge(
     limits: dict[str, Any] = {"min_survival": min_survival, "max_seconds": max_seconds, "seed": seed}
     said |= limits | {"calibration": calibration and str(calibration), "reference": reference and str(reference)}
     options = limits | {"method": how, "calibration": calibration, "reference": reference}
-    with new_folder(output, overwrite, needs) as folder, hashing(model, source.folder, source.files) as base:
+    files = [] if chosen == "hf" else source.files  # that merge hashes what it reads
+    with new_folder(output, overwrite, needs) as folder, hashing(model, source.folder, files) as base:
         if isinstance(source, onnx_file.OnnxModel):
             modules, more = _into_onnx(source, given, folder, options)
         elif chosen == "onnx":
@@ -105,7 +107,8 @@ def merge(
         hashes = more.pop("hashes")
         more = {"task": _task(given), "format": chosen, "quantize": quantize, "precision": precision} | more
         entries = [adapter_entry(Path(adapter).resolve().name, given)]
-        return write_manifest(folder, "merge", said, base(), entries, modules, hashes, **more)
+        read = base(more.pop("read", {}))
+        return write_manifest(folder, "merge", said, read, entries, modules, hashes, **more)
 
 
 def _check_method(method: str | None, calibration: object, min_survival: float, max_seconds: float) -> None:

@@ -28,12 +28,12 @@ quantize_option = click.option(
     help="Grid of the weights of the model's linear layers.",
 )  # fmt: skip
 asymmetric_option = click.option(
-    "--asymmetric", is_flag=True,
-    help="Give each group a zero point, when quantizing: nearer to the weights, and a little larger.",
+    "--asymmetric/--symmetric", default=None,
+    help="A zero point for each group, when quantizing: nearer to the weights, a little larger. Default: classifiers.",
 )  # fmt: skip
 group_size_option = click.option(
-    "--group-size", type=int, metavar="16|32|64|128|256", default=32, show_default=True,
-    help="Input positions that share a scale, when quantizing.",
+    "--group-size", type=int, metavar="16|32|64|128|256",
+    help="Input positions that share a scale, when quantizing. Default: 32; for classifiers 16.",
 )  # fmt: skip
 precision_option = click.option(
     "--precision", type=click.Choice(["fp32", "fp16"]), default="fp32", show_default=True,

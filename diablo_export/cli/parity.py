@@ -26,9 +26,9 @@ from diablo_export.cli.options import verbosity_options
 @click.option("--steps", type=click.IntRange(1), default=32, show_default=True, help="Tokens to decode per prompt.")
 @click.option("--limit", multiple=True, metavar="NAME=VALUE", help="Hold a figure to another limit, or one more; "
               "a wrong NAME lists them all. Can be repeated.")  # fmt: skip
-@click.option("--limits", type=click.Path(path_type=Path), metavar="FILE", help="A parity.toml: limits for every export "
+@click.option("--limits", type=click.Path(path_type=Path), metavar="FILE", help="A parity.toml: limits for all exports "
               "and by precision. --limit goes before it.")  # fmt: skip
-@click.option("--baseline", type=click.Path(path_type=Path), metavar="FILE", help="The parity.json of the last release: "
+@click.option("--baseline", type=click.Path(path_type=Path), metavar="FILE", help="The last release's parity.json: "
               "no figure may be worse than there.")  # fmt: skip
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the choice of examples.")
 @click.option("--threads", type=click.IntRange(1), help="Threads of torch and onnxruntime.")

@@ -19,9 +19,9 @@ from diablo_export.cli.options import json_option, verbosity_options
 def command(out: Path, provider: str | None, threads: int | None, as_json: bool) -> None:
     """Check the export in OUT against its certificate, with onnxruntime and numpy alone.
 
-    Every file's hash, and what the model gives for the golden inputs that `diablo-export parity OUT --certificate` stored. Exit code 0:
-    it is what was certified; 1: it is not; 2: bad input. Where only onnxruntime and numpy are installed:
-    python -m diablo_export.measure.verify OUT
+    Every file's hash, and what the model gives for the golden inputs that diablo-export parity OUT --certificate
+    stored. Exit code 0: it is what was certified; 1: it is not; 2: bad input. Where only onnxruntime and numpy are
+    installed: python -m diablo_export.measure.verify OUT
 
     \b
     Example:
