@@ -46,7 +46,8 @@ def command(out: Path, json: Path | None, **options: Any) -> None:
     branch          with the adapter, as standard operators
     branch-kernels  with the kernel library, where there is one
     empty           the branch's graph without adapter; empty-kernels: with the kernel library
-    lora            low-rank branches of as many parameters at the same places, as onnxruntime runs them
+    lora            low-rank branches of as many parameters at the same places, as onnxruntime runs them;
+                    empty-lora: without adapter
     merged          a merge, where --merged names one
 
     All take turns, and the figure is the median of the ratios of each round.

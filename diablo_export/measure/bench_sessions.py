@@ -32,6 +32,7 @@ VARIANTS = {
     "empty": "the branch's graph without adapter, no kernel library",
     "empty-kernels": "the branch's graph without adapter, kernel library",
     "lora": "X·A·B of as many parameters at the same places, set by an .onnx_adapter",
+    "empty-lora": "the same graph without adapter: A and B of rank 0",
     "merged": "blocks in the weights",
 }
 
@@ -94,13 +95,14 @@ def open_all(
     elif not only.isdisjoint(("branch-kernels", "empty-kernels")):
         kernels = opened(branch, library=library)
         variants |= {"branch-kernels": Variant(kernels, adapter), "empty-kernels": Variant(kernels)}
-    if "lora" in only:
+    if not only.isdisjoint(("lora", "empty-lora")):
         try:
             model, values = with_lora(file, adapter.values())
         except ExportError as error:
-            skipped["lora"] = str(error)
+            skipped |= dict.fromkeys(("lora", "empty-lora"), str(error))
         else:
-            variants["lora"] = Variant(opened(model), _lora_adapter(values, adapter))
+            low_rank = opened(model)
+            variants |= {"lora": Variant(low_rank, _lora_adapter(values, adapter)), "empty-lora": Variant(low_rank)}
     if merged is None:
         skipped["merged"] = "no --merged; a merge has the graph of the base, whose time stands for it"
     elif "merged" in only:

@@ -8,6 +8,9 @@ Two sessions of one graph can differ by 5 % as long as they live, by where their
 (on Linux with glibc, where madvise may ask for them), decoding, which is quick to time, is timed in several processes,
 and `base-again` shows what is left of that. With one thread the ratios are of processor time, which other programs
 blur less; with more they are of time by the clock.
+
+Free of both is the share of a prompt's run that onnxruntime's profiler finds in the nodes of the branches: what it says
+of the other nodes of the same run is what the base takes. At one token the profiler itself takes too long for that.
 """
 
 from __future__ import annotations
@@ -26,16 +29,20 @@ from typing import Any
 import numpy as np
 from onnx_speed import make_model
 
+from diablo_export import runtime
 from diablo_export.adapter import AdaptedModule, Adapter
 from diablo_export.blockdiag import BlockShape
 from diablo_export.checkpoint import Checkpoint
 from diablo_export.fingerprint import fingerprint
+from diablo_export.measure.bench_graphs import with_lora
+from diablo_export.measure.bench_sessions import Variant, prepared
+from diablo_export.swap import write_adapter
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-KERNELS, EMPTY, LORA = "branch-kernels", "empty-kernels", "lora"
+KERNELS, EMPTY, LORA, NO_LORA = "branch-kernels", "empty-kernels", "lora", "empty-lora"
 # what → (what to time beside the base, processes, options of bench); prompts of 512 take ten seconds a run
 WORK: dict[str, tuple[tuple[str, ...], int, dict[str, Any]]] = {
-    "decode": (("base-again", "branch", KERNELS, "empty", EMPTY, LORA), 2, {"prefill": [], "rounds": 25}),
+    "decode": (("base-again", "branch", KERNELS, "empty", EMPTY, LORA, NO_LORA), 2, {"prefill": [], "rounds": 25}),
     "prefill 128": (("base-again", "branch", KERNELS, EMPTY, LORA), 1, {"prefill": [128], "past": None, "rounds": 3}),
     "prefill 512": ((KERNELS, LORA), 1, {"prefill": [512], "past": None, "rounds": 3}),
 }
@@ -85,7 +92,7 @@ def call(verb: str, **options: Any) -> dict[str, Any]:
 
 
 def measure(branch: Path, what: str, threads: int, rounds: int | None) -> dict[str, list[float]]:
-    """The ratios to the base, a value for each round of each process."""
+    """The ratios to the base, and of adapter to no adapter in one session; a value for each round of each process."""
     variants, processes, given = WORK[what]
     options = {**given, "only": variants, "threads": threads, "seconds": 600}
     if rounds is not None:
@@ -94,10 +101,43 @@ def measure(branch: Path, what: str, threads: int, rounds: int | None) -> dict[s
     ratios: dict[str, list[float]] = {}
     for _ in range(processes):
         (work,) = call("bench", out=str(branch), **options)["work"]
-        base = work["variants"]["base"][clock]
-        for name, figures in work["variants"].items():
-            ratios.setdefault(name, []).extend(a / b for a, b in zip(figures[clock], base, strict=True))
+        turns = {name: np.array(figures[clock]) for name, figures in work["variants"].items()}
+        over = {name: (name, "base") for name in turns if name != "base"}
+        for name, empty in ((KERNELS, EMPTY), (LORA, NO_LORA)):
+            if empty in turns:
+                over[f"{name} / {empty}"] = (name, empty)
+        for title, (name, other) in over.items():
+            ratios.setdefault(title, []).extend(turns[name] / turns[other])
     return ratios
+
+
+def share(branch: Path, tokens: int, threads: int, what: str) -> float:
+    """The time in the nodes of all branches, kernels or LoRA, over that in all other nodes; the least of three runs."""
+    import onnxruntime
+
+    adapter = runtime.load_adapter(next((branch / "adapters").iterdir()))
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level, options.intra_op_num_threads, options.enable_profiling = 3, threads, True
+    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(branch))
+    with tempfile.TemporaryDirectory() as folder:
+        options.profile_file_prefix = f"{folder}/profile"
+        model = (branch / "model.onnx").read_bytes()
+        if what == LORA:
+            model, values = with_lora(branch / "model.onnx", adapter.values())
+            write_adapter(Path(folder) / "lora", values, adapter.base)
+            adapter = runtime.load_adapter(Path(folder) / "lora")
+        elif runtime.register(options) is None:
+            raise SystemExit(runtime.LIBRARY_HELP)
+        session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+        run = prepared(Variant(session, adapter), branch, tokens, 0)
+        for _ in range(3):
+            run()
+        events = json.loads(Path(session.end_profiling()).read_text())
+    nodes = [(each["name"], each["dur"]) for each in events if each["name"].endswith("_kernel_time")]
+    each_run = [nodes[len(nodes) // 3 * i : len(nodes) // 3 * (i + 1)] for i in range(3)]
+    mark = "/BlockDiagMatMul" if what == KERNELS else "/lora"
+    sums = [(sum(d for n, d in one if mark in n), sum(d for n, d in one if mark not in n)) for one in each_run]
+    return min(ours / others for ours, others in sums)
 
 
 def row(ratios: dict[str, list[float]], name: str) -> str:
@@ -105,6 +145,8 @@ def row(ratios: dict[str, list[float]], name: str) -> str:
     if name not in ratios:
         return "–"
     low, middle, high = np.quantile(ratios[name], (0.25, 0.5, 0.75))
+    if len(ratios[name]) == 1:
+        return f"{middle:.3f}"
     return f"{middle:.3f} ({low:.3f}–{high:.3f})"
 
 
@@ -139,13 +181,17 @@ def main() -> None:
         for threads in options.threads:
             for what in options.what:
                 found[threads, what] = measure(branch, what, threads, options.rounds)
+                if what != "decode":
+                    tokens = WORK[what][2]["prefill"][0]
+                    for name in (KERNELS, LORA):
+                        found[threads, what][f"{name}, profiler"] = [1 + share(branch, tokens, threads, name)]
                 print(f"{what}, {threads} thread(s): done", file=sys.stderr, flush=True)
         print(
             f"\nN = {options.num_blocks}, {options.block_dtype} blocks; median (quartiles) of the ratios to the base\n"
         )
         print("| |" + "".join(f" {what}, {threads} thread{'s' * (threads > 1)} |" for threads, what in found))
         print("|---|" + "---|" * len(found))
-        for name in dict.fromkeys(name for variants, *_ in WORK.values() for name in variants):
+        for name in dict.fromkeys(name for ratios in found.values() for name in ratios):
             print(f"| `{name}` |" + "".join(f" {row(ratios, name)} |" for ratios in found.values()))
         print("\n" + "\n".join(verdicts(found)))
     finally:
