@@ -82,7 +82,7 @@ class Adapter:
             "modules_to_save": self.modules_to_save or None,
             "inference_mode": True,
             "labels": self.labels or None,
-            "modules": {name: _module_json(module) for name, module in self.modules.items()},
+            "modules": {name: module_entry(m.shape, m.fingerprint) for name, m in self.modules.items()},
         }
         (folder / CONFIG).write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
         tensors = {f"{PREFIX}{name}{SUFFIX}": module.blocks for name, module in self.modules.items()}
@@ -187,15 +187,15 @@ def file_sha256(file: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def _module_json(module: AdaptedModule) -> dict[str, Any]:
-    num_blocks, size_in, size_out = module.blocks.shape
+def module_entry(shape: BlockShape, mark: Fingerprint | None) -> dict[str, Any]:
+    """What adapter_config.json says of one module under `modules`."""
     return {
-        "in_features": module.in_features,
-        "out_features": module.out_features,
-        "num_blocks": num_blocks,
-        "block_size_in": size_in,
-        "block_size_out": size_out,
-        "fingerprint": module.fingerprint.to_json() if module.fingerprint else None,
+        "in_features": shape.in_features,
+        "out_features": shape.out_features,
+        "num_blocks": shape.num_blocks,
+        "block_size_in": shape.block_size_in,
+        "block_size_out": shape.block_size_out,
+        "fingerprint": mark.to_json() if mark else None,
     }
 
 

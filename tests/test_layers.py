@@ -25,6 +25,7 @@ LAYERS = [
     ["kernel_check"],
     ["diagnosis"],
     ["trainer"],
+    ["peft"],
     ["measure"],
     ["converters"],
     ["cli"],
@@ -34,8 +35,8 @@ LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 # who may import it, anywhere in the file; a trailing dot means the whole subpackage
 ALLOWED = {
     "click": ["cli."],
-    "torch": ["trainer.", "measure.", "converters."],
-    "transformers": ["trainer.", "measure.", "converters."],
+    "torch": ["trainer.", "peft.", "measure.", "converters."],
+    "transformers": ["trainer.", "peft.", "measure.", "converters."],
     "onnx": ["opschema", "runtime", "measure.", "converters."],
     "onnx_ir": ["measure.", "converters."],
     "onnxruntime": ["runtime", "measure.", "converters."],

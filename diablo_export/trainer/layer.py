@@ -106,12 +106,7 @@ class DiabloLinear(nn.Module):
         self._replaced = None
 
     def _touched(self) -> list[tuple[Tensor, Tensor]]:
-        """Per block, the entries of the base weight that it meets, as a view (in, out), and their share of it."""
-        weight = self.weight if isinstance(self.base, Conv1D) else self.weight.T  # (in, out)
-        return [
-            (weight[i, o], self.blocks[n, : i.stop - i.start, : o.stop - o.start])
-            for n, (i, o) in enumerate(self.shape.slices())
-        ]
+        return touched(self.base, self.blocks, self.shape)
 
     def extra_repr(self) -> str:
         """The blocks' shape, in the model's printed form."""
@@ -128,6 +123,15 @@ def add_branch(y: Tensor, x: Tensor, blocks: Tensor, shape: BlockShape) -> Tenso
     if shape.num_blocks * shape.block_size_out == shape.out_features:
         return (y.view(branch.shape) + branch).view(y.shape)  # in place it would copy more, in the backward pass
     return y + branch.flatten(1)[:, : shape.out_features].reshape(y.shape)
+
+
+def touched(linear: nn.Module, blocks: Tensor, shape: BlockShape) -> list[tuple[Tensor, Tensor]]:
+    """Per block, the entries of the layer's weight that it meets, as a view (in, out), and its share of the sum."""
+    stored = linear.get_parameter("weight")
+    weight: Tensor = stored if isinstance(linear, Conv1D) else stored.T  # (in, out)
+    return [
+        (weight[i, o], blocks[n, : i.stop - i.start, : o.stop - o.start]) for n, (i, o) in enumerate(shape.slices())
+    ]
 
 
 def features(linear: nn.Module) -> tuple[int, int]:

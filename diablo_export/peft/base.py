@@ -1,0 +1,58 @@
+"""Is this the base that a stored adapter was trained on? Asked before PEFT puts the adapter into a model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from diablo_export.blockdiag import Array
+from diablo_export.errors import AdapterError
+from diablo_export.fingerprint import Fingerprint
+from diablo_export.peft.config import DiabloConfig
+from diablo_export.peft.layer import DiabloLayer, linear_sizes
+
+_SHOWN = 20
+
+
+def check_base(model: nn.Module, config: DiabloConfig) -> None:
+    """Compare sizes and, where the base is float, weights with what the adapter says of its base.
+
+    Raises:
+        AdapterError: lists every module that is missing, has other sizes, or other weights.
+    """
+    modules, stored = dict(model.named_modules()), config.modules or {}
+    faults = [f"{name}: {fault}" for name, entry in stored.items() if (fault := _fault(modules.get(name), entry))]
+    labels, classes = config.labels, getattr(getattr(model, "config", None), "num_labels", None)
+    if labels and hasattr(model, "num_labels") and classes is not None and len(labels) != classes:
+        faults.append(
+            f"the adapter has {len(labels)} classes ({', '.join(labels[:5])}), the model {classes}; "
+            f"load the model with num_labels={len(labels)}"
+        )
+    if faults:
+        shown = faults[:_SHOWN] + ([f"… and {len(faults) - _SHOWN} more"] if len(faults) > _SHOWN else [])
+        raise AdapterError(
+            f"the adapter does not belong to this model (it was trained on "
+            f"{config.base_model_name_or_path or 'an unnamed base'}):\n" + "\n".join(f"  {line}" for line in shown)
+        )
+
+
+def _fault(module: nn.Module | None, entry: dict[str, Any]) -> str | None:
+    """Why a module is not the one that an adapter was trained on, or None."""
+    if module is None:
+        return "the model has no such module"
+    layer = module if isinstance(module, DiabloLayer) else None
+    sizes = (layer.in_features, layer.out_features) if layer else linear_sizes(module)
+    if sizes is None:
+        return f"is a {type(module).__name__}, not a linear layer"
+    wanted = (entry["in_features"], entry["out_features"])
+    if sizes != wanted:
+        return f"the model's layer is {sizes[0]} → {sizes[1]}, the adapter's is {wanted[0]} → {wanted[1]}"
+    weight = (layer or DiabloLayer(module, "")).base_weight()
+    return _values_fault(weight, entry.get("fingerprint"))
+
+
+def _values_fault(weight: Array | None, mark: dict[str, Any] | None) -> str | None:
+    if weight is None or not mark or Fingerprint.from_json(mark).matches(weight):
+        return None  # a quantized base is taken on trust: its values are not those that were trained on
+    return "its base weight has other values than the one this adapter was trained on"
