@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gc
 import time
 from collections import Counter
 
@@ -36,6 +37,12 @@ def test_seconds_are_those_of_one_run() -> None:
     assert times.wall.min() >= 0.0099  # the clock may round
     assert times.wall.min() < 0.03  # four of them take longer
     assert times.processor.max() < 0.005  # asleep
+
+
+def test_the_collector_waits_for_the_end() -> None:
+    seen: list[bool] = []
+    interleave({"a": lambda: seen.append(gc.isenabled())}, 1, 3, 60)
+    assert seen == [False] * 3 and gc.isenabled()
 
 
 def test_short_runs_share_a_turn() -> None:

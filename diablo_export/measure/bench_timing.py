@@ -6,8 +6,10 @@ of the same round; the median of the rounds' ratios has an interval from resampl
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -60,13 +62,14 @@ def interleave(
     """
     taken: dict[str, list[tuple[float, float]]] = {name: [] for name in runs}
     end = time.perf_counter() + seconds
-    for turn in range(rounds):
-        if turn >= _FEWEST_ROUNDS and time.perf_counter() > end:
-            advance(rounds - turn)
-            break
-        for name in order(list(runs), turn):
-            taken[name].append(once(runs[name], repeats))
-        advance(1)
+    with _no_collector():
+        for turn in range(rounds):
+            if turn >= _FEWEST_ROUNDS and time.perf_counter() > end:
+                advance(rounds - turn)
+                break
+            for name in order(list(runs), turn):
+                taken[name].append(once(runs[name], repeats))
+            advance(1)
     return {name: Times(*np.array(each).T) for name, each in taken.items()}
 
 
@@ -103,3 +106,15 @@ def once(run: Callable[[], object], repeats: int = 1) -> tuple[float, float]:
     for _ in range(repeats):
         run()
     return (time.perf_counter() - wall) / repeats, (time.thread_time() - processor) / repeats
+
+
+@contextlib.contextmanager
+def _no_collector() -> Iterator[None]:
+    """Python's garbage collector looks through all objects now and then, in whoever's turn it is: not here."""
+    on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if on:
+            gc.enable()
