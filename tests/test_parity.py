@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
 from collections.abc import Callable
@@ -29,7 +30,7 @@ KEYS = [
 ]  # fmt: skip
 FLOAT_CHECKS = {
     "files", "sources", "runs", "untouched", "logits.max_abs", "kl.max", "decode.max_abs", "decode.cache",
-    "decode.diverged", "adapter.alive", "adapter.survival_gain.error",
+    "decode.diverged", "padding.right", "adapter.alive", "adapter.survival_gain.error",
 }  # fmt: skip
 
 
@@ -326,6 +327,39 @@ def test_a_model_that_onnxruntime_refuses_is_a_failed_check(float_merge: Path, t
     with pytest.raises(CheckFailed, match=r"runs 0 \(limit ≥ 1\).*cannot load it"):
         require_pass(report, out)
     assert json.loads((out / "parity.json").read_text())["verdict"] == "fail"
+
+
+def test_a_batch_whose_rows_mix_is_caught_where_single_sequences_are_perfect(float_merge: Path, tmp_path: Path) -> None:
+    """The planted fault: a hundredth of what the rows of a batch have in common leaks into each."""
+    good = parity(float_merge, **SMALL)["distribution"]
+    assert good["padding"]["right"] < 1e-4
+    assert good["padding"]["left"] is None  # GroupQueryAttention counts positions from the left
+    out = exports.copy(float_merge, tmp_path / "out")
+    model = onnx.load(out / "model.onnx", load_external_data=False)
+    for node in model.graph.node:
+        node.output[:] = ["own" if name == "logits" else name for name in node.output]
+    make = onnx.helper.make_node
+    model.graph.initializer.append(onnx.numpy_helper.from_array(np.zeros(1, np.int64), "rows"))
+    model.graph.node.extend([
+        make("ReduceMean", ["own", "rows"], ["shared"], keepdims=1),
+        make("Sub", ["shared", "own"], ["others"]),
+        make("Constant", [], ["little"], value_float=0.01),
+        make("Mul", ["others", "little"], ["leak"]),
+        make("Add", ["own", "leak"], ["logits"]),
+    ])  # fmt: skip
+    onnx.save(model, out / "model.onnx")
+    assert exports.failed(parity(exports.announce(out), **SMALL)) == {"padding.right"}
+
+
+def test_short_and_long_sequences_are_told_apart(float_merge: Path) -> None:
+    report = parity(float_merge, **SMALL)
+    parts = report["distribution"]["by_length"]
+    assert len(parts) > 1
+    assert sum(part["positions"] for part in parts) == report["environment"]["tokens"]
+    assert sum(part["sequences"] for part in parts) == report["environment"]["sequences"]
+    whole = sum(part["kl_mean"] * part["positions"] for part in parts) / report["environment"]["tokens"]
+    assert whole == pytest.approx(report["kl"]["mean"], rel=1e-9)  # float64 sums in another order
+    assert all(one["tokens"][1] < two["tokens"][0] for one, two in itertools.pairwise(parts))
 
 
 # limits and bad input

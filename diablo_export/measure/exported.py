@@ -36,6 +36,7 @@ class Exported:
         foreign: merged modules that differ from the base where no block reaches; None where that is not looked at.
         provider: what runs it.
         decodes: whether it can decode step by step.
+        graph: its ONNX file; None where torch runs it.
     """
 
     on: Runner
@@ -44,6 +45,7 @@ class Exported:
     foreign: list[str] | None
     provider: str
     decodes: bool
+    graph: Path | None = None
 
 
 def open_exported(
@@ -74,8 +76,8 @@ def open_exported(
     session = runtime.session(path, threads=threads, spin=False)
     provider = session.get_providers()[0]
     if is_branch(manifest):
-        on, off, zero = (_web if manifest.get("for") == "web" else _branch)(session, out, name, shape)
-        return Exported(on, off, zero, None, provider, on.has_cache)
+        on, off, zero = states(manifest, session, out, name, shape)
+        return Exported(on, off, zero, None, provider, on.has_cache, path)
     on = OnnxRunner(session, cache_shape=shape)
     checkpoint = Checkpoint.open(str(base.model.name_or_path))
     rebuilt = rebuild(path, list(manifest["modules"]), checkpoint, adapter)
@@ -84,7 +86,14 @@ def open_exported(
     off = OnnxRunner(
         runtime.session(path, initializers=rebuilt.initializers, threads=threads, spin=False), cache_shape=shape
     )
-    return Exported(on, off, None, rebuilt.foreign, provider, on.has_cache)
+    return Exported(on, off, None, rebuilt.foreign, provider, on.has_cache, path)
+
+
+def states(
+    manifest: Mapping[str, Any], session: Any, out: Path, name: str, shape: tuple[int, int] | None
+) -> tuple[OnnxRunner, OnnxRunner, OnnxRunner]:
+    """A branch export in a session of its graph: with the adapter, without blocks, and with blocks of zeros."""
+    return (_web if manifest.get("for") == "web" else _branch)(session, out, name, shape)
 
 
 def _branch(

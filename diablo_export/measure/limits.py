@@ -38,11 +38,14 @@ FIGURES: Mapping[str, tuple[str, str]] = {
     "delta_p.rms": ("<=", "root mean square of what the probability of tuned's first choice moves by"),
     "top1_agreement.drop": ("<=", "agreement of exported base with base, less that of exported with tuned"),
     "perplexity.ratio": ("<=", "perplexity of exported over that of tuned"),
+    "padding.right": ("<=", "largest difference of a batch padded at the right from one by one, over their deviation"),
+    "padding.left": ("<=", "the same of a batch padded at the left"),
     "decode.max_abs": ("<=", "largest difference of a logit from tuned, decoding with the KV cache"),
     "decode.cache": ("<=", "largest difference of decoded logits from a prefill's, over their deviation"),
     "decode.diverged": ("<=", "prompts whose greedy text leaves tuned's"),
     "accuracy.drop": ("<=", "accuracy of tuned less that of exported"),
     "adapter.alive": (">=", "1 if scale 0 equals the base and scale 1 does not"),
+    "adapter.whole": (">=", "1 if exported is nearest to tuned, and not to the base or to a part of the adapter"),
     "adapter.survival_gain": (">=", "share of the adapter's effect on the logits that is left"),
     "adapter.survival_gain.error": ("<=", "distance of that share from 1"),
     "adapter.survival_cosine": (">=", "cosine of the effect that is left and the one wanted"),
@@ -59,6 +62,7 @@ _ALWAYS: Mapping[str, float] = {
     "sources": 0,  # another base or adapter is another reference
     "runs": 1,
     "adapter.alive": 1,
+    "adapter.whole": 1,  # looked at in exports of other programs
 }
 _MERGED: Mapping[str, float] = {
     "untouched": 0,  # a merge changes only groups that meet a block; the rest is compared byte for byte
@@ -68,6 +72,8 @@ _EXACT: Mapping[str, float] = {
     "kl.max": 1e-6,  # logits within ±1e-4 move a log-probability by at most 2e-4, and KL by about its square
     "decode.max_abs": 1e-4,  # as logits.max_abs
     "decode.cache": 1e-4,  # one token or many are other kernels, so other sums, of the same numbers
+    "padding.right": 1e-4,  # and so are one sequence or several
+    "padding.left": 1e-4,
     "decode.diverged": 0,  # ties closer than the kernels' own difference are not counted
     "accuracy.drop": 0,
     "adapter.survival_gain.error": 1e-3,  # nothing is rounded: float32 noise on an effect ten times 1e-4 is the worst
@@ -77,6 +83,8 @@ _HALF: Mapping[str, float] = {
     "logits.sqnr_db": 40,
     "kl.mean": 1e-3,  # 40 dB below logits of order 5 is a noise of 0.05, and KL is about half its variance
     "decode.cache": 0.02,  # as 40 dB, at the largest of many differences
+    "padding.right": 0.02,
+    "padding.left": 0.02,
     "adapter.survival_gain.error": 0.02,
     "accuracy.drop": 0.01,
 }
@@ -84,6 +92,8 @@ _BFLOAT16: Mapping[str, float] = {
     # bfloat16 rounds weights by 2^-9, 54 dB, and nothing else: the comparison computes in float32
     "logits.sqnr_db": 30,
     "decode.cache": 1e-4,
+    "padding.right": 1e-4,
+    "padding.left": 1e-4,
     "adapter.survival_gain.error": 0.05,  # a weak block is rounded away in part; the gate for merges is 0.95
     "accuracy.drop": 0.01,
 }
@@ -91,6 +101,8 @@ _QUANTIZED: Mapping[str, float] = {
     # activations are rounded to int8, and a sum in another order moves a code now and then: noise of the size of
     # int8's own, 36 dB below the logits on a real model (0.016), five deviations at the largest entry, twice that
     "decode.cache": 0.16,
+    "padding.right": 0.16,  # the codes of one token do not depend on its neighbours, but their sums' order does
+    "padding.left": 0.16,
     "accuracy.drop": 0.01,  # one point
 }
 _QUANTIZED_DECODER: Mapping[str, float] = {
@@ -116,6 +128,16 @@ _QUANTIZED_BRANCH: Mapping[str, float] = {
     # blocks stay float, only the base under them and its int8 activations differ: measured 0.01 to 0.016
     "adapter.survival_gain.error": 0.02,
 }
+# Exports of other programs whose exported base is not at hand: effect is exported − base in torch, so that the noise of
+# the precision counts as effect as far as it points that way.
+_HALF_ALONE: Mapping[str, float] = {
+    "adapter.survival_gain.error": 0.1,  # 40 dB, 0.01 of the logits, on an effect of a tenth of them
+}
+_QUANTIZED_ALONE: Mapping[str, float] = {
+    # the noise of int4 is as large as a weak adapter's effect: all that can be said is that exported is nearer to tuned
+    # than to the base, which is a gain above a half, and not beyond it by as much
+    "adapter.survival_gain.error": 0.5,
+}
 _INT8_BLOCKS: Mapping[str, float] = {
     # the base is float; only the adapter's effect is off, by as much as its blocks are: 0.007 of its size with 14 × 14
     # blocks, and `export` warns of 0.02. Layers add up such errors; a tenth of the effect is something else.
@@ -127,7 +149,12 @@ _INT8_BLOCKS: Mapping[str, float] = {
 
 
 def defaults(
-    precision: str, *, branch: bool, classifier: bool = False, block_dtype: str | None = None
+    precision: str,
+    *,
+    branch: bool,
+    classifier: bool = False,
+    block_dtype: str | None = None,
+    exported_base: bool = True,
 ) -> dict[str, float]:
     """The limits that a check of this kind of export has when nobody says otherwise.
 
@@ -136,19 +163,23 @@ def defaults(
         branch: the blocks are kept beside the weights, not merged into them.
         classifier: the model is one.
         block_dtype: fp32, fp16 or int8: what a branch's blocks are stored in; None: as the graph's floats.
+        exported_base: what the export does to the base alone is known.
     """
     limits = dict(_ALWAYS)
     if not branch:
         limits |= _MERGED
     if precision in ("int8", "int4"):
         kind = _QUANTIZED_CLASSIFIER if classifier else _QUANTIZED_DECODER
-        return {**limits, **_QUANTIZED, **kind, **(_QUANTIZED_BRANCH if branch else _QUANTIZED_MERGE)}
-    cache = {"decode.cache": (_HALF if precision == "fp16" else _EXACT)["decode.cache"]}  # it goes by the graph alone
+        adapter = _QUANTIZED_BRANCH if branch else _QUANTIZED_MERGE
+        return {**limits, **_QUANTIZED, **kind, **(adapter if exported_base else _QUANTIZED_ALONE)}
+    graph = _HALF if precision == "fp16" else _EXACT
+    cache = {name: graph[name] for name in ("decode.cache", "padding.right", "padding.left")}  # go by the graph alone
     if block_dtype == "int8":
         return {**limits, **_INT8_BLOCKS, **cache}
     if block_dtype == "fp16":
         return {**limits, **_HALF, **cache}
-    return {**limits, **{"fp16": _HALF, "bf16": _BFLOAT16}.get(precision, _EXACT)}
+    alone = {} if exported_base or precision == "fp32" else _HALF_ALONE
+    return {**limits, **{"fp16": _HALF, "bf16": _BFLOAT16}.get(precision, _EXACT), **alone}
 
 
 def widened(limits: Mapping[str, float], errors: Mapping[str, float]) -> dict[str, float]:

@@ -8,6 +8,7 @@ are compared: adding one number to every logit of a position changes no probabil
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -204,6 +205,35 @@ class Comparison:
             "delta_p": {**quantiles, "rms": float(np.sqrt((moved**2).mean()))},
             "kl_histogram": {"edges": edges.tolist(), "counts": counts.tolist()},
         }
+
+    def by_length(self, lengths: Sequence[int]) -> list[dict[str, Any]]:
+        """Mean KL of short and long sequences apart, to see a prefill that goes wrong from some length on.
+
+        Args:
+            lengths: tokens of each sequence, in the order in which `update` was given them.
+
+        Returns:
+            `{"tokens": [shortest, longest], "sequences", "positions", "kl_mean"}` for each range between powers of four
+            that has sequences.
+        """
+        values = np.concatenate(self._kl)
+        # a classifier gives one position for a sequence, a language model one for each token
+        counts = lengths if sum(lengths) == len(values) else [1] * len(lengths)
+        parts = np.split(values, np.cumsum(counts)[:-1])
+        classes: dict[int, list[int]] = {}
+        for index, length in enumerate(lengths):
+            classes.setdefault((length - 1).bit_length() // 2, []).append(index)
+        found = []
+        for _, members in sorted(classes.items()):
+            own = np.concatenate([parts[index] for index in members])
+            ends = [min(lengths[index] for index in members), max(lengths[index] for index in members)]
+            found.append({
+                "tokens": ends,
+                "sequences": len(members),
+                "positions": len(own),
+                "kl_mean": float(own.mean()),
+            })
+        return found
 
     @property
     def base_kl(self) -> float:

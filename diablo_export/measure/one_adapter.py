@@ -18,7 +18,7 @@ from diablo_export.adapter import TASKS, Adapter
 from diablo_export.console import log, progress
 from diablo_export.errors import ExportError
 from diablo_export.manifest import versions
-from diablo_export.measure import compare, sources
+from diablo_export.measure import compare, padding, sources
 from diablo_export.measure.exported import Exported, open_exported
 from diablo_export.measure.golden import Golden, record
 from diablo_export.measure.metrics import Comparison
@@ -48,6 +48,7 @@ class Measured:
         parts: the report's logits, kl, top1_agreement, perplexity, decode, accuracy and adapter.
         errors: standard errors of figures that are differences of shares.
         environment: the report's environment.
+        samples: what was compared.
         golden: rows for a certificate, where asked for: of the adapter, and of the base where it can be left out.
     """
 
@@ -58,6 +59,7 @@ class Measured:
     parts: dict[str, Any] = field(default_factory=dict)
     errors: dict[str, float] = field(default_factory=dict)
     golden: list[Golden] = field(default_factory=list)
+    samples: list[Sample] = field(default_factory=list)
 
 
 def measure(
@@ -132,7 +134,7 @@ def examine(
     bounds: dict[str, Any] = {"data": data, "samples": samples, "max_tokens": max_tokens, "seed": seed}
     window = min(_window(tuned.model), longest or _WINDOW)
     items = collect(tokenizer, window=window, classifier=found.classifier, **bounds)
-    tokens = sum(len(item.ids) for item in items)
+    found.samples, tokens = items, sum(len(item.ids) for item in items)
     found.environment |= bounds | {
         "data": str(data or "built-in prompts"),
         "sequences": len(items),
@@ -147,7 +149,9 @@ def examine(
         with progress("Comparing", tokens) as advance:
             sums, choices = compare.prefill(compare.Four(tuned, off, exported.on, exported.off), items, advance)
         _add_logits(found, sums)
+        found.parts["distribution"]["by_length"] = sums.by_length([len(item.ids) for item in items])
         _add_adapter(found, sums, exported, items[0])
+        _add_padding(found, padding.compare(tuned, exported.on, items, exported.graph, classifier=found.classifier))
         if found.classifier:
             classes = list(labels) or list(range(tuned.prefill(items[0].ids).shape[-1]))
             _add_accuracy(found, compare.accuracy(choices, items, classes), choices)
@@ -259,6 +263,13 @@ def _add_adapter(found: Measured, sums: Comparison, exported: Exported, sample: 
         found.figures["untouched"] = len(exported.foreign)
         for module in exported.foreign:
             log.warning("%s differs from the base also where no block reaches", module)
+
+
+def _add_padding(found: Measured, moved: dict[str, Any] | None) -> None:
+    found.parts["distribution"]["padding"] = moved
+    for side in ("right", "left"):
+        if moved and moved[side] is not None:
+            found.figures[f"padding.{side}"] = moved[side]
 
 
 def _add_accuracy(found: Measured, accuracy: dict[str, float] | None, choices: dict[str, list[int]]) -> None:

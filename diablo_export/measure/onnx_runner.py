@@ -1,15 +1,15 @@
 """An exported model in plain ONNX Runtime: a whole sequence at once, or token by token through its KV cache.
 
 What a graph wants is read from the graph: onnxruntime-genai's decoders (input_ids, attention_mask,
-past_key_values.*), torch's (position_ids too) and encoders (token_type_ids). One sequence at a time: padding would
-be a second thing to test.
+past_key_values.*), torch's (position_ids too) and encoders (token_type_ids). One sequence at a time; padded batches
+are a second thing to test, by `batch`.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +20,7 @@ from diablo_export import runtime
 from diablo_export.block_storage import BLOCKS_SUFFIX, SCALES_SUFFIX
 from diablo_export.blockdiag import Array
 from diablo_export.errors import ExportError
+from diablo_export.measure.padding import Padded, pad
 from diablo_export.measure.prompts import Ids
 
 if TYPE_CHECKING:
@@ -44,16 +45,29 @@ class OnnxRunner:
         adapter: an `.onnx_adapter` file, loaded, or None for the base.
         fixed: inputs fed on every run, such as a classification head or blocks.
         cache_shape: (heads, head size) of the KV cache, for graphs that leave them open; see `cache_shape`.
+        output: name of the logits.
+        length: tokens of every sequence, for graphs that take no others: shorter ones are padded at the right.
     """
 
     session: onnxruntime.InferenceSession
     adapter: runtime.SwapAdapter | None = None
     fixed: Mapping[str, Array] = field(default_factory=dict)
     cache_shape: tuple[int, int] | None = None
+    output: str = "logits"
+    length: int | None = None
 
     def prefill(self, ids: Ids) -> Array:
         """Logits of a whole sequence (tokens,): (tokens, vocabulary), or (1, labels) of a classifier; float32."""
+        if self.length is not None:
+            return self.batch([ids], 0)[0]
         return self._call(ids, self.empty_cache())[0]
+
+    def batch(self, rows: Sequence[Ids], token: int, *, left: bool = False) -> list[Array]:
+        """Logits of several sequences, padded with `token` and run at once; each as `prefill` gives it."""
+        padded = pad(rows, token, left=left, length=self.length)
+        feeds = {**self._inputs(padded), **self.empty_cache(len(rows)), **self.fixed}
+        (logits,) = runtime.run(self.session, feeds, self.adapter, [self.output])
+        return padded.unpadded(logits.astype(np.float32))
 
     def decode(self, prompt: Ids, tokens: Ids) -> Array:
         """Logits that predict each of `tokens` after `prompt`, step by step with the KV cache: (steps, vocabulary)."""
@@ -83,7 +97,7 @@ class OnnxRunner:
     ) -> tuple[Array, dict[str, Array]]:
         present = [v.name for v in self.session.get_outputs() if keep and _CACHE.match(v.name)]
         feeds = {**self.feeds(ids, past), **cache, **self.fixed}
-        logits, *values = runtime.run(self.session, feeds, self.adapter, ["logits", *present])
+        logits, *values = runtime.run(self.session, feeds, self.adapter, [self.output, *present])
         flat = logits.astype(np.float32).reshape(-1, logits.shape[-1])  # (1, T, V) → (T, V); (1, labels) stays
         past_names = {_key(v.name): v.name for v in self.session.get_inputs() if _CACHE.match(v.name)}
         return flat, {past_names[_key(name)]: value for name, value in zip(present, values, strict=True)}
@@ -91,18 +105,23 @@ class OnnxRunner:
     def feeds(self, ids: Ids, past: int) -> dict[str, Array]:
         """Inputs for the tokens `ids` behind `past` others, without the KV cache, the adapter's and `fixed` ones."""
         count = len(ids)
+        mask, positions = np.ones((1, past + count), np.int64), np.arange(past, past + count)[None]
+        return self._inputs(Padded(np.asarray(ids)[None], mask, positions))
+
+    def _inputs(self, padded: Padded) -> dict[str, Array]:
         known: dict[str, Array] = {
-            "input_ids": np.asarray(ids),
-            "attention_mask": np.ones(past + count),
-            "position_ids": np.arange(past, past + count),
-            "token_type_ids": np.zeros(count),
+            "input_ids": padded.ids,
+            "attention_mask": padded.mask,
+            "position_ids": padded.positions,
+            "token_type_ids": np.zeros_like(padded.ids),
         }
         feeds: dict[str, Array] = {}
         unknown = []
+        swapped = self.adapter.names if self.adapter else frozenset[str]()
         for value in self.session.get_inputs():
             if value.name in known:
-                feeds[value.name] = known[value.name][None].astype(_DTYPES[value.type])
-            elif value.name in self.fixed:
+                feeds[value.name] = known[value.name].astype(_DTYPES[value.type])
+            elif value.name in self.fixed or value.name in swapped:
                 continue
             elif value.name.endswith(BLOCKS_SUFFIX):  # required blocks: empty ones are the base
                 feeds[value.name] = np.zeros((0, 0, 0), _DTYPES[value.type])
@@ -115,11 +134,10 @@ class OnnxRunner:
                 f"the model wants inputs that are not known here: {', '.join(unknown)}; known are {', '.join(known)}, "
                 "past_key_values.*.key and .value"
             )
-        blocks = self.adapter.names if self.adapter else frozenset[str]()
-        return {name: value for name, value in feeds.items() if name not in blocks}
+        return feeds
 
-    def empty_cache(self) -> dict[str, Array]:
-        """A KV cache of no tokens, by input name: (1, heads, 0, head size) each; {} where the graph takes none."""
+    def empty_cache(self, rows: int = 1) -> dict[str, Array]:
+        """A KV cache of no tokens, by input name: (rows, heads, 0, head size) each; {} where the graph takes none."""
         cache: dict[str, Array] = {}
         for value in self.session.get_inputs():
             if not _CACHE.match(value.name):
@@ -131,7 +149,7 @@ class OnnxRunner:
                 if self.cache_shape is None:
                     raise ExportError(f"{value.name} has shape {value.shape}, and config.json does not give its sizes")
                 heads, size = self.cache_shape
-            cache[value.name] = np.zeros((1, heads, 0, size), _DTYPES[value.type])
+            cache[value.name] = np.zeros((rows, heads, 0, size), _DTYPES[value.type])
         return cache
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from torch import nn
 
 from diablo_export.blockdiag import Array
+from diablo_export.measure.padding import pad
 from diablo_export.measure.prompts import Ids
 from diablo_export.trainer.layer import set_enabled
 
@@ -19,15 +21,27 @@ class TorchRunner:
     """One state of a model: with its adapter (`adapted`), or without.
 
     Two runners can share a model; each sets the state that it needs before it runs. Off, a classifier's
-    trained head stays: only blocks are switched.
+    trained head stays: only blocks are switched. `switch` does it, for this program's layers or for another's.
     """
 
     model: nn.Module
     adapted: bool = True
+    switch: Callable[[nn.Module, bool], None] = set_enabled
 
     def prefill(self, ids: Ids) -> Array:
         """Logits of a whole sequence (tokens,): (tokens, vocabulary), or (1, labels) of a classifier; float32."""
         return self._call(ids)[0]
+
+    @torch.inference_mode()
+    def batch(self, rows: Sequence[Ids], token: int, *, left: bool = False) -> list[Array]:
+        """Logits of several sequences, padded with `token` and run at once; each as `prefill` gives it."""
+        self.switch(self.model, self.adapted)
+        padded = pad(rows, token, left=left)
+        more = {"position_ids": torch.from_numpy(padded.positions)} if left else {}
+        output = self.model(
+            input_ids=torch.from_numpy(padded.ids), attention_mask=torch.from_numpy(padded.mask), **more
+        )
+        return padded.unpadded(output.logits.float().cpu().numpy())
 
     def decode(self, prompt: Ids, tokens: Ids) -> Array:
         """Logits that predict each of `tokens` after `prompt`, step by step with the KV cache: (steps, vocabulary)."""
@@ -51,7 +65,7 @@ class TorchRunner:
 
     @torch.inference_mode()
     def _call(self, ids: Ids, **more: Any) -> tuple[Array, Any]:
-        set_enabled(self.model, self.adapted)
+        self.switch(self.model, self.adapted)
         output = self.model(input_ids=torch.from_numpy(np.asarray(ids, np.int64))[None], **more)
         logits: Array = output.logits.float().cpu().numpy()
         # (1, tokens, vocabulary) → (tokens, vocabulary); a classifier's (1, labels) stays
