@@ -59,13 +59,14 @@ bool is_empty(const DiabloShape& s) { return s.num_blocks == 0 || s.block_size_i
 // Into how many parts to cut `size`, so that there are `wanted` pieces if none becomes smaller than `fewest`.
 int64_t parts(int64_t wanted, int64_t size, int64_t fewest) { return clamp(wanted, 1, ceil_divide(size, fewest)); }
 
-// All small blocks that fit in the cache by some of the rows: then whole rows pass through it. Large blocks, and all where
-// rows are few, are shared out one by one; columns are cut only where blocks are too few to keep threads busy.
+// All small blocks that fit in the cache by some of the rows: then whole rows pass through it. Large blocks, and all
+// where rows are few, are shared out one by one; columns are cut only where blocks are too few to keep threads busy.
 Plan make_plan(const Job& job, Kernel kernel) {
   const DiabloShape& s = job.shape;
   const int64_t block = s.block_size_in * s.block_size_out;
   // Below 8 rows the time goes into reading the block, whatever the number of rows.
-  const int64_t wanted = clamp(ceil_divide(s.num_blocks * block, kPieceWork / (s.rows < 8 ? 8 : s.rows) + 1), 1, kMostPieces);
+  const int64_t rows = clamp(s.rows, 8, kPieceWork);
+  const int64_t wanted = clamp(s.num_blocks * block / (kPieceWork / rows), 1, kMostPieces);
   const bool few = s.rows <= kFewRows;
   Plan plan{job, kernel, 0, 0, 0, 0, 0, 0};
 
@@ -82,7 +83,8 @@ Plan make_plan(const Job& job, Kernel kernel) {
   plan.column_pieces = ceil_divide(s.block_size_out, plan.columns);
 
   const int64_t fewest_rows = block > kCachedBlocks / 8 ? kFewestRows : kRowStep;
-  const int64_t row_parts = few ? 1 : parts(ceil_divide(wanted, plan.block_pieces * plan.column_pieces), s.rows, fewest_rows);
+  const int64_t wanted_rows = ceil_divide(wanted, plan.block_pieces * plan.column_pieces);
+  const int64_t row_parts = few ? 1 : parts(wanted_rows, s.rows, fewest_rows);
   plan.rows = ceil_divide(ceil_divide(s.rows, row_parts), kRowStep) * kRowStep;
   plan.row_pieces = ceil_divide(s.rows, plan.rows);
   return plan;

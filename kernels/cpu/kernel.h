@@ -15,12 +15,14 @@ namespace {
 
 // 64 KiB of a block, in any second-level cache, is used by all rows before the next is touched.
 constexpr int64_t kColumns = 128, kDepth = 128;
-// Up to so many rows, reading a wide block is what takes time, and copying it never pays. So few that each element of it
-// is used by one tile alone read it in long runs that the prefetcher follows; their sums wait in the first-level cache.
+// Up to so many rows, reading a wide block is what takes time, and copying it never pays. So few that each element of
+// it is used by one tile alone read it in long runs that the prefetcher follows; their sums wait in the first-level
+// cache.
 constexpr int64_t kFewRows = 48, kFewDepth = 32, kOnceColumns = 4096, kOnceDepth = 8;
+constexpr int64_t kCrowded = 2048, kFewestCopied = 16;  // rows at such a stride, in bytes, share a few sets of a cache
 constexpr int64_t kRowsForDots = 4;  // that make up for transposing the block
-// Blocks that together stay in the second-level cache are read by so few rows at a time that whole rows pass through the
-// cache as streams, not one line of each. More of them are read by more rows.
+// Blocks that together stay in the second-level cache are read by so few rows at a time that whole rows pass through
+// the cache as streams, not one line of each. More of them are read by more rows.
 constexpr int64_t kSmallBlocks = 96 * 1024, kStreamedRows = 12, kSumRows = 96;
 constexpr int64_t kRun = kSumRows * 128;  // of x and of y at once, where they have to be widened
 
@@ -80,12 +82,16 @@ struct Block {
   float scale;
 };
 
-// y = y0 + x · panel, with all of the panel's depth; of many rows so few at a time that they stay in the first-level cache.
+// y = y0 + x · panel, with all of the panel's depth; of many rows so few at a time that they stay in the first-level
+// cache.
 template <class Simd, class B>
-DIABLO_INLINE void multiply_panel(Matrix<const float> x, Block<B> panel, Matrix<const float> y0, Matrix<float> y, int64_t rows,
-                    int64_t depth, int64_t columns) {
-  const int64_t room = panel.end - panel.d.data - Simd::width;
-  const int64_t safe = room < 0 ? 0 : smaller(depth, room / panel.d.stride + 1);
+DIABLO_INLINE void multiply_panel(Matrix<const float> x, Block<B> panel, Matrix<const float> y0, Matrix<float> y,
+                                  int64_t rows, int64_t depth, int64_t columns) {
+  int64_t safe = depth;
+  if (columns < Simd::width) {  // asked first: a division costs as much as a row of a small block
+    const int64_t room = panel.end - panel.d.data - Simd::width;
+    if (room < (depth - 1) * panel.d.stride) safe = room < 0 ? 0 : room / panel.d.stride + 1;
+  }
   const int64_t step = rows <= kFewRows ? rows : kStreamedRows;
   for (int64_t r = 0; r < rows; r += step) {
     Strip<B> strip{depth, x.data + r * x.stride, x.stride, panel.d.data, panel.d.stride, panel.scale,
@@ -140,11 +146,13 @@ void multiply_copied(Matrix<const float> x, Block<B> block, Matrix<const float> 
 
 // y = y0 + x · scale · d, with x (rows, depth), d (depth, columns), y0 and y (rows, columns); depth > 0.
 template <class Simd, class B>
-DIABLO_INLINE void multiply_block(Matrix<const float> x, Block<B> block, Matrix<const float> y0, Matrix<float> y, int64_t rows,
-                    int64_t depth, int64_t columns, float* copy) {
+DIABLO_INLINE void multiply_block(Matrix<const float> x, Block<B> block, Matrix<const float> y0, Matrix<float> y,
+                                  int64_t rows, int64_t depth, int64_t columns, float* copy) {
   constexpr bool kStored = !std::is_same<B, float>::value;
   const bool dots = 4 * columns <= Simd::width && rows >= kRowsForDots;
-  const int64_t most_in_place = kStored ? kMostStoredRows : columns <= kColumns ? rows : kFewRows;
+  const bool crowded = block.d.stride * static_cast<int64_t>(sizeof(B)) % kCrowded == 0;
+  const int64_t few = crowded ? kFewestCopied : kFewRows;
+  const int64_t most_in_place = kStored ? kMostStoredRows : columns <= kColumns ? rows : few;
   if (dots || rows > most_in_place) {
     multiply_copied<Simd>(x, block, y0, y, rows, depth, columns, dots, copy);
   } else {
@@ -226,7 +234,8 @@ void run_piece(const diablo::Job& job, const diablo::Piece& piece) {
   const bool small = blocks * s.block_size_in * columns <= kSmallBlocks;
   // Large blocks by all rows, for what copying their panels costs; 16-bit ones by as many as there is room for
   const bool large = s.block_size_out > kColumns, dots = 4 * s.block_size_out <= Simd::width;
-  const int64_t step = small && !large && !dots ? kStreamedRows : large && std::is_same<T, float>::value ? all : kSumRows;
+  const bool streamed = small && !large && !dots;
+  const int64_t step = streamed ? kStreamedRows : large && std::is_same<T, float>::value ? all : kSumRows;
   Scratch scratch;
 
   for (int64_t r = piece.first_row; r < piece.end_row; r += step) {

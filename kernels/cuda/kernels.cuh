@@ -17,8 +17,8 @@ struct Job {
   T* y;
 };
 
-// Neighbouring threads read neighbouring columns; kFewSplits warps share the depth and add up at the end. Each element of
-// the block is used by kFewRows rows while it is in a register.
+// Neighbouring threads read neighbouring columns; kFewSplits warps share the depth and add up at the end. Each element
+// of the block is used by kFewRows rows while it is in a register.
 template <class T, class B>
 __global__ void __launch_bounds__(kFewColumns * kFewSplits) few_rows(const Job<T, B> job) {
   __shared__ float sums[kFewSplits][kFewRows][kFewColumns];
@@ -54,7 +54,8 @@ __global__ void __launch_bounds__(kFewColumns * kFewSplits) few_rows(const Job<T
   }
 }
 
-// The classic tiled product: kStep of x and of the block go through shared memory, each thread sums kEach x kEach outputs.
+// The classic tiled product: kStep of x and of the block go through shared memory, each thread sums kEach x kEach
+// outputs.
 template <class T, class B>
 __global__ void __launch_bounds__(kThreadsAcross * kThreadsAcross) many_rows(const Job<T, B> job) {
   __shared__ float x_tile[kStep][kTile + 4];  // transposed; the gap spreads a column over the banks

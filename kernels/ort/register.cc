@@ -12,8 +12,9 @@ using diablo::Device;
 
 constexpr struct {
   DiabloType type, blocks;
-} kPairs[] = {{DIABLO_F32, DIABLO_F32},  {DIABLO_F32, DIABLO_F16}, {DIABLO_F32, DIABLO_I8},  {DIABLO_F16, DIABLO_F16},
-              {DIABLO_F16, DIABLO_I8},   {DIABLO_BF16, DIABLO_BF16}, {DIABLO_BF16, DIABLO_F16}, {DIABLO_BF16, DIABLO_I8}};
+} kPairs[] = {{DIABLO_F32, DIABLO_F32},   {DIABLO_F32, DIABLO_F16}, {DIABLO_F32, DIABLO_I8},
+              {DIABLO_F16, DIABLO_F16},   {DIABLO_F16, DIABLO_I8},  {DIABLO_BF16, DIABLO_BF16},
+              {DIABLO_BF16, DIABLO_F16}, {DIABLO_BF16, DIABLO_I8}};
 
 constexpr Device kDevices[] = {
     Device::kCpu,
@@ -34,8 +35,10 @@ struct Domain {
     BlockDiagOp* next = reinterpret_cast<BlockDiagOp*>(ops);
     status = api.create_domain("ai.diablo", &handle);
     for (const Device device : kDevices)
-      for (const auto& pair : kPairs)
-        if (status == nullptr) status = api.add_op(handle, new (next++) BlockDiagOp(pair.type, pair.blocks, device, api));
+      for (const auto& pair : kPairs) {
+        if (status != nullptr) return;
+        status = api.add_op(handle, new (next++) BlockDiagOp(pair.type, pair.blocks, device, api));
+      }
   }
 };
 

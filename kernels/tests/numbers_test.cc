@@ -1,5 +1,5 @@
-// Random calls against the reference: every type, instruction set and odd size, in place or not, on one to four threads;
-// and calls whose sizes do not fit, each with the error that names what is wrong.
+// Random calls against the reference: every type, instruction set and odd size, in place or not, on one to four
+// threads; and calls whose sizes do not fit, each with the error that names what is wrong.
 //
 // usage: numbers_test [calls] [seed]
 #include "fixture.h"
@@ -113,7 +113,8 @@ void check_refusal(std::mt19937& random) {
   s.block_size_in = odd_size(random), s.block_size_out = odd_size(random);
   s.in_features = s.x_stride = s.num_blocks * s.block_size_in;
   s.out_features = s.y_stride = s.num_blocks * s.block_size_out;
-  int64_t* const sizes[] = {&s.rows, &s.in_features, &s.out_features, &s.num_blocks, &s.block_size_in, &s.block_size_out};
+  int64_t* const sizes[] = {&s.rows,       &s.in_features,   &s.out_features,
+                            &s.num_blocks, &s.block_size_in, &s.block_size_out};
   DiabloError wanted = DIABLO_OK;
   switch (between(random, 0, 5)) {
     case 0:
