@@ -4,7 +4,7 @@
     refit       scales searched and fitted for the least error of the weights
     calibrated  codes and scales for the least error of each layer's output
     distilled   from there, codes trained on the answers of the whole model
-    auto        the first of these that holds the survival asked for
+    auto        the best of the first three, which take seconds, where it holds the survival asked for; else the last
 
 The reference of every figure is the same int4 model with the float branch beside it.
 """
@@ -51,6 +51,8 @@ METHODS = ("auto", "rtn", "refit", "calibrated", "distilled")
 _LENGTH = 128  # tokens of a sequence
 _JUDGED, _MOMENTS, _FITTED = 16, 64, 240  # sequences: to measure on, to calibrate on, to distil on (those among them)
 _SAME, _RELATED = 0.98, 0.8  # cosine of the network's logits and the file's: activations in int8 leave 0.999
+_SWEEP_SPEED = 5e8  # multiply-adds of a sweep in a second, in numpy on one core
+_QUICK = 0.1  # of the seconds: what `auto` spends on calibrating though another method holds
 _TEXT_SHARE = 0.4  # of the seconds: for text, moments and measuring; the rest is for distilling
 
 Grids = dict[str, Grid]
@@ -108,13 +110,11 @@ def grid_merge(
     made = grid_network(graph, folder, adapter, found, reference, device)
     bench = _Bench(made, adapter, folder, reference, calibration, max_seconds, seed, float_base)
     tried: list[Tried] = []
-    for one in bench.tries(method):
+    for one in bench.tries(method, min_survival):
         tried.append(one)
         log.info("%s", _sentence(one))
-        if method == "auto" and one.survival.holds(min_survival):
-            break
     held = [one for one in tried if one.survival.holds(min_survival)]
-    best = held[0] if held else min(tried, key=lambda one: one.survival.distance)
+    best = min(held or tried, key=lambda one: one.survival.distance)
     entries = [_write(one, best, made, folder) for one in found.values()]
     if not has_head:
         put_head(graph, adapter)
@@ -152,20 +152,27 @@ class _Bench:
         self._layers = grid_layers(made.network)
         self.moments = self._moments()
 
-    def tries(self, method: str) -> Iterator[Tried]:
-        """Every method up to the one asked for that has to be made for it; `auto`: all of them."""
+    def tries(self, method: str, least: float) -> Iterator[Tried]:
+        """The method asked for; for `auto` all that take seconds, and distillation where none of them holds."""
         makers = {"rtn": self._rtn, "refit": self._refit, "calibrated": self._calibrated}
         wanted = list(makers) if method == "auto" else [method] if method in makers else ["calibrated"]
         grids: Grids = {}
+        holds = False
         for name in wanted:
+            if holds and name == "calibrated" and self._sweeping() > _QUICK * self._seconds:
+                return  # a large model with few blocks: what holds already is the cheapest
             start = time.perf_counter()
             grids = {module: makers[name](module, grid) for module, grid in self.made.grids.items()}
             for module, grid in grids.items():
                 self._layers[module].begin(grid)
             one = Tried(name, grids, self._judge.measure(), time.perf_counter() - start)
+            holds = holds or one.survival.holds(least)
             if method != "distilled":
                 yield one
-        if method in ("auto", "distilled"):
+        if method == "auto" and not holds and self._classifier and self._calibration is None:
+            # measured: what is calibrated on random tokens holds for sentences, what is distilled on them less
+            log.warning("not distilled: a classifier needs sentences for that; give some as --calibration, unlabelled")
+        elif method == "distilled" or (method == "auto" and not holds):
             yield from self._distilled(grids, method == "distilled")
 
     def report(self, tried: list[Tried], best: Tried, asked: str, least: float) -> dict[str, Any]:
@@ -237,6 +244,15 @@ class _Bench:
 
         return with_touched(grid, self._wanted[name], self._layers[name].shape, choose)
 
+    def _sweeping(self) -> float:
+        """About how many seconds calibrating takes: two starts, five sweeps of rows · columns² each."""
+        operations = 0
+        for name, grid in self.made.grids.items():
+            size = grid.codes.shape[-1]
+            for rows, groups in touched(self._layers[name].shape, size):
+                operations += (rows.stop - rows.start) * ((groups.stop - groups.start) * size) ** 2
+        return 10 * operations / _SWEEP_SPEED
+
     def _distilled(self, grids: Grids, must: bool) -> Iterator[Tried]:
         start = time.perf_counter()
         steps = budget.affordable(self._per_token, self._seconds * (1 - _TEXT_SHARE), self._most)
@@ -272,7 +288,7 @@ class _Bench:
         item = max(self.text.judged, key=lambda each: len(each.ids))
         with torch.inference_mode():
             ours = logits(self.made.network, [item], self._pad, "base").cpu().numpy()
-        runner = OnnxRunner(runtime.session(folder / MODEL), cache_shape=cache_shape(folder))
+        runner = OnnxRunner(runtime.session(folder / MODEL, spin=False), cache_shape=cache_shape(folder))
         alike = cosine(ours, runner.prefill(item.ids.astype(np.int64)))
         said = f"{self._reference} with the file's int4 weights and the file in onnxruntime (cosine {alike:.3f})"
         if not alike >= _RELATED:
