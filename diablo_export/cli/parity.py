@@ -38,9 +38,16 @@ from diablo_export.cli.options import verbosity_options
 @click.option("--markdown", type=click.Path(path_type=Path), metavar="FILE", help="Write it for a pull request.")
 @click.option("--certificate", is_flag=True, help="If every check held, store golden rows, limits and hashes in OUT "
               "for `diablo-export verify`.")  # fmt: skip
+@click.option("--modules/--no-modules", default=True, show_default=True, help="Compare every linear module, too, on at "
+              "most 256 tokens, and name the first that diverges.")  # fmt: skip
+@click.option("--exported-base", type=click.Path(path_type=Path), metavar="PATH", help="For an export of another "
+              "program: what it makes of the base alone, an ONNX file or folder.")  # fmt: skip
 @verbosity_options
 def command(out: Path, **options: Any) -> None:
     """Compare the exported model in OUT with the tuned model in torch.
+
+    OUT may also be an ONNX file or folder that another program made, with a LoRA, DoRA or DiaBlo adapter from PEFT;
+    then give --model and --adapter.
 
     Whole sequences and decoding step by step, the adapter on and off, every file's hash. Writes OUT/parity.json.
     Exit code 0: every check held; 1: one failed; 2: bad input.
@@ -48,6 +55,7 @@ def command(out: Path, **options: Any) -> None:
     \b
     Example:
       diablo-export parity int4 --data test.jsonl --limit kl.mean=0.05 --junit parity.xml
+      diablo-export parity model.onnx --model M --adapter lora --exported-base base.onnx
     """
     from diablo_export.console import log
     from diablo_export.measure.parity import parity

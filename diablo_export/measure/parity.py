@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from diablo_export.errors import InputError
-from diablo_export.manifest import PARITY, read_manifest
+from diablo_export.manifest import read_manifest
 from diablo_export.measure import certificate as certificates
-from diablo_export.measure import held, report, sources
+from diablo_export.measure import foreign_sources, held, report, sources
 from diablo_export.measure import limits as checking
 from diablo_export.measure import markdown as markdowns
 from diablo_export.measure import page as pages
@@ -37,11 +37,13 @@ def parity(
     html: str | Path | None = None,
     markdown: str | Path | None = None,
     certificate: bool = False,
+    modules: bool = True,
+    exported_base: str | Path | None = None,
 ) -> dict[str, Any]:
     """Compare an output folder with the tuned model in torch, write its parity.json and return that report.
 
     Args:
-        out: what `merge` or `export` wrote.
+        out: what `merge` or `export` wrote; or an ONNX file, or a folder with one, that another program made.
         model: the base; None: the one that the manifest names.
         adapter: adapter folders in place of the manifest's, each `PATH`, `NAME=PATH`, or `NAME` to check that one only.
         data: JSON Lines or text to compare on; None: built-in prompts.
@@ -58,6 +60,8 @@ def parity(
         html: a file for the report as one page with pictures, which needs no network.
         markdown: a file for the report as a comment on a pull request.
         certificate: where every check held, certify the folder: golden rows, limits and hashes for `verify`.
+        modules: also compare every linear module, on at most 256 tokens, and name the first that diverges.
+        exported_base: for an export of another program: what that program makes of the base alone.
 
     Returns:
         The report. Its `verdict` is `fail` when a check failed; see `report.require_pass`.
@@ -71,29 +75,38 @@ def parity(
     if steps < 1 or max_tokens < 1 or (samples is not None and samples < 1):
         raise InputError(f"--steps {steps}, --max-tokens {max_tokens}, --samples {samples}: each must be 1 or more")
     earlier = held.baseline(baseline) if baseline is not None else None
-    manifest = read_manifest(out)
+    manifest = _manifest(out, adapter, exported_base)
     folders = sources.adapter_folders(manifest, adapter)
     base = sources.base_folder(manifest, model, folders)
-    hashes = sources.hashes(out, manifest, base, folders)
-    if certificate and (not sources.is_onnx(out) or manifest.get("for") == "web"):
+    strange = bool(manifest.get("foreign"))
+    hashes = (foreign_sources if strange else sources).hashes(out, manifest, base, folders)
+    if certificate and (strange or not sources.is_onnx(out) or manifest.get("for") == "web"):
         raise InputError(f"{out}: --certificate is for what onnxruntime runs from Python, so not for {_other(out)}")
     kind = {"branch": sources.is_branch(manifest), "classifier": sources.is_classifier(manifest)}
+    kind |= {"exported_base": bool(manifest.get("exported_base", True))}
     defaults = checking.defaults(sources.precision(out, manifest), block_dtype=sources.block_dtype(manifest), **kind)
     kept = held.from_toml(limits, sources.precision(out, manifest)) if limits is not None else {}
-    from diablo_export.measure.one_adapter import measure, using_threads  # torch: only once the input is known good
+    from diablo_export.measure import foreign  # torch: only once the input is known good
+    from diablo_export.measure.one_adapter import measure, using_threads
 
     counts: dict[str, float] = {"files": len(hashes["changed"]), "sources": len(hashes["sources_changed"])}
+    counts = {} if strange else counts  # nobody said what they should be
     bounds: dict[str, Any] = {"data": data, "samples": samples, "max_tokens": max_tokens, "seed": seed}
     bounds |= {"steps": steps, "threads": threads, "certify": certificate}
     measured = []
     with using_threads(threads):
         for name, folder in folders.items():
-            measured.append(measure(out, manifest, base, name, folder, **bounds))
+            if strange:
+                bounds["exported_base"] = exported_base
+                measured.append(foreign.measure(manifest, base, name, folder, **bounds))
+            else:
+                measured.append(measure(out, manifest, base, name, folder, modules=modules, **bounds))
     result = _report(measured, counts, defaults, kept, chosen, hashes)
     if earlier is not None:
         held.compare(result, earlier, baseline)
-    certificates.revoke(out)  # what is checked anew is not what was certified
-    for file in (out / PARITY, json):
+    if not strange:
+        certificates.revoke(out)  # what is checked anew is not what was certified
+    for file in (foreign_sources.report_file(out), json):
         if file is not None:
             report.write_json(result, Path(file))
     if junit is not None:
@@ -108,7 +121,22 @@ def parity(
     return result
 
 
+def _manifest(out: Path, adapter: Iterable[str], exported_base: str | Path | None) -> dict[str, Any]:
+    """The manifest of a folder, or what one would say of another program's export."""
+    if foreign_sources.applies(out):
+        return foreign_sources.manifest(out, adapter, exported_base)
+    manifest = read_manifest(out)
+    if exported_base is not None:
+        raise InputError(
+            f"--exported-base {exported_base}: is for exports of other programs; {out} was made by diablo-export, "
+            "which knows what it makes of the base"
+        )
+    return manifest
+
+
 def _other(out: Path) -> str:
+    if foreign_sources.applies(out):
+        return "exports of other programs"
     return "exports for web" if sources.is_onnx(out) else "Hugging Face folders"
 
 

@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from diablo_export.adapter import TASKS, Adapter, file_sha256
-from diablo_export.checkpoint import Checkpoint, resolve
+from diablo_export.adapter import CONFIG, TASKS, file_sha256
+from diablo_export.checkpoint import Checkpoint, read_json, resolve
 from diablo_export.errors import CheckpointError, InputError
 from diablo_export.manifest import MANIFEST, PARITY, file_xxh3
 from diablo_export.measure.certificate import CERTIFICATE, GOLDEN
@@ -26,7 +26,8 @@ def base_folder(manifest: Mapping[str, Any], model: str | Path | None, adapters:
     if model is not None:
         return resolve(model)
     base = manifest.get("base") or {}
-    named = [base.get("path"), base.get("id"), *(Adapter.load(folder).base_model for folder in adapters.values())]
+    trained_on = (read_json(folder / CONFIG).get("base_model_name_or_path") for folder in adapters.values())
+    named = [base.get("path"), base.get("id"), *trained_on]
     for candidate in filter(None, named):
         try:
             folder = resolve(candidate)
@@ -110,6 +111,8 @@ def hashes(out: Path, manifest: Mapping[str, Any], base: Path, adapters: Mapping
 
 def precision(out: Path, manifest: Mapping[str, Any]) -> str:
     """fp32, fp16, bf16, int8 or int4: what the adapted weights were written as."""
+    if manifest.get("foreign"):
+        return str(manifest["precision"])
     options = manifest.get("options") or {}
     quantize = manifest.get("quantize") or options.get("quantize") or "none"
     if quantize != "none":

@@ -1,0 +1,71 @@
+"""Exports as other programs make them, for the tests of parity: PEFT adapters, builder, torch."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+from pathlib import Path
+from typing import Any
+
+
+def make_peft(model: Path, folder: Path, seed: int = 1, **options: Any) -> Path:
+    """Save a LoRA adapter with random weights for a model; `options` are of LoraConfig."""
+    import peft
+    import torch
+    import transformers
+
+    torch.manual_seed(seed)
+    base = transformers.AutoModelForCausalLM.from_pretrained(model)
+    chosen = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj", "down_proj"], "task_type": "CAUSAL_LM"}
+    network = peft.get_peft_model(base, peft.LoraConfig(**{**chosen, **options}))
+    with torch.no_grad():
+        for name, parameter in network.named_parameters():
+            if "lora_B" in name:  # PEFT begins with zeros
+                parameter.normal_(0, 0.1)
+            if "magnitude" in name:
+                parameter.mul_(1 + 0.2 * torch.randn_like(parameter))
+    network.save_pretrained(folder)
+    return folder
+
+
+def merge_peft(model: Path, adapter: Path, folder: Path) -> Path:
+    """What `merge_and_unload` makes, with the base's tokenizer."""
+    import peft
+    import transformers
+
+    base = transformers.AutoModelForCausalLM.from_pretrained(model)
+    peft.PeftModel.from_pretrained(base, adapter).merge_and_unload().save_pretrained(folder)
+    transformers.AutoTokenizer.from_pretrained(model).save_pretrained(folder)
+    return folder
+
+
+def build(model: Path, folder: Path, precision: str = "fp32", *options: str) -> Path:
+    """Run onnxruntime-genai's builder with extra options, as its users do; returns the folder."""
+    from onnxruntime_genai.models import builder
+
+    arguments = (None, str(model), str(folder), precision, "cpu", str(folder / "cache"))
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        builder.create_model(*arguments, **builder.parse_extra_options(*arguments, list(options)))
+    logging.getLogger().setLevel(logging.WARNING)
+    return folder
+
+
+def export_with_torch(model: Path, file: Path, length: int | None = None) -> Path:
+    """`torch.onnx.export(dynamo=True)` of a folder's model: ids in, logits out; fixed to `length` tokens, or free."""
+    import torch
+    import transformers
+
+    network = transformers.AutoModelForCausalLM.from_pretrained(model).eval()
+    network.config.use_cache = False
+
+    class Logits(torch.nn.Module):
+        def forward(self, input_ids: Any) -> Any:
+            return network(input_ids=input_ids).logits
+
+    file.parent.mkdir(parents=True, exist_ok=True)
+    ids = torch.arange(3, 3 + (length or 12))[None]
+    shapes = None if length else {"input_ids": {1: torch.export.Dim("tokens", min=2, max=256)}}
+    with contextlib.redirect_stdout(io.StringIO()):
+        torch.onnx.export(Logits(), (ids,), str(file), dynamo=True, dynamic_shapes=shapes, verbose=False)
+    return file

@@ -1,0 +1,298 @@
+"""Exports of other programs, judged by parity: the whole ones pass, those that lost something are told what."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from click.testing import Result
+
+from diablo_export.converters.onnx_adapters import write_onnx_adapter
+from diablo_export.errors import AdapterError, CheckFailed, InputError
+from diablo_export.measure.parity import parity
+from diablo_export.measure.report import require_pass
+from tests import exports, foreign, tiny
+from tests.exports import SMALL
+
+pytest.importorskip("peft")
+Get = Callable[[str], Path]
+# files and sources have nothing to be held against, merged weights are not looked at
+CHECKS = {
+    "runs", "logits.max_abs", "kl.max", "padding.right", "decode.max_abs", "decode.cache", "decode.diverged",
+    "adapter.alive", "adapter.whole", "adapter.survival_gain.error",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def model(tiny_model: Get) -> Path:
+    return tiny_model("llama")
+
+
+@pytest.fixture(scope="module")
+def adapters(model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """LoRA, DoRA, and LoRA with the strength of rank-stabilized LoRA and of single modules."""
+    folder = tmp_path_factory.mktemp("peft")
+    return {
+        "lora": foreign.make_peft(model, folder / "lora"),
+        "dora": foreign.make_peft(model, folder / "dora", use_dora=True),
+        "rslora": foreign.make_peft(model, folder / "rslora", use_rslora=True),
+        "alpha": foreign.make_peft(model, folder / "alpha", alpha_pattern={"q_proj": 24}),
+    }
+
+
+@pytest.fixture(scope="module")
+def built(model: Path, adapters: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """built("lora") is what the builder makes of base and adapter; built() of the base."""
+    made: dict[tuple[str | None, str], Path] = {}
+
+    def get(adapter: str | None = None, precision: str = "fp32") -> Path:
+        if (adapter, precision) not in made:
+            options = [f"adapter_path={adapters[adapter]}"] if adapter else []
+            folder = tmp_path_factory.mktemp("built") / f"{adapter}-{precision}"
+            made[adapter, precision] = foreign.build(model, folder, precision, *options)
+        return made[adapter, precision]
+
+    return get
+
+
+def judge(out: Path, model: Path, adapter: Path, **options: Any) -> dict[str, Any]:
+    return parity(out, model=model, adapter=[str(adapter)], **{**SMALL, **options})
+
+
+def test_the_builder_s_lora_passes(model: Path, adapters: dict[str, Path], built: Callable[..., Path]) -> None:
+    report = judge(built("lora"), model, adapters["lora"])
+    assert report["verdict"] == "pass", exports.failed(report)
+    assert set(exports.checks(report)) == CHECKS
+    assert report["environment"]["adapter_kind"] == "LoRA"
+    assert (report["environment"]["precision"], report["environment"]["exported_base"]) == ("fp32", "torch")
+    assert {"model.onnx", "model.onnx.data", "genai_config.json"} <= set(report["hashes"]["files"])
+    assert json.loads((built("lora") / "parity.json").read_text()) == report
+    again = judge(built("lora") / "model.onnx", model, adapters["lora"])  # the file, in place of its folder
+    assert again == report
+    assert (built("lora") / "model.parity.json").is_file()
+
+
+def test_the_builder_s_dora_fails_and_is_told_what_it_lost(
+    model: Path, adapters: dict[str, Path], built: Callable[..., Path]
+) -> None:
+    """The builder leaves out DoRA's magnitudes, and exits with 0."""
+    report = judge(built("dora"), model, adapters["dora"])
+    assert {"adapter.whole", "logits.max_abs", "adapter.survival_gain.error"} <= exports.failed(report)
+    assert exports.checks(report)["adapter.alive"]  # something of it is there: that is what makes it hard to see
+    with pytest.raises(CheckFailed, match="the export is the model without DoRA's magnitudes"):
+        require_pass(report, built("dora"))
+
+
+def test_dora_that_was_merged_passes(model: Path, adapters: dict[str, Path], tmp_path: Path) -> None:
+    merged = foreign.merge_peft(model, adapters["dora"], tmp_path / "merged")
+    report = judge(foreign.build(merged, tmp_path / "out"), model, adapters["dora"])
+    assert report["verdict"] == "pass", exports.failed(report)
+
+
+@pytest.mark.parametrize(
+    ("adapter", "changes", "lost"),
+    [
+        ("rslora", {"use_rslora": False}, "the strength of rank-stabilized LoRA"),
+        ("alpha", {"alpha_pattern": {}}, "alpha_pattern, the strength of single modules"),
+    ],
+)
+def test_strengths_that_got_lost_are_named(
+    adapter: str, changes: dict[str, Any], lost: str, model: Path, adapters: dict[str, Path], tmp_path: Path
+) -> None:
+    lossy = tmp_path / "lossy"
+    shutil.copytree(adapters[adapter], lossy)
+    config = json.loads((lossy / "adapter_config.json").read_text()) | changes
+    (lossy / "adapter_config.json").write_text(json.dumps(config))
+    out = foreign.build(foreign.merge_peft(model, lossy, tmp_path / "merged"), tmp_path / "out")
+    report = judge(out, model, adapters[adapter])
+    assert "adapter.whole" in exports.failed(report)
+    assert report["environment"]["fault"] == f"the export is the model without {lost}: that got lost when it was made"
+
+
+def test_an_export_of_the_base_alone_says_that_the_adapter_is_not_in_it(
+    model: Path, adapters: dict[str, Path], built: Callable[..., Path]
+) -> None:
+    report = judge(built(), model, adapters["lora"])
+    assert {"adapter.alive", "adapter.whole", "logits.max_abs"} <= exports.failed(report)
+    assert report["adapter"]["survival_gain"] == pytest.approx(0, abs=1e-4)  # float32 noise
+    with pytest.raises(CheckFailed, match="the export is the model without the adapter"):
+        require_pass(report, built())
+
+
+def test_another_adapter_is_not_taken_for_a_part_of_this_one(
+    model: Path, adapters: dict[str, Path], tmp_path: Path, built: Callable[..., Path]
+) -> None:
+    other = foreign.make_peft(model, tmp_path / "other", seed=9)
+    report = judge(built("lora"), model, other)
+    assert {"logits.max_abs", "adapter.survival_gain.error"} <= exports.failed(report)
+    assert "the export is the model" not in report["environment"].get("fault", "")
+
+
+@pytest.mark.parametrize("right", [True, False], ids=["this one", "base alone"])
+def test_quantized_exports_are_held_against_the_same_program_s_base(
+    right: bool, model: Path, adapters: dict[str, Path], built: Callable[..., Path], tmp_path: Path
+) -> None:
+    merged = foreign.merge_peft(model, adapters["lora"], tmp_path / "merged") if right else model
+    # 8 bits: random weights are hard to round, and 4 take half of this effect
+    out = foreign.build(merged, tmp_path / "out", "int8")
+    base = foreign.build(model, tmp_path / "base", "int8")
+    alone = judge(out, model, adapters["lora"])
+    assert alone["environment"]["precision"] == "int8"
+    assert alone["environment"]["exported_base"] == "torch"
+    assert "kl.ratio" not in exports.checks(alone)
+    beside = judge(out, model, adapters["lora"], exported_base=base)
+    assert {"kl.ratio", "top1_agreement.drop", "adapter.survival_gain"} <= set(exports.checks(beside))
+    for report in (alone, beside):
+        assert report["verdict"] == ("pass" if right else "fail"), (exports.failed(report), report["checks"])
+
+
+def test_an_adapter_in_its_own_file_is_fed(
+    model: Path, adapters: dict[str, Path], built: Callable[..., Path], tmp_path: Path
+) -> None:
+    """As Olive makes them: LoRA's matrices are inputs of the graph, their values an .onnx_adapter beside it."""
+    out = exports.copy(built("lora"), tmp_path / "out")
+    for report in ("parity.json", "model.parity.json"):
+        (out / report).unlink(missing_ok=True)
+    whole = onnx.load(out / "model.onnx")
+    values = {t.name: onnx.numpy_helper.to_array(t) for t in whole.graph.initializer if "lora" in t.name}
+    kept = [tensor for tensor in whole.graph.initializer if tensor.name not in values]
+    del whole.graph.initializer[:]
+    whole.graph.initializer.extend(kept)
+    for name, value in values.items():
+        whole.graph.input.append(onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, value.shape))
+    onnx.save(whole, out / "model.onnx")
+    write_onnx_adapter(out / "poems.onnx_adapter", values)
+    report = judge(out, model, adapters["lora"])
+    assert report["verdict"] == "pass", report["environment"]
+    assert report["environment"]["exported_base"] == str(out / "model.onnx")
+    write_onnx_adapter(out / "poems.onnx_adapter", {name: value * np.float32(0) for name, value in values.items()})
+    dead = judge(out, model, adapters["lora"])
+    assert "adapter.alive" in exports.failed(dead)
+    assert dead["environment"]["fault"].startswith("the export is the model without the adapter")
+    write_onnx_adapter(out / "prose.onnx_adapter", values)
+    with pytest.raises(InputError, match=r"holds poems\.onnx_adapter, prose\.onnx_adapter; say which one it is"):
+        judge(out, model, adapters["lora"])
+    named = parity(out, model=model, adapter=[f"prose={adapters['lora']}"], **SMALL)
+    assert named["verdict"] == "pass", exports.failed(named)
+
+
+def test_a_diablo_adapter_is_judged_in_others_exports_too(
+    model: Path, tiny_adapter: Get, tmp_path: Path, built: Callable[..., Path]
+) -> None:
+    from diablo_export.converters.merge import merge
+
+    merge(model, tiny_adapter("llama"), tmp_path / "merged", format="hf")
+    report = judge(foreign.build(tmp_path / "merged", tmp_path / "out"), model, tiny_adapter("llama"))
+    assert report["verdict"] == "pass", exports.failed(report)
+    assert report["environment"]["adapter_kind"] == "DIABLO"
+    assert "adapter.whole" in exports.failed(judge(built(), model, tiny_adapter("llama")))
+
+
+@pytest.mark.slow  # three exports by torch
+def test_plain_torch_exports_with_free_and_with_fixed_length(
+    model: Path, adapters: dict[str, Path], tmp_path: Path
+) -> None:
+    merged = foreign.merge_peft(model, adapters["lora"], tmp_path / "merged")
+    free = judge(foreign.export_with_torch(merged, tmp_path / "free" / "m.onnx").parent, model, adapters["lora"])
+    assert free["verdict"] == "pass", exports.failed(free)
+    assert not {"decode.max_abs", "padding.right"} & set(exports.checks(free))  # no cache, no attention mask
+    assert free["decode"] is None
+    fixed = judge(foreign.export_with_torch(merged, tmp_path / "fixed.onnx", 24), model, adapters["lora"])
+    assert fixed["verdict"] == "pass", exports.failed(fixed)
+    base = foreign.export_with_torch(model, tmp_path / "base" / "m.onnx")
+    with pytest.raises(CheckFailed, match="the export is the model without the adapter"):
+        require_pass(judge(base, model, adapters["lora"]), base)
+
+
+@pytest.mark.slow  # a process of its own, which loads torch again
+def test_as_its_users_call_the_builder(
+    model: Path, adapters: dict[str, Path], tmp_path: Path, run: Callable[..., Result]
+) -> None:
+    out = tmp_path / "out"
+    command = [
+        sys.executable,
+        "-m",
+        "onnxruntime_genai.models.builder",
+        "-i",
+        model,
+        "-o",
+        out,
+        "-p",
+        "fp32",
+        "-e",
+        "cpu",
+    ]
+    command += ["--extra_options", f"adapter_path={adapters['dora']}"]
+    built = subprocess.run([str(part) for part in command], capture_output=True, text=True, check=False)
+    assert built.returncode == 0, built.stderr[-2000:]
+    given = ("--model", model, "--adapter", adapters["dora"], "--max-tokens", 160, "--steps", 6)
+    result = run("parity", out, *given, "-q")
+    assert result.exit_code == 1
+    assert "the export is the model without DoRA's magnitudes" in result.stderr
+
+
+# what cannot be judged
+
+
+def test_bad_input_is_named(model: Path, adapters: dict[str, Path], built: Callable[..., Path], tmp_path: Path) -> None:
+    out = built("lora")
+    with pytest.raises(
+        InputError, match=r"has no diablo_export\.json, .* give --model and one --adapter PATH \(0 given\)"
+    ):
+        parity(out, model=model)
+    with pytest.raises(InputError, match=r"--certificate .* not for exports of other programs"):
+        judge(out, model, adapters["lora"], certificate=True)
+    with pytest.raises(AdapterError, match=r"nowhere.*adapter_config\.json"):
+        judge(out, model, tmp_path / "nowhere")
+    two = exports.copy(out, tmp_path / "two")
+    (two / "model.onnx").rename(two / "a.onnx")
+    shutil.copy(two / "a.onnx", two / "b.onnx")
+    with pytest.raises(InputError, match=r"holds 2 ONNX files, a\.onnx, b\.onnx; give one file"):
+        judge(two, model, adapters["lora"])
+    (two / "a.onnx").write_bytes(b"no onnx at all")
+    with pytest.raises(InputError, match=r"a\.onnx: cannot be read as ONNX"):
+        judge(two / "a.onnx", model, adapters["lora"])
+
+
+def test_an_adapter_of_another_base_or_of_prompts_is_refused(
+    model: Path, adapters: dict[str, Path], built: Callable[..., Path], tmp_path: Path
+) -> None:
+    other = tiny.make_model("llama", tmp_path / "other", intermediate_size=128)
+    with pytest.raises(AdapterError, match="PEFT cannot put this LoRA adapter on"):
+        judge(built("lora"), other, adapters["lora"])
+    prompts = tmp_path / "prompts"
+    prompts.mkdir()
+    (prompts / "adapter_config.json").write_text(json.dumps({"peft_type": "PREFIX_TUNING"}))
+    with pytest.raises(AdapterError, match="peft_type is 'PREFIX_TUNING'; compared are adapters of a model's layers"):
+        judge(built("lora"), model, prompts)
+
+
+def test_weights_that_the_adapter_lacks_are_an_error(
+    model: Path, adapters: dict[str, Path], built: Callable[..., Path], tmp_path: Path
+) -> None:
+    from safetensors.numpy import load_file, save_file
+
+    partial = tmp_path / "partial"
+    shutil.copytree(adapters["lora"], partial)
+    tensors = load_file(partial / "adapter_model.safetensors")
+    save_file({n: v for n, v in tensors.items() if "down_proj" not in n}, partial / "adapter_model.safetensors")
+    with pytest.raises(AdapterError, match=r"missing adapter keys.*down_proj"):
+        judge(built("lora"), model, partial)
+
+
+def test_an_exported_base_is_for_foreign_exports(exported: Callable[..., Path], tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"--exported-base .*: is for exports of other programs"):
+        parity(exported("llama"), exported_base=tmp_path, **SMALL)
+
+
+def test_a_kept_model_is_no_surprise_in_the_help(run: Callable[..., Result]) -> None:
+    help_ = run("parity", "--help").output
+    assert "--exported-base" in help_ and "diablo-export parity model.onnx --model M --adapter lora" in help_
