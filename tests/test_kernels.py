@@ -21,7 +21,11 @@ from diablo_export.errors import InputError
 
 FLOAT, HALF, BRAIN = TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16
 # dtype, and what one rounding to it costs: half a unit of its last bit, twice, as the sum before may differ as well
-TYPES = {FLOAT: (np.float32, 2.0**-22), HALF: (np.float16, 2.0**-10), BRAIN: (ml_dtypes.bfloat16, 2.0**-7)}
+TYPES: dict[int, tuple[Any, float]] = {
+    FLOAT: (np.float32, 2.0**-22),
+    HALF: (np.float16, 2.0**-10),
+    BRAIN: (ml_dtypes.bfloat16, 2.0**-7),
+}
 # leading sizes of X, K, N, num_blocks asked for
 CASES = [
     ((2, 3), 16, 32, 4),
@@ -116,7 +120,7 @@ def run(session: Any, feeds: dict[str, Array]) -> Array:
     # numpy() refuses bfloat16, so the buffer is read where it lies
     size = int(np.prod(feeds["Y1"].shape))
     raw = np.ctypeslib.as_array((ctypes.c_uint16 * size).from_address(out.data_ptr())).copy()
-    return raw.view(ml_dtypes.bfloat16).reshape(feeds["Y1"].shape)
+    return np.asarray(raw.view(ml_dtypes.bfloat16).reshape(feeds["Y1"].shape))
 
 
 @pytest.mark.parametrize("element", TYPES)
@@ -138,7 +142,12 @@ def stored_graph(k: int, n: int, element: int, stored: int) -> onnx.ModelProto:
     value = helper.make_tensor_value_info
     int8 = stored == TensorProto.INT8
     name = opschema.NAME_INT8 if int8 else opschema.NAME
-    names = [("X", element, ["m", k]), ("D", stored, ["b", "i", "o"]), ("S", FLOAT, ["s"]), ("Y1", element, ["m", n])]
+    names: list[tuple[str, int, list[str | int | None]]] = [
+        ("X", element, ["m", k]),
+        ("D", stored, ["b", "i", "o"]),
+        ("S", FLOAT, ["s"]),
+        ("Y1", element, ["m", n]),
+    ]
     inputs = [value(*one) for one in names if int8 or one[0] != "S"]
     node = helper.make_node(name, [one.name for one in inputs], ["Y"], domain=opschema.DOMAIN)
     empty = [helper.make_tensor("D", stored, [0, 0, 0], [])] + [helper.make_tensor("S", FLOAT, [0], [])] * int8
