@@ -24,12 +24,24 @@ _MERGEABLE = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _SIZE_NAMES = (("in_features", "out_features"), ("infeatures", "outfeatures"))
 
 
+class Blocks(nn.Module):
+    """One adapter's blocks, as the `weight` of a module of their own.
+
+    Their parameter is then named `diablo_blocks.<adapter>.weight`, like those of PEFT's own methods: TRL copies an
+    adapter, as the reference of DPO, by looking for `.<adapter>.` within parameter names.
+    """
+
+    def __init__(self, values: Tensor) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(values)
+
+
 class DiabloLayer(nn.Module, BaseTunerLayer):
     """A frozen linear layer with the diagonal blocks of several adapters beside it.
 
     Attributes:
         base_layer: the wrapped layer.
-        diablo_blocks: by adapter, (num_blocks, block_size_in, block_size_out).
+        diablo_blocks: by adapter, its `weight` (num_blocks, block_size_in, block_size_out).
         diablo_shapes: by adapter, the sizes of the layer and of its blocks.
     """
 
@@ -42,7 +54,7 @@ class DiabloLayer(nn.Module, BaseTunerLayer):
         sizes = linear_sizes(base_layer)
         assert sizes is not None  # the tuner asked `linear_sizes` before
         self.in_features, self.out_features = sizes
-        self.diablo_blocks = nn.ParameterDict()
+        self.diablo_blocks = nn.ModuleDict()
         self.diablo_shapes: dict[str, BlockShape] = {}
         self.merged_adapters: list[str] = []
         self._replaced: list[list[Tensor]] = []  # per merged adapter, the weight's own values under each block
@@ -52,7 +64,7 @@ class DiabloLayer(nn.Module, BaseTunerLayer):
     def add_adapter(self, adapter_name: str, shape: BlockShape, zeros: bool = True, frozen: bool = False) -> None:
         """Give the layer blocks of the given shape, zero or (for tests) random, in the base's dtype and place."""
         blocks = torch.zeros(shape.blocks) if zeros else torch.randn(shape.blocks) * 0.1
-        self.diablo_blocks[adapter_name] = nn.Parameter(blocks)
+        self.diablo_blocks[adapter_name] = Blocks(blocks)
         self.diablo_shapes[adapter_name] = shape
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=frozen)
@@ -73,8 +85,12 @@ class DiabloLayer(nn.Module, BaseTunerLayer):
                 y = self._add(y, x, name)
         return y
 
+    def blocks(self, adapter_name: str) -> Tensor:
+        """An adapter's blocks, (num_blocks, block_size_in, block_size_out)."""
+        return self.diablo_blocks[adapter_name].get_parameter("weight")
+
     def _add(self, y: Tensor, x: Tensor, name: str) -> Tensor:
-        return add_branch(y, x, self.diablo_blocks[name], self.diablo_shapes[name]).to(y.dtype)
+        return add_branch(y, x, self.blocks(name), self.diablo_shapes[name]).to(y.dtype)
 
     def _mixed(self, y: Tensor, x: Tensor, adapter_names: list[str]) -> Tensor:
         y = y.clone()
@@ -109,7 +125,7 @@ class DiabloLayer(nn.Module, BaseTunerLayer):
         if names and not is_mergeable(self.base_layer):
             raise DiabloPeftError(refusal([type(self.base_layer).__name__]))
         for name in names:
-            pieces = touched(self.base_layer, self.diablo_blocks[name], self.diablo_shapes[name])
+            pieces = touched(self.base_layer, self.blocks(name), self.diablo_shapes[name])
             sums = [_sum(entries, block) for entries, block in pieces]
             if safe_merge and not all(bool(torch.isfinite(total).all()) for total in sums):
                 raise DiabloPeftError(f"NaNs detected in the merged weights. The adapter {name} seems to be broken")
@@ -123,14 +139,14 @@ class DiabloLayer(nn.Module, BaseTunerLayer):
         """Put the base's own values back, bit for bit, the adapter merged last first."""
         while self.merged_adapters:
             name, values = self.merged_adapters.pop(), self._replaced.pop()
-            pieces = touched(self.base_layer, self.diablo_blocks[name], self.diablo_shapes[name])
+            pieces = touched(self.base_layer, self.blocks(name), self.diablo_shapes[name])
             for (entries, _), own in zip(pieces, values, strict=True):
                 entries.copy_(own)
 
     @torch.no_grad()
     def get_delta_weight(self, adapter: str) -> Tensor:
         """What merging adds to the base weight, in that weight's own orientation."""
-        blocks, shape = self.diablo_blocks[adapter], self.diablo_shapes[adapter]
+        blocks, shape = self.blocks(adapter), self.diablo_shapes[adapter]
         delta: Tensor = blocks.new_zeros(shape.in_features, shape.out_features)
         for block, (inputs, outputs) in zip(blocks, shape.slices(), strict=True):
             delta[inputs, outputs] = block[: inputs.stop - inputs.start, : outputs.stop - outputs.start]

@@ -12,6 +12,7 @@ from peft.tuners.tuners_utils import BaseTuner, check_target_module_exists
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
+from diablo_export.adapter import SUFFIX
 from diablo_export.blockdiag import BlockShape
 from diablo_export.errors import InputError
 from diablo_export.peft.base import check_base
@@ -122,6 +123,14 @@ class DiabloModel(BaseTuner):
         )
         return tensors
 
+    @classmethod
+    def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
+        """Parameter name → tensor name in the file; PEFT also builds the way back from it."""
+        ending = f"{SUFFIX}.{adapter_name}.weight"
+        if key.endswith(ending):
+            return key.removesuffix(ending) + SUFFIX
+        return super()._remove_adapter_name_from_key(key, adapter_name)
+
 
 def default_targets(model: nn.Module) -> list[str]:
     """The paper's projections where the model has all of them, else every linear layer of its numbered blocks."""
@@ -132,9 +141,12 @@ def default_targets(model: nn.Module) -> list[str]:
     ]
     inside = [name for name in inside if not name.endswith(".base_layer")]
     leaves = {name.rpartition(".")[2] for name in inside}
+    within = {
+        re.split(r"\.\d+\.", name, maxsplit=1)[1] for name in inside
+    }  # whole paths would ignore layers_to_transform
     if not inside:
         raise DiabloPeftError("Please specify `target_modules`: this model has no linear layers in numbered blocks")
-    return list(PAPER) if leaves.issuperset(PAPER) else inside
+    return list(PAPER) if leaves.issuperset(PAPER) else sorted(within)
 
 
 def _check_targets(model: nn.Module, config: DiabloConfig) -> None:
