@@ -49,6 +49,7 @@ _OLDER_LIBRARY = (
 )
 _OFF = "off"  # what the variable says where a library that is there is not wanted
 _REGISTERED = "diablo_export.kernels"  # session option that marks a registration: a second one is an error
+_FOLDER = "session.model_external_initializers_file_folder_path"  # session option for a model that is no file
 _SILENT = 3  # errors only: each overridable initializer is worth a warning to onnxruntime
 
 
@@ -163,6 +164,7 @@ def _say_once(message: str) -> None:
 def session(
     path: str | Path,
     *,
+    model: bytes | None = None,
     providers: Sequence[str] | None = None,
     initializers: Mapping[str, Array] | None = None,
     threads: int | None = None,
@@ -172,6 +174,7 @@ def session(
 
     Args:
         path: the .onnx file.
+        model: a model in place of the file's; what it keeps in external files is read beside `path` all the same.
         providers: execution providers, best first; None: the CPU.
         initializers: values that replace the model's own for this session, by initializer name, each of the
             same shape and dtype. They replace the values before the graph is optimized. The file is not changed.
@@ -195,9 +198,9 @@ def session(
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     wanted = _providers(providers)
     _register_for(options, wanted)
-    model, kept = _override(options, Path(path), initializers or {})
+    source, kept = _override(options, Path(path), model, initializers or {})
     try:
-        opened = session_class()(model, options, providers=wanted)
+        opened = session_class()(source, options, providers=wanted)
     except Exception as error:  # onnxruntime raises a dozen kinds without a common base
         hint = _OLDER_LIBRARY if "no kernel def matches" in str(error) else ""
         raise ExportError(f"{path}: onnxruntime {ort.__version__} cannot load it: {error}{hint}") from error
@@ -226,13 +229,15 @@ def _providers(asked: Sequence[str] | None) -> list[str]:
 
 
 def _override(
-    options: onnxruntime.SessionOptions, path: Path, values: Mapping[str, Array]
+    options: onnxruntime.SessionOptions, path: Path, model: bytes | None, values: Mapping[str, Array]
 ) -> tuple[str | bytes, list[Any]]:
     """Have `values` replace initializers; returns what to open, and what must stay alive with the session."""
+    if model is not None:
+        options.add_session_config_entry(_FOLDER, str(path.parent))
     if not values:
-        return str(path), []
+        return model or str(path), []
     ort, onnx = require("onnxruntime", "cpu"), require("onnx", "cpu")
-    graph = onnx.load(path, load_external_data=False)
+    graph = onnx.load_from_string(model) if model else onnx.load(path, load_external_data=False)
     stored = {tensor.name: tensor for tensor in graph.graph.initializer}
     _check_values(path, stored, values)
     external = [name for name in values if stored[name].data_location == onnx.TensorProto.EXTERNAL]
@@ -241,10 +246,10 @@ def _override(
         options.add_external_initializers(external, kept)
     embedded = [name for name in values if name not in external]
     if not embedded:
-        return str(path), kept
+        return model or str(path), kept
     for name in embedded:  # small ones that lie in the .onnx file itself
         stored[name].CopyFrom(onnx.numpy_helper.from_array(np.ascontiguousarray(values[name]), name))
-    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(path.parent))
+    options.add_session_config_entry(_FOLDER, str(path.parent))
     return graph.SerializeToString(), kept
 
 

@@ -15,8 +15,8 @@ from diablo_export.converters.export import export
 from diablo_export.converters.merge import merge
 from diablo_export.manifest import MANIFEST, adapter_entry, read_manifest
 
-# a few hundred tokens and a few steps: enough for every figure, and quick
-SMALL: dict[str, Any] = {"max_tokens": 160, "steps": 6, "threads": 1}
+# a few hundred tokens and a few steps: enough for every figure, and quick; modules have tests of their own
+SMALL: dict[str, Any] = {"max_tokens": 160, "steps": 6, "threads": 1, "modules": False}
 
 
 def scaled(adapter: Path, folder: Path, scale: float) -> Path:

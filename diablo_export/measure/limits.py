@@ -24,6 +24,7 @@ FIGURES: Mapping[str, tuple[str, str]] = {
     "sources": ("<=", "files of base and adapter that differ from the manifest's hashes"),
     "runs": (">=", "1 if onnxruntime loads and runs the model"),
     "untouched": ("<=", "merged modules that differ from the base where no block reaches"),
+    "modules.faulty": ("<=", "modules that differ from tuned's by more than their rounding, on the same input"),
     "logits.max_abs": ("<=", "largest difference of a logit from tuned"),
     "logits.mean_abs": ("<=", "mean difference of the logits from tuned"),
     "logits.cosine": (">=", "cosine of exported and tuned logits"),
@@ -61,6 +62,7 @@ _ALWAYS: Mapping[str, float] = {
     "files": 0,  # a byte that changed after the export was not checked by anyone
     "sources": 0,  # another base or adapter is another reference
     "runs": 1,
+    "modules.faulty": 0,  # what is a fault, and why, is told in modules.py
     "adapter.alive": 1,
     "adapter.whole": 1,  # looked at in exports of other programs
 }

@@ -22,6 +22,7 @@ from diablo_export.measure import compare, padding, sources
 from diablo_export.measure.exported import Exported, open_exported
 from diablo_export.measure.golden import Golden, record
 from diablo_export.measure.metrics import Comparison
+from diablo_export.measure.modules import look
 from diablo_export.measure.onnx_runner import OnnxRunner
 from diablo_export.measure.prompts import Sample, collect
 from diablo_export.measure.texts import answers, continuations
@@ -33,6 +34,7 @@ ALIVE = 1e-4
 _WINDOW = 512  # tokens of a sequence, at most
 _LOGITS_AT_ONCE = 1 << 24  # of one model: 64 MB in float32; a larger vocabulary gets shorter sequences
 _SHORTEST = 64
+_LOST = 0.05  # of the adapter's effect on the logits: then the share of it in each module's weights is looked at
 _GOLDEN = 4  # texts of a classifier that a certificate keeps
 _GOLDEN_STEPS = 4  # tokens decoded after each of a certificate's prompts
 
@@ -76,6 +78,7 @@ def measure(
     steps: int,
     threads: int | None,
     certify: bool = False,
+    modules: bool = False,
 ) -> Measured:
     """Compare an output folder with base + adapter in torch; see `parity` for the arguments.
 
@@ -96,7 +99,34 @@ def measure(
     def opened() -> Exported:
         return open_exported(out, manifest, off, name, adapter, threads)
 
-    return examine(found, tuned, off, tokenizer, opened, **bounds)
+    examine(found, tuned, off, tokenizer, opened, **bounds)
+    if modules and found.figures["runs"]:
+        _add_modules(found, out, manifest, tuned, tokenizer, adapter, **bounds)
+    return found
+
+
+def _add_modules(
+    found: Measured,
+    out: Path,
+    manifest: Mapping[str, Any],
+    tuned: TorchRunner,
+    tokenizer: Any,
+    adapter: Adapter,
+    *,
+    threads: int | None,
+    **bounds: Any,
+) -> None:
+    """Look into modules, now that the sessions of the whole comparison are closed: memory is for one kind at a time."""
+    chosen = {key: bounds[key] for key in ("data", "samples", "max_tokens", "seed")}
+    items = collect(tokenizer, window=_window(tuned.model), classifier=found.classifier, **chosen)
+    lost = not found.figures["adapter.survival_gain.error"] <= _LOST
+    try:
+        looked = look(out, manifest, tuned.model, found.name, adapter, items, threads=threads, lost=lost)
+    except ExportError as error:  # a graph that runs, but not with its inner values shown
+        log.warning("modules cannot be looked into: %s", error)
+        return
+    found.parts |= {"modules": looked.rows, "first_divergent_module": looked.first}
+    found.figures["modules.faulty"] = looked.faulty
 
 
 def examine(

@@ -44,8 +44,8 @@ def make(
         "verdict": "pass" if checks and all(check["pass"] for check in checks) else "fail",
         "checks": checks,
         **{name: figures.get(name) for name in measured},
-        "modules": [],
-        "first_divergent_module": None,
+        "modules": figures.get("modules") or [],
+        "first_divergent_module": figures.get("first_divergent_module"),
         "environment": environment,
         "hashes": hashes,
         "distribution": figures.get("distribution"),
@@ -76,6 +76,8 @@ def require_pass(report: Mapping[str, Any], folder: Path) -> None:
     note = f"; changed since the export: {', '.join(changed)}" if changed else ""
     fault = report["environment"].get("fault")
     note += f"; {fault}" if fault else ""
+    first = report["first_divergent_module"]
+    note += f"; the first module that diverges is {first}" if first else ""
     raise CheckFailed(f"{folder}: parity failed: {failures(report)}{note}")
 
 

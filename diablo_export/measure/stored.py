@@ -1,0 +1,135 @@
+"""The weights of one module as an export stores them, beside the ones that it should store: what rounding explains.
+
+On an int4 grid the error of an output says little of a single group: every group is off by a third of a step. Looked at
+weight by weight, a group that rounding alone has moved is within a step of where it should be, and a broken one is not.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from diablo_export.adapter import AdaptedModule
+from diablo_export.blockdiag import Array
+from diablo_export.measure.places import Graph, Part, Place
+from diablo_export.quantization import Quantized, dequantize
+
+_ROWS = 4096  # of a weight at a time: a large head is never held three times
+
+Float32 = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Audit:
+    """What is stored, against what should be.
+
+    Attributes:
+        worst: root mean square error of the worst group, in steps of the grid that rounding to nearest would take.
+        gain: <stored − base, delta> / <delta, delta> over the weights: 1 when the adapter is in them once; nan where
+            nothing was merged.
+        explained: (rows, out_features): what the error of the weights does to the given inputs.
+        noise: (out_features,): what onnxruntime's kernel may add by rounding each group of the inputs to int8, as
+            expected sum of squares over the rows.
+    """
+
+    worst: float
+    gain: float
+    explained: Array
+    noise: Array
+
+
+def audit(graph: Graph, place: Place, linear: nn.Module, merged: AdaptedModule | None, x: Array) -> Audit | None:
+    """Look at a quantized module's weight; None where it is not quantized.
+
+    Args:
+        graph: the exported model.
+        place: of the module in it.
+        linear: the base's layer in torch.
+        merged: the blocks that should be in the stored weight; None: none.
+        x: (rows, in_features) inputs.
+    """
+    if any(part.node.op_type != "MatMulNBits" for part in place.parts):
+        return None
+    base = linear.get_parameter("weight").detach().numpy()
+    wanted = np.asarray(base.T if isinstance(linear, Conv1D) else base, np.float32)
+    delta = _delta(merged) if merged is not None else None
+    explained, worst, dot, norm = np.empty((len(x), len(wanted)), np.float32), 0.0, 0.0, 0.0
+    noise = np.empty(len(wanted))
+    first = 0  # the module's row where a part begins
+    for part in place.parts:
+        for start in range(*part.rows, _ROWS):
+            stop = min(start + _ROWS, part.rows[1])
+            rows = slice(first + start - part.rows[0], first + stop - part.rows[0])
+            target = wanted[rows] if delta is None else wanted[rows] + delta[rows]
+            stored = _dequantized(graph, part, start, stop)
+            error = stored - target
+            noise[rows] = _noise(x, stored, _attributes(part.node)["block_size"])
+            worst = max(worst, _worst(error, target, part))
+            explained[:, rows] = x @ error.T
+            if delta is not None:
+                dot += float((error.astype(np.float64) * delta[rows]).sum())
+                norm += float((delta[rows].astype(np.float64) ** 2).sum())
+        first += part.rows[1] - part.rows[0]
+    return Audit(worst, 1 + dot / norm if norm else float("nan"), explained, noise)
+
+
+def _delta(module: AdaptedModule) -> Float32:
+    """blockdiag(D)ᵀ, cropped: (out_features, in_features)."""
+    dense = np.zeros((module.out_features, module.in_features), np.float32)
+    for block, (inputs, outputs) in zip(module.blocks, module.shape.slices(), strict=True):
+        size_in, size_out = inputs.stop - inputs.start, outputs.stop - outputs.start
+        dense[outputs, inputs] = block[:size_in, :size_out].astype(np.float32).T
+    return dense
+
+
+def _dequantized(graph: Graph, part: Part, start: int, stop: int) -> Float32:
+    attributes = _attributes(part.node)
+    codes, scales = (graph.read(name) for name in part.node.input[1:3])
+    out, size = attributes["N"], attributes["block_size"]
+    bits, groups = attributes.get("bits", 4), -(-attributes["K"] // size)
+    scales = scales.reshape(out, groups)[start:stop].astype(np.float32)
+    zeros = graph.read(part.node.input[3]) if len(part.node.input) > 3 and part.node.input[3] else None
+    packed = zeros.reshape(out, -1)[start:stop] if zeros is not None and zeros.dtype == np.uint8 else None
+    codes = codes.reshape(out, groups, -1)[start:stop]
+    weight = dequantize(Quantized(codes, scales, packed, bits, size, attributes["K"]))
+    if zeros is not None and packed is None:  # zero points of the scales' type: not rounded to codes
+        shift = (zeros.reshape(out, groups)[start:stop].astype(np.float32) - 2 ** (bits - 1)) * scales
+        weight -= np.repeat(shift, size, axis=1)[:, : attributes["K"]]
+    return weight
+
+
+def _worst(error: Float32, target: Float32, part: Part) -> float:
+    """The largest root mean square error of a group, in steps of the grid that suits the target."""
+    attributes = _attributes(part.node)
+    size, bits = attributes["block_size"], attributes.get("bits", 4)
+    short = -target.shape[1] % size
+    grouped, errors = (np.pad(a, ((0, 0), (0, short))).reshape(len(a), -1, size) for a in (target, error))
+    spans = np.maximum(grouped.max(-1), 0) - np.minimum(grouped.min(-1), 0)  # (rows, groups)
+    if len(part.node.input) < 4 or not part.node.input[3]:
+        spans = 2 * np.abs(grouped).max(-1)
+    steps = spans / (2**bits - 1)
+    steps = np.maximum(steps, 1e-3 * steps.mean() + 1e-30)  # an empty group has no grid of its own
+    lengths = np.full(grouped.shape[1], size)
+    lengths[-1] -= short
+    rms = np.sqrt((errors.astype(np.float64) ** 2).sum(-1) / lengths)
+    return float((rms / steps).max())
+
+
+def _noise(x: Array, weight: Float32, size: int) -> Array:
+    """Of inputs rounded to 255 steps between ± the largest of each group: step² / 12 for each, times weight²."""
+    short = -x.shape[1] % size
+    grouped, weights = (np.pad(a, ((0, 0), (0, short))).reshape(len(a), -1, size) for a in (x, weight))
+    steps = np.abs(grouped).max(-1).astype(np.float64) / 127  # (rows, groups)
+    found: Array = np.einsum("jgk,jgk->jg", weights, weights) @ ((steps**2).sum(0) / 12)
+    return found
+
+
+def _attributes(node: onnx.NodeProto) -> dict[str, int]:
+    found: dict[str, Any] = {entry.name: entry.i for entry in node.attribute}
+    return found

@@ -1,0 +1,167 @@
+"""What goes into and comes out of each module of a running model, exported or in torch, step by step on its cache."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from diablo_export import runtime
+from diablo_export.blockdiag import Array
+from diablo_export.errors import ExportError
+from diablo_export.measure.onnx_runner import _CACHE, OnnxRunner, _key
+from diablo_export.measure.places import Graph, Place
+from diablo_export.measure.prompts import Ids
+from diablo_export.trainer.layer import set_enabled
+
+Seen = dict[str, tuple[Array, Array]]  # by module: its input (rows, in_features) and output (rows, out_features)
+
+
+@dataclass(frozen=True)
+class OnnxTaps:
+    """An exported model whose session gives the values at `places` too."""
+
+    graph: Graph
+    runner: OnnxRunner
+    places: Mapping[str, Place]
+
+    def see(self, pieces: Sequence[Ids]) -> Iterator[Seen]:
+        """Run one sequence cut into pieces, each behind the cache of those before it; what each piece showed."""
+        session, cache, past = self.runner.session, self.runner.empty_cache(), 0
+        present = {_key(v.name): v.name for v in session.get_outputs() if _CACHE.match(v.name)} if cache else {}
+        names = sorted({name for place in self.places.values() for name in place.taps})
+        for piece in pieces:
+            feeds = {**self.runner.feeds(piece, past), **cache, **self.runner.fixed}
+            found = runtime.run(session, feeds, self.runner.adapter, [*names, *present.values()])
+            values = dict(zip([*names, *present.values()], found, strict=True))
+            cache, past = {name: values[present[_key(name)]] for name in cache}, past + len(piece)
+            yield {name: _of(place, values) for name, place in self.places.items()}
+
+
+@dataclass(frozen=True)
+class TorchTaps:
+    """A model in torch, watched at some of its modules."""
+
+    model: nn.Module
+    adapted: bool
+    modules: Sequence[str]
+
+    def see(self, pieces: Sequence[Ids]) -> Iterator[Seen]:
+        """As `OnnxTaps.see`."""
+        inputs: dict[str, Array] = {}
+        outputs: dict[str, Array] = {}
+
+        def before(name: str, x: torch.Tensor) -> None:
+            inputs[name] = _numpy(x)
+
+        def after(name: str, y: torch.Tensor) -> None:
+            outputs[name] = _numpy(y)
+
+        with self._hooked(before, after):
+            for _ in self._run(pieces):
+                yield {name: (inputs[name], outputs[name]) for name in inputs}
+                inputs, outputs = {}, {}
+
+    def order(self, ids: Ids) -> list[str]:
+        """The modules in the order in which the network calls them."""
+        return list(next(self.see([ids])))
+
+    def beside(self, pieces: Sequence[Ids], seen: Iterable[Seen], compare: Callable[..., None]) -> None:
+        """Run with what every module of another model read and gave put in place of the own.
+
+        Then each module stands beside its twin, however far the two models have drifted apart: both have the same
+        input, and that input should have come of the twins' outputs.
+
+        Args:
+            pieces: as for `see`.
+            seen: what the other model showed, a piece each.
+            compare: called with the module's name, the input that torch has for it and the other's, the output that
+                torch has for the other's input and the other's, (rows, features) each.
+        """
+        current: Seen = {}
+        own: dict[str, Array] = {}
+
+        def before(name: str, x: torch.Tensor) -> torch.Tensor:
+            own[name] = _numpy(x)
+            return torch.from_numpy(current[name][0]).to(x.dtype).reshape(x.shape)
+
+        def after(name: str, y: torch.Tensor) -> torch.Tensor:
+            x, found = current[name]
+            compare(name, own.pop(name), x, _numpy(y), found)
+            return torch.from_numpy(found).to(y.dtype).reshape(y.shape)
+
+        with self._hooked(before, after):
+            others = iter(seen)
+            runs = self._run(pieces, lambda: current.update(next(others)))
+            for _ in runs:
+                pass
+
+    @torch.inference_mode()
+    def _run(self, pieces: Sequence[Ids], ready: Callable[[], None] = lambda: None) -> Iterator[None]:
+        set_enabled(self.model, self.adapted)
+        more: dict[str, Any] = {} if len(pieces) == 1 else {"use_cache": True}
+        for piece in pieces:
+            ready()
+            output = self.model(input_ids=torch.from_numpy(np.asarray(piece, np.int64))[None], **more)
+            if more:
+                more["past_key_values"] = output.past_key_values
+            yield
+
+    @contextmanager
+    def _hooked(
+        self, before: Callable[[str, torch.Tensor], Any], after: Callable[[str, torch.Tensor], Any]
+    ) -> Iterator[None]:
+        handles = []
+        for name in self.modules:
+            module = self.model.get_submodule(name)
+            handles.append(module.register_forward_pre_hook(lambda _, x, n=name: before(n, x[0])))
+            handles.append(module.register_forward_hook(lambda _, x, y, n=name: after(n, y)))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+def open_session(
+    graph: Graph, places: Mapping[str, Place], threads: int | None, initializers: Mapping[str, Array] | None = None
+) -> Any:
+    """A session of the graph that gives the values at `places`, too.
+
+    Raises:
+        ExportError: onnxruntime refuses the model.
+    """
+    model = graph.tapped({name for place in places.values() for name in place.taps})
+    path = graph.folder / "model.onnx"
+    return runtime.session(path, model=model, initializers=initializers, threads=threads, spin=False)
+
+
+def check(seen: Seen, wanted: Seen) -> None:
+    """Refuse values of other sizes than torch has.
+
+    Raises:
+        ExportError: names the module and both shapes.
+    """
+    for name, (x, y) in seen.items():
+        shapes = (x.shape, y.shape), (wanted[name][0].shape, wanted[name][1].shape)
+        if shapes[0] != shapes[1]:
+            raise ExportError(f"{name}: reads and gives {shapes[0]} in the export, {shapes[1]} in torch")
+
+
+def _of(place: Place, values: Mapping[str, Array]) -> tuple[Array, Array]:
+    parts = [_rows(values[part.y])[:, part.start : part.stop] for part in place.parts]
+    return _rows(values[place.x]), parts[0] if len(parts) == 1 else np.concatenate(parts, axis=1)
+
+
+def _rows(value: Array) -> Array:
+    return np.asarray(value.reshape(-1, value.shape[-1]), np.float32)
+
+
+def _numpy(value: torch.Tensor) -> Array:
+    rows: Array = value.detach().float().reshape(-1, value.shape[-1]).cpu().numpy()
+    return rows
