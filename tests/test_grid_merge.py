@@ -32,7 +32,8 @@ Run = Callable[..., Result]
 @pytest.fixture(autouse=True)
 def little_text(monkeypatch: pytest.MonkeyPatch) -> None:
     """Enough to run every line: quality is measured on real models, by examples/benchmarks/merge_methods.py."""
-    monkeypatch.setattr(grid_merge, "_JUDGED", 2)
+    monkeypatch.setattr(grid_merge, "_LENGTH", 32)
+    monkeypatch.setattr(grid_merge, "_JUDGED", 4)
     monkeypatch.setattr(grid_merge, "_MOMENTS", 4)
     monkeypatch.setattr(grid_merge, "_FITTED", 6)
     monkeypatch.setattr(budget, "STEPS", 40)
@@ -114,7 +115,7 @@ def test_what_misses_stays_and_is_marked(run: Run, tiny_model: Get, tiny_adapter
     result = run(*arguments, "--min-survival", 0.999)
     assert result.exit_code == 1
     assert "the fine-tune does not survive as asked: gain" in result.stderr
-    assert "survival on 6 sequences of 128 tokens, sampled from the tuned model" in result.stdout
+    assert "survival on 8 sequences of 32 tokens, sampled from the tuned model" in result.stdout
     survival = read_manifest(out)["survival"]
     assert not survival["passed"]
     tried = [row["method"] for row in survival["tried"]]
@@ -137,7 +138,7 @@ def test_calibration_data(tiny_model: Get, tiny_adapter: Get, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize(
-    ("content", "message"), [("", "holds no examples"), ("one sequence", "is one sequence of 128 tokens at most")]
+    ("content", "message"), [("", "holds no examples"), ("one sequence", "is one sequence of 32 tokens at most")]
 )
 def test_too_little_calibration_data(
     content: str, message: str, tiny_model: Get, tiny_adapter: Get, tmp_path: Path
