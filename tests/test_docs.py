@@ -82,7 +82,7 @@ def test_runtime_page_runs_from_top_to_bottom(
     shutil.copytree(exported("llama"), tmp_path / "branch")
     monkeypatch.chdir(tmp_path)
     names: dict[str, Any] = {"feeds": feeds(runtime.session("branch/model.onnx"))}
-    found = list(blocks(ROOT / "docs" / "runtime.md"))
+    found = list(blocks(ROOT / "docs" / "swapping.md"))
     assert [language for language, _ in found] == ["python"] * 4
     for _, text in found:
         exec(text, names)
