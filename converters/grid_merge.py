@@ -49,7 +49,7 @@ from diablo_export.trainer.moments import input_moments
 
 METHODS = ("auto", "rtn", "refit", "calibrated", "distilled")
 _LENGTH = 128  # tokens of a sequence
-_JUDGED, _MOMENTS, _FITTED = 16, 64, 240  # sequences: to measure on, to calibrate on, to distil on (those among them)
+_JUDGED, _MOMENTS, _FITTED = 16, 64, 512  # sequences: to measure on, to calibrate on, to distil on (those among them)
 _SAME, _RELATED = 0.98, 0.8  # cosine of the network's logits and the file's: activations in int8 leave 0.999
 _SWEEP_SPEED = 5e8  # multiply-adds of a sweep in a second, in numpy on one core
 _QUICK = 0.1  # of the seconds: what `auto` spends on calibrating though another method holds
