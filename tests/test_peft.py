@@ -106,7 +106,9 @@ def test_safe_merge_refuses_nan_and_leaves_the_weight() -> None:
     before = layer.weight.detach().clone()
     with torch.no_grad():
         layer.blocks("a")[3, 1, 1] = float("nan")
-    with pytest.raises(DiabloPeftError, match="NaNs detected in the merged weights. The adapter a seems to be broken"):
+    with pytest.raises(
+        DiabloPeftError, match=r"NaNs detected in the merged weights\. The adapter a seems to be broken"
+    ):
         layer.merge(safe_merge=True)
     assert torch.equal(layer.weight, before) and not layer.merged
 

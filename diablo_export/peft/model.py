@@ -29,6 +29,24 @@ class DiabloModel(BaseTuner):
     tuner_layer_cls = DiabloLayer
     target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012  # PEFT's name; the model itself tells, below
 
+    def __init__(
+        self,
+        model: nn.Module,
+        peft_config: Any,
+        adapter_name: str,
+        low_cpu_mem_usage: bool = False,
+        state_dict: dict[str, Tensor] | None = None,
+    ) -> None:
+        if isinstance(peft_config, DiabloConfig) and peft_config.modules and state_dict is None:
+            # a bare config comes from inject_adapter_in_model; transformers' loader then looks for other tensor names,
+            # finds none, and would go on with zero blocks: the base, silently
+            raise DiabloPeftError(
+                "transformers' own loader (load_adapter, or from_pretrained of an adapter folder) does not fill these "
+                "blocks; load the base, then peft.PeftModel.from_pretrained(base, folder), or "
+                "peft.AutoPeftModelForCausalLM.from_pretrained(folder)"
+            )
+        super().__init__(model, peft_config, adapter_name, low_cpu_mem_usage=low_cpu_mem_usage, state_dict=state_dict)
+
     def _prepare_adapter_config(self, peft_config: Any, model_config: dict[str, Any]) -> Any:
         return peft_config  # missing targets are chosen from the model's layers, in _prepare_model
 
