@@ -25,7 +25,7 @@ def out(tiny_model: Get, tiny_adapter: Get, tmp_path_factory: pytest.TempPathFac
 def test_a_good_export_exits_0_and_writes_everything(out: Path, run: Run, tmp_path: Path) -> None:
     result = run("parity", out, *SMALL, "--json", tmp_path / "r.json", "--junit", tmp_path / "r.xml")
     assert result.exit_code == 0, result.output
-    assert "logits.max_abs" in result.stdout and "PASS: 12 of 12 checks held" in result.stdout
+    assert "logits.max_abs" in result.stdout and "PASS: 13 of 13 checks held" in result.stdout
     report = json.loads((tmp_path / "r.json").read_text())
     assert report == json.loads((out / "parity.json").read_text())
     cases = ElementTree.parse(tmp_path / "r.xml").getroot().iter("testcase")
