@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 from diablo_export.blockdiag import Array, BlockShape
 from diablo_export.peft.config import DiabloPeftError
-from diablo_export.trainer.layer import add_branch, features, is_linear, touched
+from diablo_export.trainer.layer import add_branch, is_linear, touched
 
 BASE = "__base__"  # PEFT's name for no adapter, in mixed batches
 _MERGEABLE = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -34,6 +34,10 @@ class Blocks(nn.Module):
     def __init__(self, values: Tensor) -> None:
         super().__init__()
         self.weight = nn.Parameter(values)
+
+    def forward(self, y: Tensor, x: Tensor, shape: BlockShape) -> Tensor:
+        """y + x · blockdiag(weight); a module of its own, as FSDP may wrap it and gathers weights when it is called."""
+        return add_branch(y, x, self.weight, shape).to(y.dtype)
 
 
 class DiabloLayer(nn.Module, BaseTunerLayer):
@@ -87,10 +91,12 @@ class DiabloLayer(nn.Module, BaseTunerLayer):
 
     def blocks(self, adapter_name: str) -> Tensor:
         """An adapter's blocks, (num_blocks, block_size_in, block_size_out)."""
-        return self.diablo_blocks[adapter_name].get_parameter("weight")
+        weight: Tensor = self.diablo_blocks[adapter_name].weight  # type: ignore[assignment]
+        return weight
 
     def _add(self, y: Tensor, x: Tensor, name: str) -> Tensor:
-        return add_branch(y, x, self.blocks(name), self.diablo_shapes[name]).to(y.dtype)
+        added: Tensor = self.diablo_blocks[name](y, x, self.diablo_shapes[name])
+        return added
 
     def _mixed(self, y: Tensor, x: Tensor, adapter_names: list[str]) -> Tensor:
         y = y.clone()
@@ -181,7 +187,8 @@ def linear_sizes(module: nn.Module) -> tuple[int, int] | None:
     if isinstance(module, BaseTunerLayer | nn.modules.linear.NonDynamicallyQuantizableLinear):
         return None  # the latter is inside nn.MultiheadAttention, which uses its weight and never calls it
     if isinstance(module, Conv1D):
-        return features(module)
+        rows, columns = module.weight.shape
+        return rows, columns
     if isinstance(module, nn.Linear) or "Linear" in type(module).__name__:
         for names in _SIZE_NAMES:
             sizes = tuple(getattr(module, name, None) for name in names)
@@ -192,12 +199,12 @@ def linear_sizes(module: nn.Module) -> tuple[int, int] | None:
 
 def is_mergeable(module: nn.Module) -> bool:
     """Whether the layer's weight holds its plain float values, so that blocks can be added to them."""
-    return (
-        is_linear(module)
-        and type(module.weight) in {nn.Parameter, Tensor}  # quantization libraries have subclasses
-        and module.weight.dtype in _MERGEABLE
-        and features(module) == linear_sizes(module)
-    )
+    if not is_linear(module):
+        return False
+    weight: Any = module.weight  # under FSDP it is no parameter
+    shape = tuple(weight.shape) if isinstance(module, Conv1D) else tuple(weight.shape)[::-1]
+    plain = type(weight) in {nn.Parameter, Tensor}  # quantization libraries have subclasses
+    return plain and weight.dtype in _MERGEABLE and shape == linear_sizes(module)
 
 
 def refusal(layers: list[str]) -> str:
