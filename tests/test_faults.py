@@ -227,6 +227,17 @@ def test_an_adapter_that_did_not_arrive_is_named_at_its_first_module(
     assert {row["name"] for row in report["modules"] if row["fault"]} >= set(whole.modules) - {"lm_head"}
 
 
+def test_a_weak_adapter_that_was_dropped_is_named(tiny_model: Get, tmp_path: Path) -> None:
+    """All of it is below a step of the grid, so no group is further off than rounding: the sum over all tells."""
+    base = tiny_model("llama")
+    adapter = tiny.make_adapter(base, tmp_path / "adapter", scale=0.015)
+    dropped = exports.scaled(adapter, tmp_path / "dropped", 0)
+    out = exports.merged(base, dropped, tmp_path / "out", quantize="int4", method="rtn")
+    report = parity(exports.pretend(out, adapter), **BOUNDS)
+    assert {row["fault"] for row in report["modules"] if "lm_head" not in row["name"]} == {"adapter"}
+    assert report["first_divergent_module"] == "model.layers.0.self_attn.q_proj"
+
+
 CLEAN = [
     ("llama", "merge"), ("llama", "merge int4"), ("llama", "merge int4 asymmetric"), ("llama", "branch int4"),
     ("llama", "branch"), ("qwen2", "merge"), ("qwen2", "merge int4"), ("qwen2", "branch int4"), ("qwen2", "branch"),

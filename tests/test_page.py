@@ -107,7 +107,7 @@ def test_parity_writes_both(tiny_model: Get, tiny_adapter: Get, run: Run, tmp_pa
     result = run("parity", out, "--max-tokens", 160, "--steps", 6, "--html", files[0], "--markdown", files[1])
     assert result.exit_code == 0, result.output
     reader = read(files[0].read_text())
-    assert reader.texts["p"][0] == "PASS: 11 of 11 checks held"
+    assert reader.texts["p"][0] == "PASS: 13 of 13 checks held"
     assert reader.texts["b"] == ["base", "tuned", "exported"] * 3
     assert "mark" not in reader.texts  # float: the texts are one
-    assert files[1].read_text().startswith("## ✅ Parity of out: 11 of 11 checks held")
+    assert files[1].read_text().startswith("## ✅ Parity of out: 13 of 13 checks held")

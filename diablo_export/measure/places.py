@@ -91,6 +91,12 @@ class Graph:
                     found[name] = Place(name, share[0][0].input[0], parts)
         return found
 
+    @property
+    def rounded_table(self) -> str | None:
+        """The tokens' embeddings, where the table is quantized, as other programs do; None where it is float."""
+        nodes = (node for node in self.proto.graph.node if node.op_type == "GatherBlockQuantized")
+        return next((node.output[0] for node in nodes if "input_ids" in node.input), None)
+
     def read(self, name: str) -> np.ndarray[Any, Any]:
         """The values of an initializer."""
         return np.asarray(onnx.numpy_helper.to_array(self.stored[name], str(self.folder)))

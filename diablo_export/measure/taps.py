@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -21,10 +21,12 @@ from diablo_export.trainer.layer import set_enabled
 
 Seen = dict[str, tuple[Array, Array]]  # by module: its input (rows, in_features) and output (rows, out_features)
 
+EMBEDDINGS = ""  # the module under which embeddings of a rounded table are seen
+
 
 @dataclass(frozen=True)
 class OnnxTaps:
-    """An exported model whose session gives the values at `places` too."""
+    """An exported model whose session gives the values at `places` too, and the embeddings where those are rounded."""
 
     graph: Graph
     runner: OnnxRunner
@@ -34,13 +36,15 @@ class OnnxTaps:
         """Run one sequence cut into pieces, each behind the cache of those before it; what each piece showed."""
         session, cache, past = self.runner.session, self.runner.empty_cache(), 0
         present = {_key(v.name): v.name for v in session.get_outputs() if _CACHE.match(v.name)} if cache else {}
-        names = sorted({name for place in self.places.values() for name in place.taps})
+        table = self.graph.rounded_table
+        names = sorted(_wanted(self.graph, self.places))
         for piece in pieces:
             feeds = {**self.runner.feeds(piece, past), **cache, **self.runner.fixed}
             found = runtime.run(session, feeds, self.runner.adapter, [*names, *present.values()])
             values = dict(zip([*names, *present.values()], found, strict=True))
             cache, past = {name: values[present[_key(name)]] for name in cache}, past + len(piece)
-            yield {name: _of(place, values) for name, place in self.places.items()}
+            seen = {name: _of(place, values) for name, place in self.places.items()}
+            yield seen if table is None else seen | {EMBEDDINGS: (_rows(values[table]), _rows(values[table]))}
 
 
 @dataclass(frozen=True)
@@ -71,7 +75,7 @@ class TorchTaps:
         """The modules in the order in which the network calls them."""
         return list(next(self.see([ids])))
 
-    def beside(self, pieces: Sequence[Ids], seen: Iterable[Seen], compare: Callable[..., None]) -> None:
+    def beside(self, pieces: Sequence[Ids], seen: Sequence[Seen], compare: Callable[..., None]) -> None:
         """Run with what every module of another model read and gave put in place of the own.
 
         Then each module stands beside its twin, however far the two models have drifted apart: both have the same
@@ -79,7 +83,7 @@ class TorchTaps:
 
         Args:
             pieces: as for `see`.
-            seen: what the other model showed, a piece each.
+            seen: what the other model showed, a piece each; rounded embeddings among it are taken, too.
             compare: called with the module's name, the input that torch has for it and the other's, the output that
                 torch has for the other's input and the other's, (rows, features) each.
         """
@@ -95,11 +99,17 @@ class TorchTaps:
             compare(name, own.pop(name), x, _numpy(y), found)
             return torch.from_numpy(found).to(y.dtype).reshape(y.shape)
 
+        def table(_: nn.Module, __: Any, y: torch.Tensor) -> torch.Tensor:
+            return torch.from_numpy(current[EMBEDDINGS][1]).to(y.dtype).reshape(y.shape)
+
+        others = iter(seen)
+        embeddings: Any = self.model.get_input_embeddings()  # type: ignore[operator]
+        handle = embeddings.register_forward_hook(table) if EMBEDDINGS in seen[0] else None
         with self._hooked(before, after):
-            others = iter(seen)
-            runs = self._run(pieces, lambda: current.update(next(others)))
-            for _ in runs:
+            for _ in self._run(pieces, lambda: current.update(next(others))):
                 pass
+        if handle is not None:
+            handle.remove()
 
     @torch.inference_mode()
     def _run(self, pieces: Sequence[Ids], ready: Callable[[], None] = lambda: None) -> Iterator[None]:
@@ -136,7 +146,7 @@ def open_session(
     Raises:
         ExportError: onnxruntime refuses the model.
     """
-    model = graph.tapped({name for place in places.values() for name in place.taps})
+    model = graph.tapped(_wanted(graph, places))
     path = graph.folder / "model.onnx"
     return runtime.session(path, model=model, initializers=initializers, threads=threads, spin=False)
 
@@ -148,9 +158,16 @@ def check(seen: Seen, wanted: Seen) -> None:
         ExportError: names the module and both shapes.
     """
     for name, (x, y) in seen.items():
+        if name == EMBEDDINGS:
+            continue
         shapes = (x.shape, y.shape), (wanted[name][0].shape, wanted[name][1].shape)
         if shapes[0] != shapes[1]:
             raise ExportError(f"{name}: reads and gives {shapes[0]} in the export, {shapes[1]} in torch")
+
+
+def _wanted(graph: Graph, places: Mapping[str, Place]) -> set[str]:
+    taps = {name for place in places.values() for name in place.taps}
+    return taps | ({graph.rounded_table} if graph.rounded_table else set())
 
 
 def _of(place: Place, values: Mapping[str, Array]) -> tuple[Array, Array]:
