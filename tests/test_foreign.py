@@ -91,6 +91,15 @@ def test_the_builder_s_dora_fails_and_is_told_what_it_lost(
         require_pass(report, built("dora"))
 
 
+def test_lost_magnitudes_are_seen_through_the_noise_of_a_quantized_export(
+    model: Path, adapters: dict[str, Path], built: Callable[..., Path]
+) -> None:
+    report = judge(built("dora", "int8"), model, adapters["dora"])
+    assert report["environment"]["precision"] == "int8"
+    assert "adapter.whole" in exports.failed(report)
+    assert "without DoRA's magnitudes" in report["environment"]["fault"]
+
+
 def test_dora_that_was_merged_passes(model: Path, adapters: dict[str, Path], tmp_path: Path) -> None:
     merged = foreign.merge_peft(model, adapters["dora"], tmp_path / "merged")
     report = judge(foreign.build(merged, tmp_path / "out"), model, adapters["dora"])

@@ -137,7 +137,8 @@ _HALF_ALONE: Mapping[str, float] = {
 }
 _QUANTIZED_ALONE: Mapping[str, float] = {
     # the noise of int4 is as large as a weak adapter's effect: all that can be said is that exported is nearer to tuned
-    # than to the base, which is a gain above a half, and not beyond it by as much
+    # than to the base, which is a gain above a half, and not beyond it by as much. Measured on the builder's int4 of a
+    # middle adapter, merged: 0.10, and 0.006 with the exported base; on its int4 of the base: 0.91
     "adapter.survival_gain.error": 0.5,
 }
 _INT8_BLOCKS: Mapping[str, float] = {
