@@ -158,6 +158,9 @@ def test_several_adapters(tiny_model: Folder) -> None:
     # a batch of three sums in another order than one row alone
     for row, alone in zip(mixed, (first, base, other), strict=True):
         torch.testing.assert_close(row, alone[0], rtol=0, atol=MERGED)
+    beams = {"max_new_tokens": 4, "num_beams": 3, "pad_token_id": 0}  # generation repeats each row for its beams
+    together = model.generate(ids[:2], adapter_names=["__base__", "other"], **beams)
+    assert torch.equal(together[1:], model.generate(ids[:1], **beams))
     with pytest.raises(DiabloPeftError, match="non-existing adapter\\(s\\): nobody"):
         logits(model, ids, adapter_names=["default", "nobody", "other"])
     with pytest.raises(DiabloPeftError, match="but got 2 and 3 respectively"):

@@ -103,8 +103,10 @@ class DiabloModel(BaseTuner):
         self._check_adapter_names(names)
         beams = kwargs.get("num_beams") or 1  # generation repeats each row that often
         repeated = [name for name in names for _ in range(beams)]
-        encoder = getattr(self.model, "get_encoder", lambda: None)() if beams > 1 else None
-        unrepeated = set(encoder.modules()) if isinstance(encoder, nn.Module) else set()
+        both = getattr(
+            getattr(self.model, "config", None), "is_encoder_decoder", False
+        )  # an encoder sees each row once
+        unrepeated = set(self.model.get_encoder().modules()) if both else set()
         handles = [
             module.register_forward_pre_hook(
                 partial(_give_names, adapter_names=names if module in unrepeated else repeated), with_kwargs=True
