@@ -26,6 +26,26 @@ struct Avx2 {
     return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
   }
 
+  // Each of a few inputs, Times over.
+  template <int Times>
+  static Vector repeat(const float* at) {
+    if (Times == 1) return load(at);
+    const __m128i pair = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(at));
+    const __m128 few = Times == 2 ? _mm_loadu_ps(at) : _mm_castsi128_ps(pair);
+    const __m256i two = _mm256_setr_epi32(0, 0, 1, 1, 2, 2, 3, 3), four = _mm256_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1);
+    return _mm256_permutevar8x32_ps(_mm256_castps128_ps256(few), Times == 2 ? two : four);
+  }
+  // The sums of every Count-th lane.
+  template <int Count>
+  static void fold(Vector value, float* to) {
+    const __m128 four = _mm_add_ps(_mm256_castps256_ps128(value), _mm256_extractf128_ps(value, 1));
+    if (Count == 4) return _mm_storeu_ps(to, four);
+    const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+    if (Count == 2) return _mm_storel_pi(reinterpret_cast<__m64*>(to), two);
+    _mm_store_ss(to, _mm_add_ss(two, _mm_movehdup_ps(two)));
+  }
+  static Vector keep(Vector value, Lanes lanes) { return _mm256_and_ps(value, _mm256_castsi256_ps(lanes.mask)); }
+
   static Lanes lanes(int count) {
     const __m256i index = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
     return {_mm256_cmpgt_epi32(_mm256_set1_epi32(count), index), count};

@@ -19,6 +19,25 @@ struct Avx512 {
   static Vector fma(Vector a, Vector b, Vector c) { return _mm512_fmadd_ps(a, b, c); }
   static float sum(Vector value) { return _mm512_reduce_add_ps(value); }
 
+  template <int Times>
+  static Vector repeat(const float* at) {
+    if (Times == 1) return load(at);
+    const __m512i index = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    const __m512 few =
+        Times == 2 ? _mm512_castps256_ps512(_mm256_loadu_ps(at)) : _mm512_castps128_ps512(_mm_loadu_ps(at));
+    return _mm512_permutexvar_ps(_mm512_srli_epi32(index, Times / 2), few);
+  }
+  template <int Count>
+  static void fold(Vector value, float* to) {
+    float lane[width];
+    store(lane, value);
+    for (int c = 0; c < Count; ++c) {
+      to[c] = 0;
+      for (int i = c; i < width; i += Count) to[c] += lane[i];
+    }
+  }
+  static Vector keep(Vector value, Lanes lanes) { return _mm512_maskz_mov_ps(lanes, value); }
+
   static Lanes lanes(int count) { return static_cast<Lanes>((1u << count) - 1u); }
   static Vector load(const float* at) { return _mm512_loadu_ps(at); }
   static Vector load(const float* at, Lanes lanes) { return _mm512_maskz_loadu_ps(lanes, at); }

@@ -9,6 +9,7 @@
 
 #include "convert.h"
 #include "job.h"
+#include "one_row.h"
 #include "tile.h"
 
 namespace {
@@ -169,12 +170,31 @@ Block<B> block_of(const diablo::Job& job, int64_t block, int64_t column) {
           std::is_same<B, int8_t>::value ? job.scales[block] : 1.0f};
 }
 
+// As many of the small blocks [first, end) as can be read as one stream, if rows are few; returns how many that were.
+template <class Simd, class B>
+DIABLO_INLINE int64_t multiply_stream(const diablo::Job& job, int64_t first, int64_t end, Matrix<const float> x,
+                                      Matrix<const float> y0, Matrix<float> y, int64_t rows) {
+  const DiabloShape& s = job.shape;
+  const Block<B> block = block_of<B>(job, first, 0);
+  const int64_t inputs = smaller(end * s.block_size_in, s.in_features) - first * s.block_size_in;
+  const int64_t outputs = smaller(end * s.block_size_out, s.out_features) - first * s.block_size_out;
+  const int64_t count = streamable<Simd>(inputs, outputs, block.end - block.d.data, s.block_size_in, s.block_size_out);
+  for (int64_t r = 0; r < rows; ++r)
+    stream<Simd>(Stream<B>{count, s.block_size_in, s.block_size_out, x.data + r * x.stride, block.d.data,
+                           job.scales + (job.scales ? first : 0), y0.data + r * y0.stride, y.data + r * y.stride});
+  return count;
+}
+
 // Blocks [first, end) on some rows; x begins at the first block's inputs, y0 and y at its outputs in the piece.
 template <class Simd, class B>
 void multiply_blocks(const diablo::Job& job, const diablo::Piece& piece, int64_t first, int64_t end,
                      Matrix<const float> x, Matrix<const float> y0, Matrix<float> y, int64_t rows, float* copy) {
   const DiabloShape& s = job.shape;
-  for (int64_t block = first; block < end; ++block) {
+  const bool whole = piece.end_column - piece.first_column == s.block_size_out;
+  int64_t block = first;
+  if (whole && is_stream(rows, s.block_size_out))
+    block += multiply_stream<Simd, B>(job, first, end, x, y0, y, rows);
+  for (; block < end; ++block) {
     const int64_t depth = smaller(s.block_size_in, s.in_features - block * s.block_size_in);
     const int64_t left = s.out_features - block * s.block_size_out - piece.first_column;
     const int64_t columns = smaller(piece.end_column - piece.first_column, left);

@@ -19,6 +19,24 @@ struct Neon {
   static Vector fma(Vector a, Vector b, Vector c) { return vfmaq_f32(c, a, b); }
   static float sum(Vector value) { return vaddvq_f32(value); }
 
+  template <int Times>
+  static Vector repeat(const float* at) {
+    if (Times == 1) return load(at);
+    if (Times == 4) return broadcast(at);
+    return vcombine_f32(vdup_n_f32(at[0]), vdup_n_f32(at[1]));
+  }
+  template <int Count>
+  static void fold(Vector value, float* to) {
+    if (Count == 1) *to = sum(value);
+    if (Count == 2) vst1_f32(to, vadd_f32(vget_low_f32(value), vget_high_f32(value)));
+    if (Count == 4) store(to, value);
+  }
+  static Vector keep(Vector value, Lanes count) {
+    const uint32_t index[] = {0, 1, 2, 3};
+    const uint32x4_t kept = vcltq_u32(vld1q_u32(index), vdupq_n_u32(static_cast<uint32_t>(count)));
+    return vreinterpretq_f32_u32(vandq_u32(vreinterpretq_u32_f32(value), kept));
+  }
+
   static Lanes lanes(int count) { return count; }
   static Vector load(const float* at) { return vld1q_f32(at); }
   static Vector load(const float* at, Lanes count) {

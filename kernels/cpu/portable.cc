@@ -36,6 +36,21 @@ struct Portable {
   }
   static float sum(Vector a) { return (a.lane[0] + a.lane[1]) + (a.lane[2] + a.lane[3]); }
 
+  template <int Times>
+  static Vector repeat(const float* at) {
+    return each([at](int i) { return at[i / Times]; });
+  }
+  template <int Count>
+  static void fold(Vector value, float* to) {
+    for (int c = 0; c < Count; ++c) {
+      to[c] = 0;
+      for (int i = c; i < width; i += Count) to[c] += value.lane[i];
+    }
+  }
+  static Vector keep(Vector value, Lanes count) {
+    return each([&](int i) { return i < count ? value.lane[i] : 0.0f; });
+  }
+
   static Lanes lanes(int count) { return count; }
   static Vector load(const float* at) {
     return each([at](int i) { return at[i]; });

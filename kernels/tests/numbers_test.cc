@@ -31,6 +31,10 @@ DiabloShape random_shape(std::mt19937& random) {
   s.block_size_in = odd_size(random);
   s.block_size_out = odd_size(random);
   if (between(random, 0, 60) == 0) s.block_size_out += between(random, 0, 2) == 0 ? 4060 : 1000;  // beyond long panels
+  if (between(random, 0, 4) == 0) {  // what kernels read as one stream, vectors reaching from block to block
+    s.rows = between(random, 1, 4), s.num_blocks = between(random, 1, 30);
+    if (between(random, 0, 1)) s.block_size_out = between(random, 1, 5);
+  }
   // Cropped at its tail by up to two blocks: then the last ones are all padding, or meet no input.
   const auto crop = [&](int64_t size) {
     const int64_t whole = s.num_blocks * size;
