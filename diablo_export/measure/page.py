@@ -138,8 +138,8 @@ def _depth(modules: Sequence[Mapping[str, Any]], first: str | None) -> str:
     said = f" The first that diverges is <code>{escape(first)}</code>, in red." if first else ""
     return (
         f'<section><h2>Error by depth</h2><div class="wide">{picture}</div><p class="soft">Signal to noise in '
-        f"decibels, up to {most:.0f}: each module on the same input as tuned's (blue), and with what it inherits (grey).{said}"
-        "</p></section>\n"
+        f"decibels, up to {most:.0f}: each module on the same input as tuned's (blue), and with what it "
+        f"inherits (grey).{said}</p></section>\n"
     )
 
 
