@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 import torch
 
@@ -24,7 +25,7 @@ Get = Callable[[str], Path]
 BOUNDS: dict[str, Any] = {"max_tokens": 96, "steps": 4, "threads": 1}
 KEYS = [
     "name", "local_sqnr_db", "inherited_sqnr_db", "survival_gain", "survival_cosine", "input_sqnr_db",
-    "output_sqnr_db", "worst_group_steps", "kernel_noise_ratio", "fault",
+    "output_sqnr_db", "worst_group_steps", "fitted_error_ratio", "kernel_noise_ratio", "fault",
 ]  # fmt: skip
 
 
@@ -108,6 +109,27 @@ def test_the_other_kinds_of_export(
         assert len(report["modules"]) >= 9 and report["first_divergent_module"] is None
         # the same weights in float32; equal sums have no noise, and JSON no infinity
         assert all(row["local_sqnr_db"] is None or row["local_sqnr_db"] > 100 for row in report["modules"])
+
+
+def test_codes_fitted_to_outputs_are_not_taken_for_a_fault(tiny_model: Get, tiny_adapter: Get, tmp_path: Path) -> None:
+    """Calibrated codes lie steps away from the weights; broken ones are told from them all the same."""
+    out = exports.merged(
+        tiny_model("llama"), tiny_adapter("llama"), tmp_path / "out", quantize="int4", method="calibrated",
+        min_survival=0.01,
+    )  # fmt: skip
+    report = parity(out, **BOUNDS)
+    assert report["first_divergent_module"] is None
+    ratios = [row["fitted_error_ratio"] for row in report["modules"]]
+    assert 0 < max(ratios) < 8 and max(row["worst_group_steps"] for row in report["modules"]) < 0.9
+    entry = read_manifest(out)["modules"][3]
+    stored = {t.name: t for t in onnx.load(out / "model.onnx", load_external_data=False).graph.initializer}
+    place = {pair.key: pair.value for pair in stored[entry["weight"]].external_data}
+    content = bytearray((out / "model.onnx.data").read_bytes())
+    codes = slice(int(place["offset"]), int(place["offset"]) + int(place["length"]))
+    content[codes] = bytes(code ^ 0xFF for code in content[codes])  # code c becomes 15 − c: the weights' signs turn
+    (out / "model.onnx.data").write_bytes(content)
+    broken = parity(exports.announce(out), **BOUNDS)
+    assert (broken["first_divergent_module"], broken["verdict"]) == (entry["name"], "fail")
 
 
 def test_modules_can_be_left_out(exported: Callable[..., Path]) -> None:

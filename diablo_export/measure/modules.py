@@ -52,6 +52,10 @@ _BLOCKS = {"int8": 25.0, "fp16": 50.0}
 # Steps of the grid: rounding to nearest leaves 0.29 on average and 0.5 at worst. A zero point off by one is 1.04, a
 # doubled scale or turned codes are several.
 _WEIGHTS = 0.9
+# Where codes were fitted to outputs they stand for the quantized base with the branch beside it, so its rounding and
+# their own add up: twice the squared error of rounding to nearest. Measured 0.9 to 2.9; weights are 2 to 3 steps large,
+# so wrong ones are off by 12 times their square, 50 and more. One wrong group of many is not seen here.
+_FITTED = 8.0
 _GAIN = 0.5  # of an adapter in the weights, from 1: rounding noise moves it by 0.05 on a layer of 128 × 128
 
 
@@ -141,7 +145,8 @@ def look(
             _add_effects(sums, seen, list(without.see(pieces)), wanted, list(base.see(pieces)))
             advance(2)
             merged = None if sources.is_branch(manifest) else adapter
-            tuned.beside(pieces, seen, _Beside(sums, linear, with_adapter, merged, index == 0, limits[1]))
+            beside = _Beside(sums, linear, with_adapter, merged, index == 0, limits[1], _is_fitted(manifest))
+            tuned.beside(pieces, seen, beside)
             advance(1)
     judged = not any(".onnx" in file for file in (manifest.get("base") or {}).get("files") or {})
     rows = [_row(module, sums[module], limits, lost, judged) for module in order]
@@ -162,8 +167,9 @@ class _Beside:
         merged: Adapter | None,
         weights: bool,
         output_db: float,
+        fitted: bool,
     ) -> None:
-        self.output_db = output_db
+        self.output_db, self.fitted = output_db, fitted
         self.sums, self.linear, self.taps, self.merged, self.weights = sums, linear, taps, merged, weights
 
     def __call__(self, name: str, own_x: Array, x: Array, own_y: Array, y: Array) -> None:
@@ -175,7 +181,7 @@ class _Beside:
         sums.local_signal += float(power.sum())
         if self.weights and isinstance(self.taps, OnnxTaps):
             module = self.merged.modules.get(name) if self.merged else None
-            looked = audit(self.taps.graph, self.taps.places[name], self.linear[name], module, x)
+            looked = audit(self.taps.graph, self.taps.places[name], self.linear[name], module, x, self.fitted)
             if looked is not None:
                 sums.audit = looked
                 error = error - looked.explained
@@ -222,6 +228,11 @@ def _linear(model: nn.Module) -> dict[str, nn.Module]:
         elif is_linear(module) and name.rpartition(".")[0] not in found:
             found[name] = module
     return found
+
+
+def _is_fitted(manifest: Mapping[str, Any]) -> bool:
+    """Whether the codes were chosen for the least error of outputs, which takes them steps away from the weights."""
+    return (manifest.get("survival") or {}).get("method") in ("calibrated", "distilled")
 
 
 def _decodes(taps: OnnxTaps | TorchTaps, adapter: Adapter) -> bool:
@@ -280,7 +291,7 @@ def _row(name: str, sums: _Sums, limits: tuple[float, float], lost: bool, judged
     fault = None
     if sums.input_db < limits[0]:
         fault = "input"
-    elif looked is not None and judged and not looked.worst <= _WEIGHTS:
+    elif looked is not None and judged and not (looked.worst <= _WEIGHTS and looked.fitted <= _FITTED):
         fault = "weights"
     elif sums.output_db < limits[1] or not sums.kernel <= _KERNEL:
         fault = "output"
@@ -296,6 +307,7 @@ def _row(name: str, sums: _Sums, limits: tuple[float, float], lost: bool, judged
         "input_sqnr_db": sums.input_db,
         "output_sqnr_db": sums.output_db if looked is None else None,
         "worst_group_steps": looked.worst if looked is not None else None,
+        "fitted_error_ratio": looked.fitted if looked is not None else None,
         "kernel_noise_ratio": sums.kernel if looked is not None else None,
         "fault": fault,
     }

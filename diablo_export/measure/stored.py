@@ -18,7 +18,7 @@ from transformers.pytorch_utils import Conv1D
 from diablo_export.adapter import AdaptedModule
 from diablo_export.blockdiag import Array
 from diablo_export.measure.places import Graph, Part, Place
-from diablo_export.quantization import Quantized, dequantize
+from diablo_export.quantization import Quantized, dequantize, quantize
 
 _ROWS = 4096  # of a weight at a time: a large head is never held three times
 
@@ -30,7 +30,10 @@ class Audit:
     """What is stored, against what should be.
 
     Attributes:
-        worst: root mean square error of the worst group, in steps of the grid that rounding to nearest would take.
+        worst: root mean square error of the worst group, in steps of the grid that rounding to nearest would take; of
+            the groups that no block meets, where codes were `fitted`.
+        fitted: of the groups that were fitted to inputs, the squared error of the outputs over that which rounding to
+            nearest leaves; 0 where none were.
         gain: <stored − base, delta> / <delta, delta> over the weights: 1 when the adapter is in them once; nan where
             nothing was merged.
         explained: (rows, out_features): what the error of the weights does to the given inputs.
@@ -39,12 +42,15 @@ class Audit:
     """
 
     worst: float
+    fitted: float
     gain: float
     explained: Array
     noise: Array
 
 
-def audit(graph: Graph, place: Place, linear: nn.Module, merged: AdaptedModule | None, x: Array) -> Audit | None:
+def audit(
+    graph: Graph, place: Place, linear: nn.Module, merged: AdaptedModule | None, x: Array, fitted: bool
+) -> Audit | None:
     """Look at a quantized module's weight; None where it is not quantized.
 
     Args:
@@ -53,6 +59,7 @@ def audit(graph: Graph, place: Place, linear: nn.Module, merged: AdaptedModule |
         linear: the base's layer in torch.
         merged: the blocks that should be in the stored weight; None: none.
         x: (rows, in_features) inputs.
+        fitted: the codes under the blocks were chosen for the outputs, and so may be far from the weights.
     """
     if any(part.node.op_type != "MatMulNBits" for part in place.parts):
         return None
@@ -60,6 +67,8 @@ def audit(graph: Graph, place: Place, linear: nn.Module, merged: AdaptedModule |
     wanted = np.asarray(base.T if isinstance(linear, Conv1D) else base, np.float32)
     delta = _delta(merged) if merged is not None else None
     explained, worst, dot, norm = np.empty((len(x), len(wanted)), np.float32), 0.0, 0.0, 0.0
+    met = _met(merged, _attributes(place.parts[0].node)["block_size"]) if fitted and merged is not None else None
+    errors = np.zeros((2, len(wanted)))  # squares over the inputs, of what is stored and of rounding to nearest
     noise = np.empty(len(wanted))
     first = 0  # the module's row where a part begins
     for part in place.parts:
@@ -70,13 +79,33 @@ def audit(graph: Graph, place: Place, linear: nn.Module, merged: AdaptedModule |
             stored = _dequantized(graph, part, start, stop)
             error = stored - target
             noise[rows] = _noise(x, stored, _attributes(part.node)["block_size"])
-            worst = max(worst, _worst(error, target, part))
+            free = error if met is None else np.where(met[rows], 0, error)
+            worst = max(worst, _worst(free, target, part))
+            if met is not None:
+                attributes = _attributes(part.node)
+                grid = attributes.get("bits", 4), attributes["block_size"], not _has_zeros(part)
+                nearest = dequantize(quantize(target, *grid)) - target
+                for kind, one in enumerate((error, nearest)):
+                    errors[kind, rows] = ((x @ np.where(met[rows], one, 0).T).astype(np.float64) ** 2).sum(0)
             explained[:, rows] = x @ error.T
             if delta is not None:
                 dot += float((error.astype(np.float64) * delta[rows]).sum())
                 norm += float((delta[rows].astype(np.float64) ** 2).sum())
         first += part.rows[1] - part.rows[0]
-    return Audit(worst, 1 + dot / norm if norm else float("nan"), explained, noise)
+    fit = float(errors[0].sum() / (errors[1].sum() + 1e-30))
+    return Audit(worst, fit, 1 + dot / norm if norm else float("nan"), explained, noise)
+
+
+def _met(module: AdaptedModule, size: int) -> npt.NDArray[np.bool_]:
+    """Which weights lie in a group that meets a block: (out_features, in_features)."""
+    met = np.zeros((module.out_features, module.in_features), np.bool_)
+    for inputs, outputs in module.shape.slices():
+        met[outputs, inputs.start // size * size : -(-inputs.stop // size) * size] = True
+    return met
+
+
+def _has_zeros(part: Part) -> bool:
+    return len(part.node.input) > 3 and bool(part.node.input[3])
 
 
 def _delta(module: AdaptedModule) -> Float32:
@@ -111,7 +140,7 @@ def _worst(error: Float32, target: Float32, part: Part) -> float:
     short = -target.shape[1] % size
     grouped, errors = (np.pad(a, ((0, 0), (0, short))).reshape(len(a), -1, size) for a in (target, error))
     spans = np.maximum(grouped.max(-1), 0) - np.minimum(grouped.min(-1), 0)  # (rows, groups)
-    if len(part.node.input) < 4 or not part.node.input[3]:
+    if not _has_zeros(part):
         spans = 2 * np.abs(grouped).max(-1)
     steps = spans / (2**bits - 1)
     steps = np.maximum(steps, 1e-3 * steps.mean() + 1e-30)  # an empty group has no grid of its own
