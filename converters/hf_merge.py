@@ -8,7 +8,6 @@ checkpoint is read once.
 from __future__ import annotations
 
 import math
-import os
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
@@ -26,7 +25,7 @@ from diablo_export.converters.hf_stream import Part, given, write_parts
 from diablo_export.errors import CheckpointError
 
 HEAD = "lm_head.weight"
-THREADS = 2  # files written side by side: more would only compete for the disk
+THREADS = 4  # files written side by side: while one waits for the disk another computes
 _FLOATS = ("F64", "F32", "F16", "BF16")
 _EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "embed_in.weight")
 
@@ -67,25 +66,16 @@ def hf_merge(model: str | Path, adapter: Adapter, folder: Path) -> MergeResult:
         parts = files[name]
         header = header_bytes({part.name: (part.dtype, part.shape) for part in parts}, checkpoint.metadata[name])
         note, source = partial(_note, modules[name], name), checkpoint.folder / name
-        return write_parts(folder / name, header, parts, note, refuse, advance, flush, source)
+        return write_parts(folder / name, header, parts, note, refuse, advance, source)
 
     size = sum(info.nbytes for info in checkpoint)
-    with progress("Merging", size) as advance, ThreadPoolExecutor(1) as flusher:
-
-        def flush(descriptor: int) -> None:  # the disk works while the processor hashes
-            flusher.submit(_flush, descriptor)
-
+    with progress("Merging", size) as advance:
         hashes = _side_by_side(write, list(files), advance)
     entries = [entry for name in files for entry in modules[name]]
     write_index(checkpoint, {file: {p.name: _nbytes(p) for p in parts} for file, parts in files.items()}, folder)
     _warn_of_rounding(entries)
     written, base = ({name: pair[side] for name, pair in hashes.items()} for side in (0, 1))
     return MergeResult(written, entries, base)
-
-
-def _flush(descriptor: int) -> None:
-    os.fsync(descriptor)
-    os.close(descriptor)
 
 
 def _side_by_side(

@@ -1,6 +1,6 @@
 """Tensors from one safetensors file to another through a few small buffers, blocks added on the way.
 
-A thread reads, checks and merges, one hashes, one writes and one waits for the disk. The buffers are
+A thread reads, checks, merges and hashes, another writes. The buffers are
 small enough to stay in the processor's cache and are used over and over: fresh memory for every tensor costs more
 time than the merge itself.
 """
@@ -8,7 +8,6 @@ time than the merge itself.
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,11 +20,11 @@ import xxhash
 from diablo_export.adapter import AdaptedModule
 from diablo_export.blockdiag import Array
 from diablo_export.checkpoint import DTYPE_NAMES, DTYPES, TensorInfo
+from diablo_export.converters.direct_write import direct_writer
 from diablo_export.errors import AdapterError, CheckpointError
 from diablo_export.manifest import file_xxh3
 
 CHUNK = 1 << 20  # bytes of a buffer: half of a small second-level cache
-FLUSH = 64 << 20  # bytes between flushes to the disk
 
 Bytes = npt.NDArray[np.uint8]
 
@@ -50,7 +49,6 @@ def write_parts(
     merged: Callable[[Part, float], None],
     refuse: Callable[[Part], None],
     advance: Callable[[float], None],
-    flush: Callable[[int], None],
     source: Path,
 ) -> tuple[str, str]:
     """Write `header` and `parts` to `file`; return its SHA-256 and the XXH3-128 of `source`.
@@ -62,20 +60,15 @@ def write_parts(
         merged: called after each merged part with how much of its blocks is left after rounding.
         refuse: called for a part whose base weight is not the one of its fingerprint; must raise.
         advance: called with the bytes that are done.
-        flush: called now and then with a descriptor of the file, to be flushed to the disk and closed.
         source: the file of the base that this one is made from; it is hashed as it is read.
     """
     digest, base = hashlib.sha256(header), _InPassing(source, [part.source for part in parts if part.source])
     buffer = np.empty(_buffer_size(parts), np.uint8)
-    with file.open("wb", buffering=0) as out:
-        _write_all(out, memoryview(header))
-        written = 0
+    with direct_writer(file) as out:
+        out.write(memoryview(header))
         for piece in _pieces(parts, buffer, base, merged, refuse):
             digest.update(piece.data)
-            _write_all(out, piece.data)
-            written += piece.size
-            if written // FLUSH != (written - piece.size) // FLUSH:
-                flush(os.dup(out.fileno()))
+            out.write(piece.data)
             advance(piece.size)
     return digest.hexdigest(), base.hexdigest()
 
@@ -84,11 +77,6 @@ def _buffer_size(parts: Sequence[Part]) -> int:
     """CHUNK, or one row of the widest adapted weight."""
     rows = [part.shape[-1] * DTYPES[part.dtype].itemsize for part in parts if part.module is not None]
     return max([CHUNK, *rows])
-
-
-def _write_all(stream: Any, view: memoryview) -> None:
-    while len(view):
-        view = view[stream.write(view) :]
 
 
 def _pieces(
