@@ -42,7 +42,7 @@ def test_packages_are_those_that_are_declared() -> None:
     assert found["numpy"] == {
         "name": "numpy", "version": importlib.metadata.version("numpy"), "minimum": "1.26", "extras": [],
     }  # fmt: skip
-    assert found["torch"]["extras"] == ["train"]
+    assert found["torch"]["extras"] == ["train", "peft"]
     assert found["onnxruntime-gpu"]["extras"] == ["gpu"]
     assert "pytest" not in found  # of the developers' extra
 
