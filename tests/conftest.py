@@ -118,3 +118,14 @@ def run() -> Callable[..., Result]:
         return CliRunner().invoke(main, [str(argument) for argument in arguments])
 
     return call
+
+
+@pytest.fixture(scope="session")
+def library() -> Path:
+    """The kernel library; without one it skips. CI builds it before the tests run."""
+    from diablo_export import runtime
+
+    found = runtime.find_library()
+    if found is None:
+        pytest.skip(runtime.LIBRARY_HELP)
+    return found

@@ -37,14 +37,6 @@ def said(parsed: dict[str, Any], kind: str) -> str:
     return "\n".join(f"{each['what']} → {each['fix']}" for each in parsed["problems"] if each["kind"] == kind)
 
 
-@pytest.fixture(scope="module")
-def library() -> Path:
-    found = runtime.find_library()
-    if found is None:
-        pytest.skip(runtime.LIBRARY_HELP)
-    return found
-
-
 def test_text_fits_eighty_columns() -> None:
     done = doctor()
     assert done.returncode == 0, done.stderr

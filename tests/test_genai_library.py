@@ -25,14 +25,6 @@ Run = Callable[..., Result]
 
 
 @pytest.fixture(scope="module")
-def library() -> Path:
-    found = runtime.find_library()
-    if found is None:
-        pytest.skip(runtime.LIBRARY_HELP)
-    return found
-
-
-@pytest.fixture(scope="module")
 def trap(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A library that leaves the file TRAP.sprung beside itself when a program loads it."""
     compiler = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")

@@ -100,7 +100,8 @@ def main() -> None:
             print(f"copy {copies[-1]:6.2f} s   merge {merges[-1]:6.2f} s   peak {peaks[-1]:.0f} MB", flush=True)
         ratio = sorted(merges)[len(merges) // 2] / sorted(copies)[len(copies) // 2]
         print(f"{size:.2f} GB in bf16, {len(LAYER) * options.layers} projections, median of {options.rounds}: ", end="")
-        print(f"merge / copy = {ratio:.2f}, peak {max(peaks):.0f} MB")
+        by_round = sorted(merge / copy for merge, copy in zip(merges, copies, strict=True))[len(merges) // 2]
+        print(f"merge / copy = {ratio:.2f} (by round {by_round:.2f}), peak {max(peaks):.0f} MB")
 
 
 if __name__ == "__main__":
