@@ -152,25 +152,6 @@ def test_too_little_calibration_data(
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"quantize": "int4", "method": "gptq"}, "method is 'gptq'; choose one of auto, rtn, refit, calibrated, dist"),
-        ({"quantize": "int4", "min_survival": 1.5}, "min_survival is 1.5; it must be between 0 and 1"),
-        ({"quantize": "int4", "max_seconds": 0}, "max_seconds is 0; it must be above 0"),
-        ({"quantize": "int4", "method": "rtn", "calibration": "x"}, "--calibration is not looked at by --method rtn"),
-        ({"method": "auto"}, "--method and --calibration are for quantized weights, and --quantize none"),
-        ({"quantize": "int4", "reference": "x"}, "--reference is for an ONNX --model"),
-    ],
-)
-def test_options_that_do_not_fit(
-    options: dict[str, Any], message: str, tiny_model: Get, tiny_adapter: Get, tmp_path: Path
-) -> None:
-    with pytest.raises(InputError, match=message):
-        merge(tiny_model("llama"), tiny_adapter("llama"), tmp_path / "out", **options)
-    assert not any(tmp_path.iterdir())
-
-
 def test_the_reference_must_be_the_adapters_base(
     genai_graph: Get, tiny_model: Get, tiny_adapter: Get, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -40,15 +40,7 @@ CASES = [
 ]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def library() -> Path:
-    """The built library; without one these tests skip, except in CI, which must have built it."""
-    found = runtime.find_library()
-    if found is None:
-        if os.environ.get("CI"):
-            pytest.fail(runtime.LIBRARY_HELP)
-        pytest.skip(runtime.LIBRARY_HELP)
-    return found
+pytestmark = pytest.mark.usefixtures("library")
 
 
 def graph(lead: int, k: int, n: int, element: int = FLOAT) -> onnx.ModelProto:

@@ -27,14 +27,6 @@ def model(tmp_path: Path) -> Path:
     return path
 
 
-@pytest.fixture
-def library() -> Path:
-    found = runtime.find_library()
-    if found is None:
-        pytest.skip(runtime.LIBRARY_HELP)
-    return found
-
-
 @pytest.fixture(autouse=True)
 def fresh(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     """As in a new process, where nothing was said yet."""
