@@ -14,40 +14,50 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 
-SIZE = 4 << 20  # bytes of a write: a multiple of every file system's block, as its place in the file and in memory is
-_BLOCK = 4096
+SIZE = 8 << 20  # bytes of a buffer
+_BLOCK = 4096  # of every file system or a multiple: a write's size and its places in the file and in memory keep to it
 
 
 class DirectWriter:
     """Takes bytes in order; two buffers take turns, one being filled while the other is on its way."""
 
-    def __init__(self, descriptor: int, thread: ThreadPoolExecutor) -> None:
+    def __init__(self, descriptor: int, thread: ThreadPoolExecutor, size: int) -> None:
         self.descriptor, self.thread = descriptor, thread
-        self.buffers = [np.frombuffer(mmap.mmap(-1, SIZE), np.uint8) for _ in range(2)]  # page-aligned
+        self.buffers = [np.frombuffer(mmap.mmap(-1, size), np.uint8) for _ in range(2)]  # page-aligned
         self.used = 0
         self.pending: Future[None] | None = None
 
-    def write(self, view: memoryview) -> None:
-        """Take bytes.
+    def room(self, least: int) -> npt.NDArray[np.uint8]:
+        """Memory for the next bytes, `least` of them or more; `take` says how many were put there.
 
         Raises:
             OSError: the disk is full, or fails; perhaps for bytes that were taken before.
         """
+        if self.used + least > self.buffers[0].size:
+            self._send()
+        return self.buffers[0][self.used :]
+
+    def take(self, count: int) -> None:
+        """The first `count` bytes of `room` are the next ones of the file."""
+        self.used += count
+
+    def write(self, view: memoryview) -> None:
+        """Take a copy of bytes from elsewhere; raises as `room` does."""
         while len(view):
-            count = min(SIZE - self.used, len(view))
+            room = self.room(1)
+            count = min(room.size, len(view))
             # numpy's copy lets other threads run, a memoryview's does not
-            self.buffers[0][self.used : self.used + count] = np.frombuffer(view[:count], np.uint8)
-            self.used, view = self.used + count, view[count:]
-            if self.used == SIZE:
-                self._send(SIZE)
+            room[:count] = np.frombuffer(view[:count], np.uint8)
+            self.take(count)
+            view = view[count:]
 
     def finish(self) -> None:
         """Write what is left: whole blocks as before, the last part of one through the cache."""
-        whole = self.used // _BLOCK * _BLOCK
-        tail = self.buffers[0][whole : self.used].tobytes()
-        self._send(whole)
+        self._send()
         self.wait()
+        tail = self.buffers[0][: self.used].tobytes()
         if tail:
             fcntl.fcntl(self.descriptor, fcntl.F_SETFL, 0)
             _write_all(self.descriptor, memoryview(tail))
@@ -58,24 +68,33 @@ class DirectWriter:
         if self.pending is not None:
             self.pending.result()
 
-    def _send(self, count: int) -> None:
+    def _send(self) -> None:
+        """Send the whole blocks; the part of one behind them begins the other buffer."""
         self.wait()
-        if count:
-            self.pending = self.thread.submit(_write_all, self.descriptor, self.buffers[0][:count].data)
+        whole = self.used // _BLOCK * _BLOCK
+        full = self.buffers[0]
         self.buffers.reverse()
-        self.used = 0
+        self.used -= whole
+        self.buffers[0][: self.used] = full[whole : whole + self.used]
+        if whole:
+            self.pending = self.thread.submit(_write_all, self.descriptor, full[:whole].data)
 
 
 @contextlib.contextmanager
-def direct_writer(file: Path) -> Iterator[DirectWriter]:
-    """Open `file` anew; what was written is on the disk when the body ends without an exception."""
+def direct_writer(file: Path, widest: int = 0) -> Iterator[DirectWriter]:
+    """Open `file` anew; what was written is on the disk when the body ends without an exception.
+
+    Args:
+        file: the file to write.
+        widest: the most bytes that `room` will be asked for.
+    """
     flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
     try:
         descriptor = os.open(file, flags | getattr(os, "O_DIRECT", 0), 0o666)
     except OSError:
         descriptor = os.open(file, flags, 0o666)
     with ThreadPoolExecutor(1) as thread:
-        writer = DirectWriter(descriptor, thread)
+        writer = DirectWriter(descriptor, thread, max(SIZE, widest + _BLOCK))
         try:
             yield writer
             writer.finish()

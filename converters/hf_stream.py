@@ -1,8 +1,8 @@
 """Tensors from one safetensors file to another through a few small buffers, blocks added on the way.
 
-A thread reads, checks, merges and hashes, another writes. The buffers are
-small enough to stay in the processor's cache and are used over and over: fresh memory for every tensor costs more
-time than the merge itself.
+A thread reads, checks, merges and hashes, another writes. Bytes are read to where they are written from, a piece at a
+time that stays in the processor's cache until all of that is done: fresh memory for every tensor costs more time than
+the merge itself.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ import xxhash
 from diablo_export.adapter import AdaptedModule
 from diablo_export.blockdiag import Array
 from diablo_export.checkpoint import DTYPE_NAMES, DTYPES, TensorInfo
-from diablo_export.converters.direct_write import direct_writer
+from diablo_export.converters.direct_write import DirectWriter, direct_writer
 from diablo_export.errors import AdapterError, CheckpointError
 from diablo_export.manifest import file_xxh3
 
-CHUNK = 1 << 20  # bytes of a buffer: half of a small second-level cache
+CHUNK = 2 << 20  # bytes of a piece: a second-level cache; smaller ones make the threads meet too often
 
 Bytes = npt.NDArray[np.uint8]
 
@@ -63,38 +63,36 @@ def write_parts(
         source: the file of the base that this one is made from; it is hashed as it is read.
     """
     digest, base = hashlib.sha256(header), _InPassing(source, [part.source for part in parts if part.source])
-    buffer = np.empty(_buffer_size(parts), np.uint8)
-    with direct_writer(file) as out:
+    with direct_writer(file, max(map(_row, parts), default=0)) as out:
         out.write(memoryview(header))
-        for piece in _pieces(parts, buffer, base, merged, refuse):
+        for piece in _pieces(parts, out, base, merged, refuse):
             digest.update(piece.data)
-            out.write(piece.data)
             advance(piece.size)
     return digest.hexdigest(), base.hexdigest()
 
 
-def _buffer_size(parts: Sequence[Part]) -> int:
-    """CHUNK, or one row of the widest adapted weight."""
-    rows = [part.shape[-1] * DTYPES[part.dtype].itemsize for part in parts if part.module is not None]
-    return max([CHUNK, *rows])
+def _row(part: Part) -> int:
+    """Bytes that are worked on together: a row where blocks are to be added."""
+    return part.shape[-1] * DTYPES[part.dtype].itemsize if part.module is not None else 1
 
 
 def _pieces(
     parts: Sequence[Part],
-    buffer: Bytes,
+    out: DirectWriter,
     base: _InPassing,
     merged: Callable[[Part, float], None],
     refuse: Callable[[Part], None],
 ) -> Iterator[Bytes]:
-    """The bytes of `parts` in order; a piece is gone when the next is asked for."""
+    """Put `parts` into `out`; the pieces put there, each gone when the next is asked for."""
     for part in parts:
         if part.value is not None:
-            yield from _given(part.value)
+            yield from _given(part.value, out)
             continue
         adding = None if part.module is None else _Adding(part, part.module)
-        for piece in _read(part, buffer, base):
+        for piece in _read(part, out, base):
             if adding is not None:
                 adding.add(piece)
+            out.take(piece.size)
             yield piece
         if adding is not None:
             if not adding.matches():
@@ -102,24 +100,28 @@ def _pieces(
             merged(part, adding.gain())
 
 
-def _given(value: Array) -> Iterator[Bytes]:
+def _given(value: Array, out: DirectWriter) -> Iterator[Bytes]:
     flat = np.ascontiguousarray(value).reshape(-1).view(np.uint8)
     for start in range(0, flat.size, CHUNK):
-        yield flat[start : start + CHUNK]
+        piece = flat[start : start + CHUNK]
+        out.write(piece.data)
+        yield piece
 
 
-def _read(part: Part, buffer: Bytes, base: _InPassing) -> Iterator[Bytes]:
-    """The stored bytes, whole rows at a time where blocks are to be added."""
-    source = part.source
+def _read(part: Part, out: DirectWriter, base: _InPassing) -> Iterator[Bytes]:
+    """The stored bytes, read into `out`'s memory but not yet taken, whole rows at a time."""
+    source, row = part.source, _row(part)
     assert source is not None
-    row = part.shape[-1] * DTYPES[part.dtype].itemsize if part.module is not None else 1
-    step = max(1, buffer.size // row) * row
+    done = 0
     with source.file.open("rb", buffering=0) as stream:
         stream.seek(source.start)
-        for start in range(0, source.nbytes, step):
-            piece = buffer[: min(step, source.nbytes - start)]
+        while done < source.nbytes:
+            room = out.room(row)
+            most = min(room.size, max(CHUNK, row), source.nbytes - done)
+            piece = room[: most // row * row]
             _fill(stream, piece, source)
-            base.see(source.file, source.start + start, piece)
+            base.see(source.file, source.start + done, piece)
+            done += piece.size
             yield piece
 
 

@@ -22,6 +22,19 @@ def test_every_byte_arrives(tmp_path: Path, size: int) -> None:
     assert file.read_bytes() == content
 
 
+@pytest.mark.parametrize("row", [1, 4097, 1_000_003, SIZE + 5])
+def test_bytes_put_into_its_memory_arrive(tmp_path: Path, row: int) -> None:
+    rows = [np.full(row, number, np.uint8) for number in range(11)]
+    with direct_writer(tmp_path / "file", row) as out:
+        out.write(memoryview(b"header"))
+        for value in rows:
+            room = out.room(row)
+            assert room.size >= row
+            room[:row] = value
+            out.take(row)
+    assert (tmp_path / "file").read_bytes() == b"header" + b"".join(value.tobytes() for value in rows)
+
+
 def test_a_file_system_without_direct_writes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     opened, refused = os.open, []
 
