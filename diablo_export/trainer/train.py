@@ -20,18 +20,19 @@ from torch import nn
 
 from diablo_export.adapter import TASKS, AdaptedModule, Adapter, file_sha256, stored_transposed
 from diablo_export.checkpoint import Checkpoint
-from diablo_export.console import log, progress
-from diablo_export.errors import CheckpointError, DataError, InputError, require
+from diablo_export.console import log
+from diablo_export.errors import CheckpointError, require
 from diablo_export.fingerprint import Fingerprint, fingerprint
 from diablo_export.output import new_folder
-from diablo_export.trainer.batches import Batches, encode_all, hold_out
-from diablo_export.trainer.data import Encoded, Example, class_names, read_examples
+from diablo_export.trainer.batches import Batches, hold_out
+from diablo_export.trainer.data import read_examples
 from diablo_export.trainer.history import LOG, PICTURE, History, draw, training_bar, write_log
 from diablo_export.trainer.layer import diablo_layers
 from diablo_export.trainer.loop import learning_rate, train_loop
 from diablo_export.trainer.model import checkpoint_activations, head_parameters, load_with_fresh
 from diablo_export.trainer.objective import Objective
 from diablo_export.trainer.options import check_options, check_places, choose_device, use_bfloat16, work_folder
+from diablo_export.trainer.prepare import base_dtype, encode_file, item_length, known_classes
 from diablo_export.trainer.state import CHECKPOINT, STATE, load_state, save_state
 from diablo_export.trainer.targets import ALL, choose_targets, short_names, wrap_targets
 from diablo_export.trainer.watch import Watch, interrupts, workspace
@@ -127,18 +128,18 @@ def train(
 
     checkpoint = Checkpoint.open(model)
     examples = read_examples(data)
-    classes = _classes(examples, data, checkpoint, task)
+    classes = known_classes(examples, data, checkpoint, task)
     labels = None if classes is None else [str(name) for name in classes]
     torch.manual_seed(seed)
     network, tokenizer, fresh = load_with_fresh(
-        model, task, dtype=_base_dtype(checkpoint, autocast), device=place, labels=labels
+        model, task, dtype=base_dtype(checkpoint, autocast), device=place, labels=labels
     )
-    max_length = _length(network, max_length)
+    max_length = item_length(network, max_length)
     how = {"tokenizer": tokenizer, "max_length": max_length, "classes": classes}
     running = classes is None and examples[0].form == "text"
-    items, held = hold_out(_encode(data, examples, **how), eval_fraction, seed, running)
+    items, held = hold_out(encode_file(data, examples, **how), eval_fraction, seed, running)
     if eval_data:
-        held = _encode(eval_data, read_examples(eval_data), **how)
+        held = encode_file(eval_data, read_examples(eval_data), **how)
 
     head = [] if classes is None else head_parameters(network, fresh)
     names, marks = _adapt(network, checkpoint, head, target_modules, num_blocks)
@@ -218,44 +219,6 @@ def _adapt(
 
 def _base_name(model: str | Path) -> str:
     return str(Path(model).resolve()) if Path(model).is_dir() else str(model)
-
-
-def _classes(examples: list[Example], data: str | Path, checkpoint: Checkpoint, task: str) -> list[str | int] | None:
-    """Class labels in class order: the base's own order, where it is a classifier of the same classes."""
-    if task != "text-classification":
-        if examples[0].label is not None:
-            raise DataError(f"{data}: has labels, which --task {task} does not learn; give --task text-classification")
-        return None
-    classes = class_names(examples, data)
-    own = list((checkpoint.config.get("id2label") or {}).values())
-    return sorted(classes, key=own.index) if sorted(map(str, classes)) == sorted(own) else classes
-
-
-def _base_dtype(checkpoint: Checkpoint, autocast: bool) -> str:
-    """Under autocast a bfloat16 base stays as it is; any other is computed from in float32, so no bit of it is lost."""
-    stored = {info.dtype for info in checkpoint if info.dtype.startswith(("F", "BF"))}
-    return "bfloat16" if autocast and stored == {"BF16"} else "float32"
-
-
-def _length(network: Any, max_length: int | None) -> int:
-    limit = getattr(network.config, "max_position_embeddings", None) or math.inf
-    if max_length is not None and max_length > limit:
-        raise InputError(f"--max-length is {max_length}, but the model has {limit} positions; give {limit} or less")
-    return max_length or int(min(limit, 512))
-
-
-def _encode(path: str | Path, examples: list[Example], **how: Any) -> list[Encoded]:
-    with progress("tokenizing", len(examples)) as advance:
-        try:
-            items, dropped = encode_all(examples, advance=advance, **how)
-        except DataError as error:
-            raise DataError(f"{path}: {error}") from error
-    if dropped:
-        log.warning(
-            "%s: left out %d of %d lines, which have nothing to predict within --max-length (the first is line %d)",
-            path, len(dropped), len(examples), dropped[0],
-        )  # fmt: skip
-    return items
 
 
 def _fingerprints(checkpoint: Checkpoint, targets: Sequence[str]) -> dict[str, Fingerprint]:

@@ -1,0 +1,67 @@
+"""What any training run does before its first step: classes, precision and length, files into encoded items."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+from diablo_export.checkpoint import Checkpoint
+from diablo_export.console import log, progress
+from diablo_export.errors import DataError, InputError
+from diablo_export.trainer.batches import encode_all
+from diablo_export.trainer.data import Encoded, Example, class_names
+
+
+def known_classes(
+    examples: list[Example], data: str | Path, checkpoint: Checkpoint, task: str
+) -> list[str | int] | None:
+    """Class labels in class order: the base's own order, where it is a classifier of the same classes.
+
+    Raises:
+        DataError: labels that the task does not learn, or none where it needs them.
+    """
+    if task != "text-classification":
+        if examples[0].label is not None:
+            raise DataError(f"{data}: has labels, which --task {task} does not learn; give --task text-classification")
+        return None
+    classes = class_names(examples, data)
+    own = list((checkpoint.config.get("id2label") or {}).values())
+    return sorted(classes, key=own.index) if sorted(map(str, classes)) == sorted(own) else classes
+
+
+def base_dtype(checkpoint: Checkpoint, autocast: bool) -> str:
+    """Under autocast a bfloat16 base stays as it is; any other is computed from in float32, so no bit of it is lost."""
+    stored = {info.dtype for info in checkpoint if info.dtype.startswith(("F", "BF"))}
+    return "bfloat16" if autocast and stored == {"BF16"} else "float32"
+
+
+def item_length(network: Any, max_length: int | None) -> int:
+    """Tokens per item: as asked, else 512 or what the model takes when less.
+
+    Raises:
+        InputError: more than the model has positions.
+    """
+    limit = getattr(network.config, "max_position_embeddings", None) or math.inf
+    if max_length is not None and max_length > limit:
+        raise InputError(f"--max-length is {max_length}, but the model has {limit} positions; give {limit} or less")
+    return max_length or int(min(limit, 512))
+
+
+def encode_file(path: str | Path, examples: list[Example], **how: Any) -> list[Encoded]:
+    """The items of a file by `encode_all`, whose options these are; says what had to be left out.
+
+    Raises:
+        DataError: nothing left, or an unknown label; names the file.
+    """
+    with progress("tokenizing", len(examples)) as advance:
+        try:
+            items, dropped = encode_all(examples, advance=advance, **how)
+        except DataError as error:
+            raise DataError(f"{path}: {error}") from error
+    if dropped:
+        log.warning(
+            "%s: left out %d of %d lines, which have nothing to predict within --max-length (the first is line %d)",
+            path, len(dropped), len(examples), dropped[0],
+        )  # fmt: skip
+    return items
