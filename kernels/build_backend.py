@@ -1,4 +1,4 @@
-"""Builds the package with setuptools, and the kernel library in kernels/ with CMake where that is possible.
+"""Builds the package with setuptools, and the kernel library in this folder with CMake where that is possible.
 
 The environment variable DIABLO_KERNELS_BUILD says what to do about the kernels:
 
@@ -36,13 +36,17 @@ from setuptools.build_meta import (  # noqa: F401  the hooks that stay as they a
     prepare_metadata_for_build_wheel,
 )
 from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools.command.build import build
+from setuptools.command.egg_info import manifest_maker
 from setuptools.command.install import install
 
 VARIABLE = "DIABLO_KERNELS_BUILD"
-SOURCE = Path(__file__).parent / "kernels"
+SOURCE = Path(__file__).parent
 FOLDER = Path("diablo_export", "kernels")  # in the wheel; diablo_export.runtime looks there
 NOTE = "not_built.txt"  # in a pure wheel: why; read by `diablo-export doctor`
 _COMPILERS = ("c++", "g++", "clang++")
+
+manifest_maker.template = "kernels/MANIFEST.in"  # setuptools knows no setting for it
 
 
 def get_requires_for_build_wheel(config_settings: dict[str, str] | None = None) -> list[str]:
@@ -99,6 +103,12 @@ def _build(target: Path) -> str | None:
                 print(done.stdout, file=sys.stderr)
                 return f"`{' '.join(step[:2])} …` failed with exit code {done.returncode}; its output is above"
     return None
+
+
+class Build(build):
+    """setuptools' own, and the kernels."""
+
+    sub_commands = [*build.sub_commands, ("build_kernels", None)]  # noqa: RUF012
 
 
 class BuildKernels(Command):
