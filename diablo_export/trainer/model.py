@@ -133,9 +133,14 @@ def load_tuned(
 def wrap(model: nn.Module, name: str, *, blocks: Tensor | None = None, num_blocks: int | None = None) -> DiabloLinear:
     """Replace the linear layer at module path `name` by a DiabloLinear around it."""
     layer = DiabloLinear.from_linear(model.get_submodule(name), blocks, num_blocks)
-    parent, _, leaf = name.rpartition(".")
-    setattr(model.get_submodule(parent), leaf, layer)
+    replace_module(model, name, layer)
     return layer
+
+
+def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
+    """Put `module` at module path `name`."""
+    parent, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(parent), leaf, module)
 
 
 def checkpoint_activations(model: Any) -> None:
