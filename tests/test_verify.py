@@ -15,8 +15,9 @@ import onnx
 import pytest
 from click.testing import Result
 
+from diablo_export import runtime
 from diablo_export.errors import InputError
-from diablo_export.measure import golden
+from diablo_export.measure import certificate, golden
 from diablo_export.measure.certificate import CERTIFICATE, GOLDEN, read
 from diablo_export.measure.metrics import kl
 from diablo_export.measure.parity import parity
@@ -54,7 +55,10 @@ def test_a_branch_is_verified_with_each_adapter_and_without(branch: Path) -> Non
     assert report["verdict"] == "pass"
     names = [check["name"] for check in report["checks"]]
     states = [f"{figure}@{name}" for name in ("a", "base", "b") for figure in ("drift", "distance")]
-    assert names == ["files", "runs", *states, "dead@a", "dead@b"]
+    assert names == ["files", "runs", *states, "alive@a", "alive@b"]
+    assert {c["name"]: (c["value"], c["limit"]) for c in report["checks"] if c["limit"] == 1} == {
+        "runs": (1, 1), "alive@a": (1, 1), "alive@b": (1, 1),
+    }  # fmt: skip
     # the same file on the same machine, with as many threads: nothing to round anew
     assert all(check["value"] == 0 for check in report["checks"] if check["name"].startswith("drift"))
     assert report["environment"]["provider"] == "CPUExecutionProvider"
@@ -64,7 +68,7 @@ def test_a_merge_and_a_classifier(merge: Path, tiny_model: Get, tiny_adapter: Ge
     assert [c["name"] for c in verify(merge)["checks"]] == ["files", "runs", "drift@adapter", "distance@adapter"]
     bert = exports.branched(tiny_model("bert"), {"mood": tiny_adapter("bert")}, tmp_path / "bert")
     report = verify(certified(bert))
-    assert report["verdict"] == "pass" and "dead@mood" in [check["name"] for check in report["checks"]]
+    assert report["verdict"] == "pass" and "alive@mood" in [check["name"] for check in report["checks"]]
 
 
 @pytest.mark.parametrize(
@@ -97,12 +101,27 @@ def test_a_device_that_computes_something_else_fails(merge: Path, tmp_path: Path
     norm.CopyFrom(onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(norm) * np.float32(1.5), norm.name))
     onnx.save(model, out / "model.onnx")
     body, cases, _ = read(merge)
-    from diablo_export.measure import certificate
-
     certificate.write(out, cases or read(merge)[1], body["precision"], body["environment"])
     report = verify(out)
     assert report["verdict"] == "fail"
     assert exports.failed(report) == {"drift@adapter", "distance@adapter"}
+
+
+def test_a_device_that_refuses_the_model_or_leaves_the_adapter_out_fails(
+    branch: Path, merge: Path, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Here 1 is good, as in parity.json."""
+    out = exports.copy(merge, tmp_path / "out")
+    (out / "model.onnx").write_bytes((out / "model.onnx").read_bytes()[:1000])
+    body, cases, _ = read(merge)
+    certificate.write(out, cases, body["precision"], body["environment"])
+    result = run("verify", out)
+    assert result.exit_code == 1 and "runs 0 (limit ≥ 1)" in result.stderr
+    monkeypatch.setattr(
+        runtime, "run", lambda session, feeds, _adapter, names=None, run=runtime.run: run(session, feeds, None, names)
+    )
+    held = exports.checks(verify(branch))
+    assert not held["alive@a"] and not held["alive@b"] and not held["drift@a"] and held["drift@base"]
 
 
 def test_a_failed_check_gives_no_certificate(merge: Path, tmp_path: Path) -> None:

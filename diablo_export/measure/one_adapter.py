@@ -101,27 +101,17 @@ def measure(
 
     examine(found, tuned, off, tokenizer, opened, **bounds)
     if modules and found.figures["runs"]:
-        _add_modules(found, out, manifest, tuned, tokenizer, adapter, **bounds)
+        _add_modules(found, out, manifest, model, adapter, threads)
     return found
 
 
 def _add_modules(
-    found: Measured,
-    out: Path,
-    manifest: Mapping[str, Any],
-    tuned: TorchRunner,
-    tokenizer: Any,
-    adapter: Adapter,
-    *,
-    threads: int | None,
-    **bounds: Any,
+    found: Measured, out: Path, manifest: Mapping[str, Any], model: Any, adapter: Adapter, threads: int | None
 ) -> None:
     """Look into modules, now that the sessions of the whole comparison are closed: memory is for one kind at a time."""
-    chosen = {key: bounds[key] for key in ("data", "samples", "max_tokens", "seed")}
-    items = collect(tokenizer, window=_window(tuned.model), classifier=found.classifier, **chosen)
     lost = not found.figures["adapter.survival_gain.error"] <= _LOST
     try:
-        looked = look(out, manifest, tuned.model, found.name, adapter, items, threads=threads, lost=lost)
+        looked = look(out, manifest, model, found.name, adapter, found.samples, threads=threads, lost=lost)
     except ExportError as error:  # a graph that runs, but not with its inner values shown
         log.warning("modules cannot be looked into: %s", error)
         return
@@ -162,8 +152,8 @@ def examine(
         InputError: the data cannot be used.
     """
     bounds: dict[str, Any] = {"data": data, "samples": samples, "max_tokens": max_tokens, "seed": seed}
-    window = min(_window(tuned.model), longest or _WINDOW)
-    items = collect(tokenizer, window=window, classifier=found.classifier, **bounds)
+    longest = min(window(tuned.model), longest or _WINDOW)
+    items = collect(tokenizer, window=longest, classifier=found.classifier, **bounds)
     found.samples, tokens = items, sum(len(item.ids) for item in items)
     found.environment |= bounds | {
         "data": str(data or "built-in prompts"),
@@ -234,7 +224,8 @@ def using_threads(threads: int | None) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _window(model: Any) -> int:
+def window(model: Any) -> int:
+    """Tokens of a sequence, at most: what the model takes, and what leaves room for its logits."""
     fitting = max(_SHORTEST, _LOGITS_AT_ONCE // int(getattr(model.config, "vocab_size", 1)))
     return min(_WINDOW, fitting, context_length(model))
 
