@@ -13,6 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 from diablo_export.blockdiag import BlockShape
 from diablo_export.errors import InputError
+from diablo_export.trainer.folding import Fold
 
 
 class DiabloLinear(nn.Module):
@@ -24,6 +25,7 @@ class DiabloLinear(nn.Module):
         shape: the sizes of the layer and of its blocks.
         enabled: False gives the base alone.
         merged: whether the base weight holds the blocks at the moment.
+        fold: adds the blocks to the base weight while they are trained, see `folding`; None: they are a branch.
     """
 
     def __init__(self, base: nn.Module, blocks: Tensor, shape: BlockShape) -> None:
@@ -32,6 +34,7 @@ class DiabloLinear(nn.Module):
         self.blocks = nn.Parameter(blocks)
         self.shape = shape
         self.enabled = True
+        self.fold: Fold | None = None
         self._replaced: list[Tensor] | None = None  # the base's own values under each block, while merged
 
     @classmethod
@@ -68,7 +71,9 @@ class DiabloLinear(nn.Module):
     @property
     def weight(self) -> Tensor:
         """The base's weight: some models look at their layers' weights."""
-        return self.base.get_parameter("weight")
+        weight = self.base.weight  # a packed base makes it anew
+        assert isinstance(weight, Tensor)
+        return weight
 
     @property
     def bias(self) -> Tensor | None:
@@ -83,6 +88,10 @@ class DiabloLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(…, in_features) → (…, out_features)."""
+        if self.fold is not None:
+            if self.enabled:
+                return self.fold(x, self.blocks)
+            self.fold.lift()
         y: Tensor = self.base(x)
         if not self.enabled or self.merged:
             return y
@@ -93,6 +102,9 @@ class DiabloLinear(nn.Module):
         """Add the blocks to the base weight, rounded once to its dtype; only the entries that they meet change."""
         if self.merged:
             return
+        if self.fold is not None:
+            self.fold.lift()
+            self.fold = None
         self._replaced = []
         for entries, block in self._touched():
             self._replaced.append(entries.clone())
