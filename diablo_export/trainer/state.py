@@ -68,7 +68,7 @@ def load_state(
         raise CheckpointError(
             f"{folder / STATE}: format_version is {state.get('format_version')!r}, not {FORMAT_VERSION}"
         )
-    _check_settings(folder, state["settings"], settings)
+    check_settings(folder, state["settings"], settings)
     infos, _ = read_header(folder / TENSORS)
     wanted = {f"{name}{part}" for name in parameters for part in ("", *(f":{moment}" for moment in _MOMENTS))}
     if set(infos) != wanted:
@@ -92,7 +92,12 @@ def _like(parameter: nn.Parameter, value: np.ndarray[Any, Any]) -> torch.Tensor:
     return torch.from_numpy(value).to(parameter.device, parameter.dtype)
 
 
-def _check_settings(folder: Path, stored: dict[str, Any], given: dict[str, Any]) -> None:
+def check_settings(folder: Path, stored: dict[str, Any], given: dict[str, Any]) -> None:
+    """Compare the settings of an unfinished run, as JSON holds them, with those that it is to go on with.
+
+    Raises:
+        InputError: lists each that differs, with both values.
+    """
     # through JSON and back, as the stored ones went
     given = json.loads(json.dumps(given))
     different = [
