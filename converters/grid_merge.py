@@ -230,7 +230,8 @@ class _Bench:
             module = self.adapter.modules[name]
             weight = add_to_weight(base_weight(self._float_base, name), module.blocks)
             wanted = grouped(np.asarray(weight, np.float32), grid.codes.shape[-1])
-        return self._stored(name, with_touched(grid, wanted, self._layers[name].shape, lambda t, g, _: rounded(t, g)))
+        merged = with_touched(grid, wanted, self._layers[name].shape, lambda t, g, _: rounded(t, g))
+        return merged.stored_as(scale_type(self.made.found[name]))
 
     def _refit(self, name: str, grid: Grid) -> Grid:
         dtype = scale_type(self.made.found[name])
@@ -344,11 +345,6 @@ class _Bench:
         module = self.adapter.modules[name]
         values = grid.values().reshape(module.out_features, -1)[:, : module.in_features]
         return grouped(np.asarray(add_to_weight(values, module.blocks), np.float32), grid.codes.shape[-1])
-
-    def _stored(self, name: str, grid: Grid) -> Grid:
-        """With scales as the file holds them."""
-        scales = grid.scales.astype(scale_type(self.made.found[name])).astype(np.float32)
-        return Grid(grid.codes, scales, grid.zeros, grid.bits, grid.symmetric)
 
 
 def _write(one: Match, best: Tried, made: GridNetwork, folder: Path) -> dict[str, Any]:

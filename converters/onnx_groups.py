@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx_ir as ir
 
 from diablo_export.blockdiag import Array
 from diablo_export.converters.onnx_linears import Linear, numpy_of
 from diablo_export.converters.onnx_match import Match
+from diablo_export.converters.onnx_stored import Dequantized, keep, writable
 from diablo_export.errors import ExportError
 from diablo_export.quantization import pack, unpack
 from diablo_export.requantize import Grid
@@ -83,13 +83,18 @@ def scale_type(one: Match) -> Any:
     return numpy_of(scales).dtype
 
 
+def opened(linear: Linear, folder: Path) -> Stored | Dequantized:
+    """A node's quantized weight, to be read and written group by group; `folder` is where its model.onnx lies."""
+    return Stored(linear, folder) if linear.layout == "MatMulNBits" else Dequantized(linear, folder)
+
+
 class Stored:
     """A node's quantized weight, opened for reading and writing group by group."""
 
     def __init__(self, linear: Linear, folder: Path) -> None:
         """Map the initializers of a MatMulNBits node; `folder` is where its model.onnx lies."""
         assert linear.scales is not None
-        self._values = [value for value in (linear.weight, linear.scales, linear.zero_points) if value is not None]
+        self._values = linear.stored
         self._arrays = [writable(value, folder) for value in self._values]
         self._bits, self._size = linear.bits, linear.group_size
         self._inputs = linear.in_features
@@ -97,15 +102,19 @@ class Stored:
         self._codes = self._arrays[0].reshape(linear.out_features, self._groups, -1)
         self._scales = self._arrays[1].reshape(linear.out_features, self._groups)
         self._zeros = self._arrays[2].reshape(linear.out_features, -1) if len(self._arrays) > 2 else None
+        self._between = self._zeros is not None and self._zeros.dtype != np.uint8  # zero points are floats
 
     def part(self, rows: slice, groups: slice) -> Grid:
         """A copy of some rows and groups; what pads the last one is worth 0, whatever its bytes say."""
         scales = self._scales[rows, groups].astype(np.float32)
-        zeros = np.full(scales.shape, 2 ** (self._bits - 1), np.uint8)
-        if self._zeros is not None:
+        zeros: Array = np.full(scales.shape, 2 ** (self._bits - 1), np.uint8)
+        if self._zeros is not None and self._between:
+            zeros = self._zeros[rows, groups].astype(np.float32)
+        elif self._zeros is not None:
             zeros = unpack(np.array(self._zeros[rows]), self._bits, self._groups)[:, groups]
         codes = unpack(np.array(self._codes[rows, groups]), self._bits, self._size)
-        self._past_the_end(codes, groups)[:] = self._past_the_end(np.repeat(zeros, self._size, 1), groups)
+        nothing = np.repeat(np.clip(np.rint(zeros), 0, 2**self._bits - 1), self._size, 1)
+        self._past_the_end(codes, groups)[:] = self._past_the_end(nothing, groups)
         return Grid(codes, scales, zeros, self._bits, self._zeros is None)
 
     def put(self, rows: slice, groups: slice, grid: Grid) -> None:
@@ -114,7 +123,9 @@ class Stored:
         self._past_the_end(codes, groups)[:] = self._past_the_end(before, groups)
         self._codes[rows, groups] = pack(codes, self._bits)
         self._scales[rows, groups] = grid.scales.astype(self._scales.dtype)
-        if self._zeros is not None:
+        if self._zeros is not None and self._between:
+            self._zeros[rows, groups] = grid.zeros.astype(self._zeros.dtype)
+        elif self._zeros is not None:
             stored = self._zeros[rows]
             points = unpack(np.array(stored), self._bits, self._groups)
             points[:, groups] = grid.zeros
@@ -136,7 +147,7 @@ class Stored:
 
 def read(one: Match, folder: Path) -> Grid:
     """The module's grid, (out, groups, size)."""
-    parts = [Stored(piece.linear, folder).part(slice(piece.start, piece.stop), slice(0, None)) for piece in one.pieces]
+    parts = [opened(piece.linear, folder).part(slice(piece.start, piece.stop), slice(0, None)) for piece in one.pieces]
     codes, scales, zeros = (
         np.concatenate([getattr(part, name) for part in parts]) for name in ("codes", "scales", "zeros")
     )
@@ -147,32 +158,10 @@ def write(one: Match, grid: Grid, folder: Path) -> int:
     """Write a module's grid where a block meets it; returns how many groups that were."""
     count = 0
     for linear, found in corners(one):
-        stored = Stored(linear, folder)
+        stored = opened(linear, folder)
         for corner in found:
             groups = corner.groups(linear.group_size)
             stored.put(corner.rows, groups, grid.part(corner.of_module, groups))
             count += (corner.rows.stop - corner.rows.start) * (groups.stop - groups.start)
         stored.close()
     return count
-
-
-def writable(value: ir.Value, folder: Path) -> Array:
-    """The initializer's values; writing to them changes the data file, where that is where they are."""
-    tensor = value.const_value
-    assert tensor is not None
-    if not isinstance(tensor, ir.ExternalTensor):
-        return np.array(tensor.numpy())
-    size = tensor.length if tensor.length is not None else tensor.nbytes
-    raw = np.memmap(folder / tensor.location, np.uint8, "r+", tensor.offset or 0, (size,))
-    return raw.view(tensor.dtype.numpy()).reshape(tensor.shape.numpy())
-
-
-def keep(value: ir.Value, array: Array) -> None:
-    """Finish what `writable` began."""
-    if isinstance(value.const_value, ir.ExternalTensor):
-        base: Any = array
-        while not isinstance(base, np.memmap):
-            base = base.base
-        base.flush()
-    else:
-        value.const_value = ir.tensor(array, name=value.name)

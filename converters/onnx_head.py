@@ -77,7 +77,7 @@ def _stand_in(model: ir.Model, name: str, value: Array) -> ir.Value | None:
 def _set_weight(model: ir.Model, layer: Linear, weight: ir.Value) -> bool:
     """Let the layer multiply by `weight` (out, in), in float also where it was quantized."""
     node = layer.node
-    if layer.layout == "Gemm":
+    if node.op_type == "Gemm":
         node.attributes["transB"] = ir.AttrInt64("transB", 1)
         node.replace_input_with(1, weight)
         return True
@@ -94,7 +94,7 @@ def _set_weight(model: ir.Model, layer: Linear, weight: ir.Value) -> bool:
 
 def _set_bias(layer: Linear, bias: ir.Value) -> bool:
     """Let the layer add `bias` (out,)."""
-    if layer.layout == "Gemm" and len(layer.node.inputs) > 2:
+    if layer.node.op_type == "Gemm" and len(layer.node.inputs) > 2:
         layer.node.replace_input_with(2, bias)
         return True
     for use in layer.y.uses():

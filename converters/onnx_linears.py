@@ -1,5 +1,7 @@
 """The linear layers of an ONNX graph: MatMul, Gemm and MatMulNBits on a stored weight, and that weight's values.
 
+A weight may be stored in float, as MatMulNBits takes it, or as codes that a DequantizeLinear turns into floats.
+
 Values are read where they are asked for, through the memory map of the external data: looking at 64 samples of
 a weight does not load it.
 """
@@ -17,8 +19,9 @@ import onnx_ir as ir
 from diablo_export.blockdiag import Array
 from diablo_export.errors import ExportError
 
-Layout = Literal["MatMul", "Gemm", "MatMulNBits"]
+Layout = Literal["MatMul", "Gemm", "MatMulNBits", "DequantizeLinear"]
 Index = npt.NDArray[np.int64]
+_INTEGERS = {getattr(ir.DataType, name) for name in ("INT2", "UINT2", "INT4", "UINT4", "INT8", "UINT8")}
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,8 @@ class Linear:
     scales: ir.Value | None = None
     zero_points: ir.Value | None = None
     group_index: ir.Value | None = None  # which group each input belongs to; None: k // group_size
+    source: ir.Node | None = None  # the DequantizeLinear that makes the weight
+    fault: str | None = None  # why its groups are not runs of inputs, where they are not
 
     @property
     def name(self) -> str:
@@ -63,6 +68,8 @@ class Linear:
 
     def values_at(self, rows: Index, columns: Index) -> npt.NDArray[np.float32]:
         """The weight, taken as (out_features, in_features), at these positions; dequantized where it is quantized."""
+        if self.source is not None:
+            return self._dequantized_at(*((columns, rows) if self.transposed else (rows, columns)))
         if self.layout != "MatMulNBits":
             values = numpy_of(self.weight)
             return (values[columns, rows] if self.transposed else values[rows, columns]).astype(np.float32)
@@ -74,6 +81,24 @@ class Linear:
         code = _unpacked(codes, rows, columns, self.bits)
         scale = numpy_of(self.scales).reshape(self.out_features, -1)[rows, group].astype(np.float32)
         return (code - self._zero_at(rows, group)) * scale
+
+    def _dequantized_at(self, *places: Index) -> npt.NDArray[np.float32]:
+        """What the DequantizeLinear gives at these places of its codes."""
+        assert self.source is not None and self.scales is not None
+        scales, codes = numpy_of(self.scales), numpy_of(self.weight)[places].astype(np.float32)
+        here: tuple[Index, ...] = ()  # one scale for all
+        if scales.ndim == 2:
+            sizes = [attribute(self.source, "block_size") if axis == _axis(self.source) else 1 for axis in (0, 1)]
+            here = tuple(place // size for place, size in zip(places, sizes, strict=True))
+        elif scales.ndim == 1:
+            here = (places[_axis(self.source)] if scales.size > 1 else places[0] * 0,)
+        zeros = 0 if self.zero_points is None else numpy_of(self.zero_points)[here].astype(np.float32)
+        return np.asarray((codes - zeros) * scales[here].astype(np.float32), np.float32)
+
+    @property
+    def stored(self) -> list[ir.Value]:
+        """Its initializers: the weight or its codes, scales, zero points; those of them that there are."""
+        return [value for value in (self.weight, self.scales, self.zero_points) if value is not None]
 
     def _zero_at(self, rows: Index, group: Index) -> npt.NDArray[np.float32]:
         if self.zero_points is None:
@@ -143,12 +168,56 @@ def _float(node: ir.Node) -> Linear | None:
         if weight.shape is not None and len(weight.shape) != 2:
             return None
         weight, transposed = producer.inputs[0], not transposed
+        producer = weight.producer()
+    if producer is not None and producer.op_type == "DequantizeLinear":
+        return _dequantized(node, producer, transposed)
     if weight.const_value is None or len(weight.const_value.shape) != 2:
         return None
     first, second = (int(size) for size in weight.const_value.shape.numpy())
     sizes = (first, second) if transposed else (second, first)
     layout: Layout = "Gemm" if node.op_type == "Gemm" else "MatMul"
     return Linear(node, layout, weight, *sizes, transposed)
+
+
+def _dequantized(node: ir.Node, source: ir.Node, transposed: bool) -> Linear | None:
+    """A node whose weight a DequantizeLinear makes of stored integers."""
+    codes, scales, zeros = (*source.inputs, None)[:3]
+    kept = [value for value in (codes, scales, zeros) if value is not None]
+    if codes is None or scales is None or any(value.const_value is None for value in kept):
+        return None
+    dtype = codes.dtype
+    if dtype is None or dtype not in _INTEGERS or codes.shape is None or len(codes.shape) != 2:
+        return None
+    first, second = (int(size) for size in codes.const_value.shape.numpy())  # type: ignore[union-attr]
+    inputs, outputs = (first, second) if transposed else (second, first)
+    signed = dtype.name.startswith("INT")
+    if zeros is not None and signed and not numpy_of(zeros).any():
+        zeros = None  # it says nothing
+    size, fault = _groups_of(source, numpy_of(scales), inputs, _axis(source) == (0 if transposed else 1))
+    if zeros is None and not signed:
+        fault = fault or "its codes are unsigned and have no zero points, so all its weights are of one sign"
+    return Linear(
+        node, "DequantizeLinear", codes, inputs, outputs, transposed, dtype.bitwidth, size, scales, zeros,
+        source=source, fault=fault,
+    )  # fmt: skip
+
+
+def _groups_of(source: ir.Node, scales: Array, inputs: int, along_inputs: bool) -> tuple[int, str | None]:
+    """How many inputs share a scale, and what is wrong with these groups."""
+    if scales.ndim == 2 and along_inputs:
+        return attribute(source, "block_size"), None
+    if scales.ndim == 1 and scales.size > 1 and not along_inputs:
+        return inputs, None  # one scale for each output
+    if scales.ndim == 2:
+        return inputs, "its groups run along the outputs, across the blocks"
+    if scales.size > 1:
+        return inputs, "it has one scale for each input, across the blocks"
+    return inputs, "it has one scale for the whole weight, which every block meets"
+
+
+def _axis(source: ir.Node) -> int:
+    """The axis of a DequantizeLinear on a matrix."""
+    return attribute(source, "axis", 1) % 2
 
 
 def _quantized(node: ir.Node) -> Linear | None:

@@ -1,4 +1,4 @@
-"""Add blocks to the weights of an ONNX model in place, float or quantized (MatMulNBits).
+"""Add blocks to the weights of an ONNX model in place, float or quantized (MatMulNBits, or codes and DequantizeLinear).
 
 Of a float weight only the entries that a block meets are computed. Of a quantized one only the touched groups are:
 dequantized, added to, rounded anew on a grid of the same kind. Every other byte stays as it is.
@@ -14,10 +14,11 @@ import numpy as np
 import onnx_ir as ir
 
 from diablo_export.adapter import Adapter
-from diablo_export.converters.onnx_groups import Stored, corners, keep, quantized, writable
+from diablo_export.converters.onnx_groups import corners, opened, quantized
 from diablo_export.converters.onnx_head import feed_parameters
 from diablo_export.converters.onnx_linears import Linear
 from diablo_export.converters.onnx_match import Match, match
+from diablo_export.converters.onnx_stored import keep, writable
 from diablo_export.errors import ExportError
 from diablo_export.requantize import rounded
 
@@ -62,13 +63,16 @@ def put_head(model: ir.Model, adapter: Adapter) -> None:
 
 def _refusal(linear: Linear) -> str | None:
     """Why blocks cannot be merged into this node's weight, or None."""
-    if len(linear.weight.uses()) > 1:
-        others = [use.node.name for use in linear.weight.uses() if use.node is not linear.node]
-        return f"{linear.name}: its weight is shared with {', '.join(map(str, others))}, which would change as well"
+    made = [] if linear.source is None else [linear.source.outputs[0]]
+    for value in (*linear.stored, *made):
+        if len(value.uses()) > 1:
+            others = [use.node.name for use in value.uses() if use.node not in (linear.node, linear.source)]
+            what = "weight" if value in (linear.weight, *made) else str(value.name)
+            return f"{linear.name}: its {what} is shared with {', '.join(map(str, others))}, which would change as well"
     if linear.group_index is not None:
         return f"{linear.name}: its groups are permuted (g_idx), so a block meets almost all of them"
-    if linear.zero_points is not None and linear.zero_points.dtype != ir.DataType.UINT8:
-        return f"{linear.name}: its zero points are floats; only integer ones are written"
+    if linear.fault is not None:
+        return f"{linear.name}: {linear.fault}"
     return None
 
 
@@ -79,7 +83,7 @@ def _merge(one: Match, folder: Path) -> str:
         return f"added to the weight ({one.why})"
     done = total = 0
     for linear, found in corners(one):
-        stored = Stored(linear, folder)
+        stored = opened(linear, folder)
         for corner in found:
             groups = corner.groups(linear.group_size)
             old = stored.part(corner.rows, groups)

@@ -74,15 +74,26 @@ def quantize(weight: Float32, bits: int = 4, group_size: int = 32, symmetric: bo
     step = max(1, _ROWS_AT_ONCE // (groups * group_size))
     for start in range(0, out_features, step):
         rows = slice(start, min(start + step, out_features))
-        grouped = _grouped(weight[rows], groups, group_size)
-        scale, reciprocal, zero = _grid(grouped, bits, symmetric)
-        integers = np.clip(_round(grouped * reciprocal[..., None] + zero[..., None]), 0, 2**bits - 1)
+        integers, scales[rows], zero = fresh_grid(_grouped(weight[rows], groups, group_size), bits, symmetric)
         _blank_padding(integers, in_features)
-        codes[rows] = pack(integers.astype(np.uint8), bits)
-        scales[rows] = scale
+        codes[rows] = pack(integers, bits)
         if zeros is not None:
-            zeros[rows] = pack(zero.astype(np.uint8), bits, fill=2 ** (bits - 1))
+            zeros[rows] = pack(zero, bits, fill=2 ** (bits - 1))
     return Quantized(codes, scales, zeros, bits, group_size, in_features)
+
+
+def fresh_grid(grouped: Float32, bits: int, symmetric: bool) -> tuple[Codes, Float32, Codes]:
+    """Each group of (rows, groups, size) rounded to its own grid, as `quantize` does, whatever its size.
+
+    Returns:
+        Codes (rows, groups, size), scales and zero points (rows, groups).
+
+    Raises:
+        InputError: NaN or inf among the weights.
+    """
+    scale, reciprocal, zero = _grid(grouped, bits, symmetric)
+    integers = np.clip(_round(grouped * reciprocal[..., None] + zero[..., None]), 0, 2**bits - 1)
+    return integers.astype(np.uint8), scale, zero.astype(np.uint8)
 
 
 def dequantize(quantized: Quantized) -> Float32:
@@ -156,7 +167,7 @@ def _reciprocal(scale: Float32) -> Float32:
     return np.divide(np.float32(1), scale, out=np.zeros_like(scale), where=scale != 0)
 
 
-def _blank_padding(integers: Float32, in_features: int) -> None:
+def _blank_padding(integers: Codes, in_features: int) -> None:
     """Codes past in_features are 0, as onnxruntime leaves them."""
     rows = integers.reshape(len(integers), -1)
     rows[:, in_features:] = 0

@@ -18,8 +18,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 import numpy.typing as npt
 
-from diablo_export.blockdiag import BlockShape
-from diablo_export.quantization import Codes, Float32, quantize, unpack
+from diablo_export.blockdiag import Array, BlockShape
+from diablo_export.quantization import Codes, Float32, fresh_grid
 
 _RATIOS = np.linspace(0.5, 1.1, 13)  # of the scale that just holds a group's largest weight
 _FITS = 3  # alternations of codes and scale: the error no longer falls after that
@@ -33,7 +33,7 @@ class Grid:
 
     codes: Codes  # (rows, groups, size)
     scales: Float32  # (rows, groups)
-    zeros: Codes  # (rows, groups)
+    zeros: Array  # (rows, groups): uint8, or float32 anywhere between the codes, as HQQ has them
     bits: int
     symmetric: bool  # zeros stay 2^(bits − 1)
 
@@ -45,6 +45,17 @@ class Grid:
         """Some of its rows and groups, as views."""
         pieces = self.codes[rows, groups], self.scales[rows, groups], self.zeros[rows, groups]
         return Grid(*pieces, self.bits, self.symmetric)
+
+    def stored_as(self, dtype: npt.DTypeLike) -> Grid:
+        """With scales, and zero points that are floats, rounded to the dtype that they are stored in."""
+        scales = self.scales.astype(dtype).astype(np.float32)
+        zeros = self.zeros.astype(dtype).astype(np.float32) if self.between else self.zeros
+        return replace(self, scales=scales, zeros=zeros)
+
+    @property
+    def between(self) -> bool:
+        """Whether zero points are floats."""
+        return bool(np.issubdtype(self.zeros.dtype, np.floating))
 
     @property
     def top(self) -> int:
@@ -82,11 +93,16 @@ def grouped(values: Float32, size: int) -> Float32:
 
 
 def rounded(target: Float32, like: Grid) -> Grid:
-    """Each group rounded to a fresh grid of its own, bit for bit as `quantization.quantize` does."""
-    rows, groups, size = target.shape
-    fresh = quantize(target.reshape(rows, -1), like.bits, size, like.symmetric)
-    zeros = like.zeros if fresh.zero_points is None else unpack(fresh.zero_points, like.bits, groups)
-    return replace(like, codes=unpack(fresh.codes, like.bits, size), scales=fresh.scales, zeros=zeros)
+    """Each group rounded to a fresh grid of its own, bit for bit as `quantization.quantize` does.
+
+    Where zero points are floats, the grid spans the group from its smallest weight to its largest.
+    """
+    if like.between:
+        smallest, spread = target.min(-1), np.ptp(target, -1)
+        scales = np.where(spread > 0, spread / np.float32(like.top), np.maximum(np.abs(smallest), np.float32(1e-30)))
+        return _on(target, like, scales, -smallest / scales)
+    codes, scales, zeros = fresh_grid(target, like.bits, like.symmetric)
+    return replace(like, codes=codes, scales=scales, zeros=like.zeros if like.symmetric else zeros)
 
 
 def refitted(target: Float32, like: Grid, dtype: npt.DTypeLike = np.float32) -> Grid:
@@ -102,11 +118,10 @@ def refitted(target: Float32, like: Grid, dtype: npt.DTypeLike = np.float32) -> 
     least = _squared(best, target)
     for ratio in _RATIOS:
         for sign in (1, -1) if like.symmetric else (1,):
-            scales = fresh.scales * np.float32(ratio * sign)
+            trial = replace(fresh, scales=fresh.scales * np.float32(ratio * sign)).stored_as(dtype)
             for _ in range(_FITS):
-                trial = _on(target, fresh, scales.astype(dtype).astype(np.float32), fresh.zeros)
-                scales = _fitted_to_weights(trial, target)
-            trial = replace(trial, scales=scales.astype(dtype).astype(np.float32))
+                trial = _on(target, trial, trial.scales, trial.zeros)
+                trial = _fitted_to_weights(trial, target).stored_as(dtype)
             best, least = _better(best, least, trial, _squared(trial, target))
     return best
 
@@ -186,19 +201,22 @@ def _fitted_to_outputs(grid: Grid, target: Float32, moments: Float32) -> Float32
     return scales
 
 
-def _on(target: Float32, grid: Grid, scales: Float32, zeros: Codes) -> Grid:
+def _on(target: Float32, grid: Grid, scales: Float32, zeros: Array) -> Grid:
     """The target rounded to the nearest on these scales and zero points."""
     usable = np.where(scales == 0, np.float32(np.inf), scales)[..., None]
     codes = np.clip(np.rint(target / usable + zeros[..., None]), 0, grid.top)
     return replace(grid, codes=codes.astype(np.uint8), scales=scales, zeros=zeros)
 
 
-def _fitted_to_weights(grid: Grid, target: Float32) -> Float32:
-    """Σ t·u / Σ u² of each group, u = codes − zeros."""
+def _fitted_to_weights(grid: Grid, target: Float32) -> Grid:
+    """With the best scale of each group for its codes, Σ t·u / Σ u², u = codes − zeros; then the best float zero."""
     steps = grid.codes.astype(np.float32) - grid.zeros[..., None]
     square = (steps**2).sum(-1)
-    fitted: Float32 = np.divide((target * steps).sum(-1), square, out=grid.scales.copy(), where=square > 0)
-    return fitted
+    scales: Float32 = np.divide((target * steps).sum(-1), square, out=grid.scales.copy(), where=square > 0)
+    if not grid.between:
+        return replace(grid, scales=scales)
+    usable = np.where(scales == 0, np.float32(np.inf), scales)
+    return replace(grid, scales=scales, zeros=(grid.codes - target / usable[..., None]).mean(-1))
 
 
 def _squared(grid: Grid, target: Float32) -> Float32:

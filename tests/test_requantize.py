@@ -118,3 +118,18 @@ def test_only_touched_groups_change(num_blocks: int) -> None:
     assert np.array_equal(changed.scales[~met], grid.scales[~met])
     assert np.array_equal(changed.values()[met], rounded(target, grid).values()[met])
     assert [part[1].stop for part in touched(shape, SIZE)][-1] == 3
+
+
+def test_float_zero_points_lie_between_the_codes_and_are_fitted() -> None:
+    target = random(12, 3, SIZE, seed=3) + 1.5
+    old = base(symmetric=False)
+    between = Grid(old.codes, old.scales, old.zeros.astype(np.float32) + np.float32(0.3), 4, False)
+    nearest = rounded(target, between)
+    # it spans each group exactly, so no weight is farther than half a step away
+    assert (np.abs(nearest.values() - target) <= 0.501 * nearest.scales[..., None]).all()
+    assert (nearest.zeros != np.rint(nearest.zeros)).any()
+    fitted = refitted(target, between, np.float16)
+    assert squared(fitted, target) < 0.95 * squared(nearest, target)
+    assert np.array_equal(fitted.zeros, fitted.zeros.astype(np.float16)), "as it is stored"
+    flat = rounded(np.full((1, 1, SIZE), -0.25, np.float32), between.part(slice(1), slice(1)))
+    np.testing.assert_allclose(flat.values(), -0.25, rtol=1e-6)

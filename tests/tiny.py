@@ -140,8 +140,8 @@ def make_other_adapter(model: Path, folder: Path) -> Path:
     return folder
 
 
-def build_with_genai(model: Path, folder: Path, precision: str) -> Path:
-    """Run onnxruntime-genai's model builder as its users do; returns model.onnx."""
+def build_with_genai(model: Path, folder: Path, precision: str, *options: str) -> Path:
+    """Run onnxruntime-genai's model builder as its users do, with its extra options; returns model.onnx."""
     import contextlib
     import io
     import logging
@@ -150,6 +150,6 @@ def build_with_genai(model: Path, folder: Path, precision: str) -> Path:
 
     arguments = (None, str(model), str(folder), precision, "cpu", str(folder / "cache"))
     with contextlib.redirect_stdout(io.StringIO()):
-        builder.create_model(*arguments, **builder.parse_extra_options(*arguments, {}))
+        builder.create_model(*arguments, **builder.parse_extra_options(*arguments, list(options)))
     logging.getLogger().setLevel(logging.WARNING)
     return folder / "model.onnx"

@@ -1,0 +1,117 @@
+"""Initializers of an ONNX graph as numpy arrays that can be written to, and codes that a DequantizeLinear reads.
+
+What is written changes the data file itself, where the values lie in one, and only the bytes of the initializer.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from diablo_export.blockdiag import Array
+from diablo_export.converters.onnx_linears import Linear
+from diablo_export.quantization import Codes, pack, unpack
+from diablo_export.requantize import Grid
+
+
+def writable(value: ir.Value, folder: Path) -> Array:
+    """The initializer's values; writing to them changes the data file, where that is where they are.
+
+    Types narrower than a byte come as they are packed: a flat array of bytes.
+    """
+    tensor = value.const_value
+    assert tensor is not None
+    narrow = tensor.dtype.bitwidth < 8
+    if not isinstance(tensor, ir.ExternalTensor):
+        return np.frombuffer(tensor.tobytes(), np.uint8).copy() if narrow else np.array(tensor.numpy())
+    size = tensor.length if tensor.length is not None else tensor.nbytes
+    raw = np.memmap(folder / tensor.location, np.uint8, "r+", tensor.offset or 0, (size,))
+    return raw if narrow else raw.view(tensor.dtype.numpy()).reshape(tensor.shape.numpy())
+
+
+def keep(value: ir.Value, array: Array) -> None:
+    """Finish what `writable` began."""
+    tensor = value.const_value
+    assert tensor is not None
+    if isinstance(tensor, ir.ExternalTensor):
+        base: Any = array
+        while not isinstance(base, np.memmap):
+            base = base.base
+        base.flush()
+    elif tensor.dtype.bitwidth < 8:
+        value.const_value = ir.PackedTensor(array, tensor.dtype, shape=list(tensor.shape.numpy()), name=value.name)
+    else:
+        value.const_value = ir.tensor(array, name=value.name)
+
+
+class Dequantized:
+    """A weight that a DequantizeLinear makes of integers, opened for reading and writing group by group.
+
+    Signed codes and zero points are moved by half their range, so that they are those of a `Grid`.
+    """
+
+    def __init__(self, linear: Linear, folder: Path) -> None:
+        """Map the initializers of the node; `folder` is where its model.onnx lies."""
+        self._values = linear.stored
+        self._arrays = [writable(value, folder) for value in self._values]
+        self._bits, self._size, self._inputs = linear.bits, linear.group_size, linear.in_features
+        self._flip = linear.transposed
+        dtype = linear.weight.dtype
+        self._half = 2 ** (self._bits - 1) if dtype is not None and dtype.name.startswith("INT") else 0
+        self._unpacked = [self._read(index) for index in (0, 2) if index < len(self._arrays)]
+        self._codes = self._oriented(self._unpacked[0])  # (out, in), a view
+        self._scales = self._oriented(self._arrays[1])  # (out, groups), a view
+        self._zeros = self._oriented(self._unpacked[1]) if len(self._unpacked) > 1 else None
+
+    def part(self, rows: slice, groups: slice) -> Grid:
+        """A copy of some rows and groups; what pads the last one is worth 0."""
+        scales = self._scales[rows, groups].astype(np.float32)
+        zeros = np.full(scales.shape, 2 ** (self._bits - 1), np.uint8)
+        if self._zeros is not None:
+            zeros = self._zeros[rows, groups].copy()
+        codes = np.repeat(zeros, self._size, 1)
+        stored = self._codes[rows, self._columns(groups)]
+        codes[:, : stored.shape[1]] = stored
+        return Grid(codes.reshape(*scales.shape, self._size), scales, zeros, self._bits, self._zeros is None)
+
+    def put(self, rows: slice, groups: slice, grid: Grid) -> None:
+        """Change some rows and groups; all others stay."""
+        columns = self._columns(groups)
+        width = len(range(*columns.indices(self._inputs)))
+        self._codes[rows, columns] = grid.codes.reshape(len(grid.codes), -1)[:, :width]
+        self._scales[rows, groups] = grid.scales.astype(self._scales.dtype)
+        if self._zeros is not None:
+            self._zeros[rows, groups] = grid.zeros
+
+    def close(self) -> None:
+        """Have what was put reach the file, or the graph."""
+        for index, codes in zip((0, 2), self._unpacked, strict=False):
+            raw = self._arrays[index].reshape(-1).view(np.uint8)
+            packed = pack(codes.reshape(-1) ^ np.uint8(self._half), self._bits)
+            spare = codes.size * self._bits % 8
+            if spare:  # the bits behind the last code stay as they were
+                packed[-1] |= raw[-1] & np.uint8(0xFF << spare & 0xFF)
+            raw[:] = packed
+        for value, array in zip(self._values, self._arrays, strict=True):
+            keep(value, array)
+
+    def _read(self, index: int) -> Codes:
+        """Codes or zero points from their bytes, in the stored shape."""
+        shape = self._values[index].const_value.shape.numpy()  # type: ignore[union-attr]
+        count = int(np.prod(shape))
+        codes = unpack(self._arrays[index].reshape(-1).view(np.uint8), self._bits, count)
+        return (codes ^ np.uint8(self._half)).reshape(shape)
+
+    def _oriented(self, stored: Array) -> Array:
+        """(out, …) of what is stored by inputs and outputs, or by outputs alone."""
+        if stored.ndim == 1:
+            return stored[:, None]
+        return stored.T if self._flip else stored
+
+    def _columns(self, groups: slice) -> slice:
+        """The inputs of these groups."""
+        stop = None if groups.stop is None else groups.stop * self._size
+        return slice(groups.start * self._size, stop)

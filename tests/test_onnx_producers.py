@@ -1,0 +1,290 @@
+"""Merging into int4 models as other programs make them: what changes, and that nothing else in the file does.
+
+The weights before and after are what onnxruntime computes of the unit vectors, so that it decodes what is tested.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import onnxruntime as ort
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+from onnxruntime.quantization import QuantFormat
+from onnxruntime.quantization import matmul_nbits_quantizer as producers
+
+from diablo_export.adapter import AdaptedModule, Adapter
+from diablo_export.blockdiag import Array, BlockShape, add_to_weight
+from diablo_export.converters.merge import merge
+from diablo_export.converters.onnx_groups import read
+from diablo_export.converters.onnx_linears import Linear, linears, numpy_of
+from diablo_export.converters.onnx_match import match
+from diablo_export.converters.onnx_merge import onnx_merge
+from diablo_export.errors import ExportError
+from diablo_export.fingerprint import fingerprint
+from diablo_export.quantization import pack, unpack
+from diablo_export.requantize import Grid
+from tests import tiny
+from tests.test_onnx_merge import touched
+
+OUT, IN = 24, 128  # whole pairs of groups: onnxruntime cannot pack others with RTN, k-quant or GPTQ
+Make = Callable[[], onnx.ModelProto]
+
+
+class Reader:
+    """Calibration data, as onnxruntime's GPTQ wants it: an iterable that can be copied."""
+
+    def __iter__(self) -> Iterator[dict[str, Array]]:
+        random = np.random.default_rng(7)
+        yield {"x": random.normal(size=(64, IN)).astype(np.float32)}
+
+
+def weights(name: str) -> Array:
+    return np.random.default_rng(len(name)).normal(size=(OUT, IN)).astype(np.float32)
+
+
+def float_model() -> onnx.ModelProto:
+    """Two layers on one input, of which only one is adapted."""
+    names = ("a", "other")
+    nodes = [helper.make_node("MatMul", ["x", f"m.{n}.weight"], [n], name=f"/m/{n}/MatMul") for n in names]
+    stored = [numpy_helper.from_array(np.ascontiguousarray(weights(n).T), f"m.{n}.weight") for n in names]
+    return _model(nodes, stored)
+
+
+def _model(nodes: list[Any], stored: list[Any], names: tuple[str, ...] = ("a", "other")) -> onnx.ModelProto:
+    x = helper.make_tensor_value_info("x", TensorProto.FLOAT, ["rows", IN])
+    ys = [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["rows", OUT]) for name in names]
+    graph = helper.make_graph(nodes, "made", [x], ys, stored)
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
+
+
+def made_by(config: Any, **more: Any) -> onnx.ModelProto:
+    quantizer = producers.MatMulNBitsQuantizer(float_model(), algo_config=config, **more)
+    quantizer.process()
+    return quantizer.model.model  # type: ignore[no-any-return]
+
+
+def default(bits: int, symmetric: bool, size: int, qdq: bool = False, channels: bool = False) -> onnx.ModelProto:
+    return made_by(
+        producers.DefaultWeightOnlyQuantConfig(
+            block_size=size, is_symmetric=symmetric, bits=bits, channel_wised_quantize=channels,
+            quant_format=QuantFormat.QDQ if qdq else QuantFormat.QOperator,
+        )
+    )  # fmt: skip
+
+
+def per_channel(dtype: int, low: int, high: int, gemm: bool, zeros: bool) -> onnx.ModelProto:
+    """One scale for each output, as static quantizers and torch's exporter write them; Gemm takes (out, in)."""
+    weight = weights("a") if gemm else weights("a").T
+    axis = 0 if gemm else 1
+    scales = np.abs(weight).max(1 - axis, keepdims=True) / min(high, (high - low) / 2)
+    points = np.full(OUT, (low + high + 1) // 2 + (1 if zeros else 0))
+    shaped = points[:, None] if gemm else points[None]
+    codes = np.clip(np.rint(weight / scales) + (shaped if zeros else 0), low, high)
+    stored = [
+        _integers("m.a.weight_q", dtype, codes),
+        numpy_helper.from_array(scales.reshape(-1).astype(np.float32), "m.a.weight_s"),
+    ]
+    if zeros:
+        stored.append(_integers("m.a.weight_z", dtype, points))
+    source = helper.make_node("DequantizeLinear", [value.name for value in stored], ["w"], axis=axis)
+    node = helper.make_node("Gemm" if gemm else "MatMul", ["x", "w"], ["a"], name="/m/a/MatMul")
+    if gemm:
+        node.attribute.append(helper.make_attribute("transB", 1))
+    return _model([source, node], stored, ("a",))
+
+
+def _integers(name: str, dtype: int, values: Array) -> onnx.TensorProto:
+    """Codes as ONNX packs them: flat, low bits first."""
+    bits = 8 if dtype in (TensorProto.INT8, TensorProto.UINT8) else 4
+    codes = (values.astype(np.int64) & (2**bits - 1)).astype(np.uint8)
+    return helper.make_tensor(name, dtype, values.shape, pack(codes.reshape(-1), bits).tobytes(), raw=True)
+
+
+PRODUCERS: dict[str, Make] = {
+    **{
+        f"default-{bits}-{'sym' if symmetric else 'asym'}-{size}": partial(default, bits, symmetric, size)
+        for bits, symmetric, size in [
+            (4, True, 16), (4, False, 32), (4, True, 64), (4, False, 128), (4, True, 256),
+            (2, True, 32), (2, False, 16), (8, True, 32), (8, False, 64),
+        ]
+    },
+    "rtn": lambda: made_by(producers.RTNWeightOnlyQuantConfig(), block_size=32),
+    "rtn-sym": lambda: made_by(producers.RTNWeightOnlyQuantConfig(), block_size=32, is_symmetric=True),
+    "k-quant": lambda: made_by(producers.KQuantWeightOnlyQuantConfig(), block_size=32),
+    "gptq": lambda: made_by(producers.GPTQWeightOnlyQuantConfig(Reader()), block_size=32),
+    "hqq-4-float-zeros": lambda: made_by(producers.HQQWeightOnlyQuantConfig(block_size=32)),
+    "hqq-2-float-zeros": lambda: made_by(producers.HQQWeightOnlyQuantConfig(block_size=16, bits=2)),
+    "qdq-int4": lambda: default(4, True, 32, qdq=True),
+    "qdq-uint4": lambda: default(4, False, 16, qdq=True),
+    "qdq-int4-channels-transposed": lambda: default(4, True, 32, qdq=True, channels=True),
+    "qdq-uint4-channels": lambda: default(4, False, 32, qdq=True, channels=True),
+    "qdq-int8-gemm": lambda: per_channel(TensorProto.INT8, -128, 127, gemm=True, zeros=False),
+    "qdq-int4-matmul": lambda: per_channel(TensorProto.INT4, -8, 7, gemm=False, zeros=False),
+    "qdq-uint4-gemm": lambda: per_channel(TensorProto.UINT4, 0, 15, gemm=True, zeros=True),
+}  # fmt: skip
+
+
+def save(model: onnx.ModelProto, file: Path) -> None:
+    onnx.save(
+        model, file, save_as_external_data=True, location="model.onnx.data", size_threshold=0, convert_attribute=False
+    )
+
+
+def dense(file: Path) -> Array:
+    """The adapted layer's weight (out, in), as onnxruntime has it."""
+    session = ort.InferenceSession(str(file), providers=["CPUExecutionProvider"])
+    found: Array = session.run(["a"], {"x": np.eye(IN, dtype=np.float32)})[0]
+    return found.T
+
+
+def layer(file: Path) -> Linear:
+    return next(one for one in linears(ir.load(file)) if one.name.startswith("/m/a/"))
+
+
+def elements(one: Linear) -> Iterator[tuple[ir.Value, Array, bool]]:
+    """Each initializer with its values one by one as (out, groups or inputs), and whether those are of inputs."""
+    groups = -(-one.in_features // one.group_size)
+    for value in one.stored:
+        values = np.array(numpy_of(value))
+        if one.layout == "DequantizeLinear":
+            codes = value is one.weight
+            values = values.astype(np.float32)
+            yield value, (values.T if one.transposed and values.ndim == 2 else values).reshape(OUT, -1), codes
+        elif values.dtype == np.uint8:
+            count = groups * one.group_size if value is one.weight else groups
+            yield value, unpack(values.reshape(OUT, -1), one.bits, count)[:, : one.in_features], value is one.weight
+        else:
+            yield value, values.reshape(OUT, -1), False
+
+
+def module(num_blocks: int) -> AdaptedModule:
+    shape = BlockShape.for_linear(IN, OUT, num_blocks)
+    blocks = np.random.default_rng(1).normal(size=shape.blocks).astype(np.float32)
+    return AdaptedModule("m.a", blocks, IN, OUT, fingerprint(weights("a")))
+
+
+@pytest.mark.parametrize("num_blocks", [4, 5])  # 4: blocks of 32 inputs; 5: blocks of 26, which end inside groups
+@pytest.mark.parametrize("producer", PRODUCERS)
+def test_only_touched_groups_change(producer: str, num_blocks: int, tmp_path: Path) -> None:
+    file, one = tmp_path / "model.onnx", module(num_blocks)
+    save(PRODUCERS[producer](), file)
+    raw = np.fromfile(tmp_path / "model.onnx.data", np.uint8)
+    before, old = dense(file), layer(file)
+    kept = [(value.name, values.copy(), of_inputs) for value, values, of_inputs in elements(old)]
+    (entry,) = onnx_merge(file, Adapter({"m.a": one}))
+    after, new = dense(file), layer(file)
+
+    met = touched(one.shape, old.group_size)
+    weight_met = np.repeat(met, old.group_size, 1)[:, :IN]
+    assert entry["why"].startswith(f"requantized {met.sum()} of {met.size} groups")
+    assert np.array_equal(after[~weight_met], before[~weight_met])
+    for (name, was, of_inputs), (value, now, _) in zip(kept, elements(new), strict=True):
+        mask = weight_met if of_inputs else met
+        assert value.name == name and np.array_equal(now[~mask], was[~mask])
+    inside = np.zeros(len(raw), bool)
+    for value in old.stored:
+        tensor = value.const_value
+        assert isinstance(tensor, ir.ExternalTensor)
+        inside[tensor.offset : (tensor.offset or 0) + (tensor.length or 0)] = True
+    now = np.fromfile(tmp_path / "model.onnx.data", np.uint8)
+    assert len(now) == len(raw) and np.array_equal(now[~inside], raw[~inside])
+
+    wanted = add_to_weight(before, one.blocks)
+    groups = np.pad(wanted, ((0, 0), (0, -IN % old.group_size))).reshape(OUT, -1, old.group_size)
+    # a symmetric grid spans twice the largest weight, and reaches one step less far on one side
+    step = np.repeat(2 * np.abs(groups).max(-1) / (2**old.bits - 1), old.group_size, 1)[:, :IN]
+    assert (np.abs(after - wanted) <= 1.05 * step)[weight_met].all()
+    effect, delta = after - before, wanted - before
+    gain = float((effect * delta).sum() / (delta**2).sum())
+    assert gain == pytest.approx(1, abs=0.25 if old.bits == 2 else 0.1)  # what rounding leaves of N(0, 1) blocks
+
+
+@pytest.mark.parametrize("producer", ["hqq-4-float-zeros", "qdq-uint4", "qdq-int4-channels-transposed"])
+def test_grids_are_what_onnxruntime_computes(producer: str, tmp_path: Path) -> None:
+    save(PRODUCERS[producer](), tmp_path / "model.onnx")
+    found = match(ir.load(tmp_path / "model.onnx"), {"m.a": module(4)})["m.a"]
+    values = read(found, tmp_path).values().reshape(OUT, -1)[:, :IN]
+    # (code − zero) · scale, in onnxruntime perhaps as code · scale − zero · scale
+    np.testing.assert_allclose(values, dense(tmp_path / "model.onnx"), rtol=0, atol=1e-5)
+
+
+def test_initializers_inside_the_model(tmp_path: Path) -> None:
+    onnx.save(PRODUCERS["qdq-uint4"](), tmp_path / "model.onnx")
+    before, one = dense(tmp_path / "model.onnx"), module(4)
+    onnx_merge(tmp_path / "model.onnx", Adapter({"m.a": one}))
+    after = dense(tmp_path / "model.onnx")
+    changed = after != before
+    assert changed.any() and not changed[~np.repeat(touched(one.shape, 16), 16, 1)].any()
+
+
+def _edited(**attributes: int) -> onnx.ModelProto:
+    """The model with int4 codes and a DequantizeLinear of other attributes."""
+    model = PRODUCERS["qdq-int4-matmul"]()
+    del model.graph.node[0].attribute[:]
+    model.graph.node[0].attribute.extend(helper.make_attribute(key, value) for key, value in attributes.items())
+    return model
+
+
+def _scales(model: onnx.ModelProto, shape: tuple[int, ...]) -> onnx.ModelProto:
+    stored = next(value for value in model.graph.initializer if value.name == "m.a.weight_s")
+    stored.CopyFrom(numpy_helper.from_array(np.full(shape, 0.3, np.float32), stored.name))
+    return model
+
+
+def _unsigned() -> onnx.ModelProto:
+    return per_channel(TensorProto.UINT4, 0, 15, gemm=False, zeros=False)
+
+
+def _shared() -> onnx.ModelProto:
+    model = PRODUCERS["qdq-int4-matmul"]()
+    model.graph.node.append(helper.make_node("MatMul", ["x", "w"], ["twin"], name="tied"))
+    model.graph.output.append(helper.make_tensor_value_info("twin", TensorProto.FLOAT, ["rows", OUT]))
+    return model
+
+
+@pytest.mark.parametrize(
+    ("make", "why"),
+    [
+        (lambda: _scales(_edited(axis=1, block_size=8), (IN, 3)), "its groups run along the outputs"),
+        (lambda: _scales(_edited(axis=0), (IN,)), "it has one scale for each input"),
+        (lambda: _scales(_edited(), ()), "it has one scale for the whole weight"),
+        (_unsigned, "its codes are unsigned and have no zero points"),
+        (_shared, "its weight is shared with tied"),
+    ],
+)
+def test_weights_that_blocks_cannot_be_merged_into(make: Make, why: str, tmp_path: Path) -> None:
+    onnx.save(make(), tmp_path / "model.onnx")
+    one = AdaptedModule("m.a", module(4).blocks, IN, OUT)  # without samples: these grids hold other values
+    with pytest.raises(ExportError, match=f"/m/a/MatMul: {why}"):
+        onnx_merge(tmp_path / "model.onnx", Adapter({"m.a": one}))
+
+
+@pytest.mark.slow
+def test_the_genai_builders_qdq(
+    tiny_model: Callable[[str], Path], tiny_adapter: Callable[[str], Path], tmp_path: Path
+) -> None:
+    given = tiny.build_with_genai(tiny_model("llama"), tmp_path / "int4", "int4", "use_qdq=true")
+    manifest = merge(given.parent, tiny_adapter("llama"), tmp_path / "out", method="rtn")
+    assert manifest["quantize"] == "int4"
+    modules = Adapter.load(tiny_adapter("llama")).modules
+    grids = [
+        {name: read(one, folder) for name, one in match(ir.load(folder / "model.onnx"), modules).items()}
+        for folder in (given.parent, tmp_path / "out")
+    ]
+    for name, one in modules.items():
+        before, after = (each[name] for each in grids)
+        met = touched(one.shape, before.codes.shape[-1])
+        assert _same(before, after, ~met) and not _same(before, after, met)
+
+
+def _same(first: Grid, second: Grid, mask: Array) -> bool:
+    return all(
+        np.array_equal(getattr(first, name)[mask], getattr(second, name)[mask]) for name in ("codes", "scales", "zeros")
+    )
