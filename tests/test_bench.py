@@ -13,9 +13,9 @@ import pytest
 from diablo_export import runtime
 from diablo_export.errors import ExportError, InputError
 from diablo_export.manifest import MANIFEST
-from diablo_export.measure import bench_report
-from diablo_export.measure.bench import bench
-from diablo_export.measure.bench_sessions import VARIANTS
+from diablo_export.timing import report as bench_report
+from diablo_export.timing.bench import bench
+from diablo_export.timing.sessions import VARIANTS
 from tests import exports
 
 Get = Callable[..., Path]

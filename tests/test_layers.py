@@ -18,15 +18,16 @@ PACKAGE = "diablo_export"
 LAYERS = [
     ["errors"],
     ["blockdiag"],
-    ["checkpoint", "block_storage"],
+    ["checkpoint", "block_storage", "difference"],
     ["fingerprint"],
-    ["adapter", "quantization", "requantize", "opschema", "output", "console"],
-    ["manifest", "runtime", "swap", "combine", "machine"],
+    ["adapter", "base_grid", "quantization", "requantize", "opschema", "output", "console"],
+    ["manifest", "patch", "runtime", "swap", "combine", "machine"],
     ["kernel_check"],
     ["diagnosis"],
     ["trainer"],
     ["peft"],
     ["measure"],
+    ["timing"],
     ["converters"],
     ["cli"],
 ]
@@ -37,11 +38,11 @@ ALLOWED = {
     "click": ["cli."],
     "torch": ["trainer.", "peft.", "measure.", "converters."],
     "transformers": ["trainer.", "peft.", "measure.", "converters."],
-    "onnx": ["opschema", "runtime", "measure.", "converters."],
-    "onnx_ir": ["measure.", "converters."],
-    "onnxruntime": ["runtime", "measure.", "converters."],
+    "onnx": ["opschema", "runtime", "measure.", "timing.", "converters."],
+    "onnx_ir": ["measure.", "timing.", "converters."],
+    "onnxruntime": ["runtime", "measure.", "timing.", "converters."],
     "onnxruntime_genai": ["measure.", "converters."],
-    "matplotlib": ["trainer.", "measure."],
+    "matplotlib": ["trainer.", "measure.", "timing."],
 }
 HEAVY = ["torch", "transformers", "onnx", "onnx_ir", "onnxruntime", "matplotlib", "optimum"]
 

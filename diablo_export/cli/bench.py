@@ -57,8 +57,8 @@ def command(out: Path, json: Path | None, **options: Any) -> None:
       diablo-export bench branch --threads 1 --prefill 128 --png bench.png
     """
     from diablo_export.console import log
-    from diablo_export.measure.bench import bench
-    from diablo_export.measure.bench_report import tables
+    from diablo_export.timing.bench import bench
+    from diablo_export.timing.report import tables
 
     printed = json == _STDOUT
     report = bench(out, json=None if printed else json, **options)

@@ -34,9 +34,9 @@ from diablo_export.adapter import AdaptedModule, Adapter
 from diablo_export.blockdiag import BlockShape
 from diablo_export.checkpoint import Checkpoint
 from diablo_export.fingerprint import fingerprint
-from diablo_export.measure.bench_graphs import with_lora
-from diablo_export.measure.bench_sessions import Variant, prepared
 from diablo_export.swap import write_adapter
+from diablo_export.timing.graphs import with_lora
+from diablo_export.timing.sessions import Variant, prepared
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 KERNELS, EMPTY, LORA, NO_LORA = "branch-kernels", "empty-kernels", "lora", "empty-lora"

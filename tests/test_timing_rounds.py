@@ -7,7 +7,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from diablo_export.measure.bench_timing import interleave, interval, order, ratio, summary, turn_length
+from diablo_export.timing.rounds import interleave, interval, order, ratio, summary, turn_length
 
 
 def test_each_begins_in_turn() -> None:

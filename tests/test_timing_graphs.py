@@ -17,8 +17,8 @@ from diablo_export.converters.onnx_branch import add_branches
 from diablo_export.converters.onnx_graph import build_graph
 from diablo_export.converters.onnx_match import match
 from diablo_export.errors import ExportError
-from diablo_export.measure.bench_graphs import with_lora, without_branches
 from diablo_export.opschema import input_name
+from diablo_export.timing.graphs import with_lora, without_branches
 from tests import onnx_runs
 from tests.test_onnx_branch import branched
 from tests.test_onnx_match import graph, module, weight

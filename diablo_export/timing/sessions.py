@@ -14,10 +14,10 @@ import numpy as np
 from diablo_export import runtime
 from diablo_export.blockdiag import Array
 from diablo_export.errors import ExportError, InputError, require
-from diablo_export.measure.bench_graphs import with_lora, without_branches
 from diablo_export.measure.onnx_runner import OnnxRunner, cache_shape
 from diablo_export.opschema import BLOCKS_SUFFIX, SCALES_SUFFIX
 from diablo_export.swap import write_adapter
+from diablo_export.timing.graphs import with_lora, without_branches
 
 _SILENT = 3  # errors only: each overridable initializer is worth a warning to onnxruntime
 _BLOCKS = (BLOCKS_SUFFIX, SCALES_SUFFIX)

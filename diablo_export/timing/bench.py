@@ -13,11 +13,11 @@ from diablo_export import runtime
 from diablo_export.console import progress
 from diablo_export.errors import ExportError, InputError, require
 from diablo_export.manifest import read_manifest, versions
-from diablo_export.measure import bench_sessions
-from diablo_export.measure.bench_report import draw
-from diablo_export.measure.bench_sessions import VARIANTS, Variant, context, open_all, prepared
-from diablo_export.measure.bench_timing import Times, interleave, once, ratio, summary, turn_length
 from diablo_export.measure.sources import is_branch, is_classifier, is_onnx
+from diablo_export.timing import sessions
+from diablo_export.timing.report import draw
+from diablo_export.timing.rounds import Times, interleave, once, ratio, summary, turn_length
+from diablo_export.timing.sessions import VARIANTS, Variant, context, open_all, prepared
 
 FORMAT_VERSION = 1
 PREFILL = (128, 512)
@@ -52,7 +52,7 @@ def bench(
         seconds: begin no further round of a length after this time, but never fewer than three.
         threads: within an operator; None: onnxruntime's choice.
         provider: execution provider of onnxruntime.
-        only: names of `bench_sessions.VARIANTS` to time, beside the base; none: all, without `base-again`.
+        only: names of `sessions.VARIANTS` to time, beside the base; none: all, without `base-again`.
         control: `base-again` as well: time the base a second time, in a session of its own, to see how
             far apart equal things are.
         json: write the report here.
@@ -206,7 +206,7 @@ def _about(name: str, variants: Mapping[str, Variant], skipped: Mapping[str, str
     about: dict[str, Any] = {"what": VARIANTS[name]}
     if name not in variants:
         return about | {"skipped": skipped[name]}
-    count, size = bench_sessions.parameters(variants[name])
+    count, size = sessions.parameters(variants[name])
     return about | {"parameters": count, "bytes": size}
 
 

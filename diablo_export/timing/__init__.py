@@ -1,0 +1,1 @@
+"""What an adapter costs at run time: models timed in turns."""
