@@ -36,7 +36,7 @@ const char* diablo_error_text(DiabloError error) {
     case DIABLO_ROWS_OVERLAP:
       return "a stride is below the length of a row";
     case DIABLO_UNKNOWN_TYPE:
-      return "x and y must be float32, float16 or bfloat16";
+      return "x and y must be float32, float16 or bfloat16, blocks on CUDA of that type, float16 or int8";
     case DIABLO_NO_SCALES:
       return "int8 blocks need scales";
     case DIABLO_NO_SUCH_ISA:

@@ -1,5 +1,5 @@
-// The kernels themselves: plain CUDA C++, which cuda_test.cc also compiles for the CPU. Whoever includes this has
-// to_float and from_float for the types, as in number.h.
+// The kernels for float32 sums on plain cores: for few rows, and tiles for many. Plain CUDA C++, which cuda_test.cc also
+// compiles for the CPU. Whoever includes this has device.cuh, or the test's stand-in for it.
 #pragma once
 
 #include "launch.h"
@@ -10,6 +10,7 @@ template <class T, class B>
 struct Job {
   DiabloShape shape;
   Launch launch;
+  Aligned aligned;  // rows of x, of the blocks and of y, eight elements from any column that is a multiple of eight
   const T* x;
   const B* blocks;
   const float* scales;  // NULL: all 1
@@ -17,40 +18,75 @@ struct Job {
   T* y;
 };
 
-// Neighbouring threads read neighbouring columns; kFewSplits warps share the depth and add up at the end. Each element
-// of the block is used by kFewRows rows while it is in a register.
 template <class T, class B>
-__global__ void __launch_bounds__(kFewColumns * kFewSplits) few_rows(const Job<T, B> job) {
-  __shared__ float sums[kFewSplits][kFewRows][kFewColumns];
+__device__ inline float scale_of(const Job<T, B>& job, int64_t block) {
+  return job.scales == nullptr ? 1.0f : job.scales[block];
+}
+
+// Each thread reads the same columns again and again, `vector` of them in one load, period rows further down for each
+// group of threads; the groups' sums meet in shared memory. A load may end in the row below: `split` of its elements
+// are of the first row.
+template <class T, class B, int Vector, int Rows>
+__global__ void __launch_bounds__(kFewThreads) few_rows(const Job<T, B> job) {
+  constexpr int kPitch = kFewThreads + 32 / Vector;  // neither writing nor reading meets a bank twice
+  __shared__ float sums[Vector][kPitch];
   const DiabloShape& s = job.shape;
-  const Area area = area_of(s, job.launch, blockIdx.x);
-  const int column = threadIdx.x, split = threadIdx.y;
+  const Launch& launch = job.launch;
+  const Area area = area_of(s, launch, blockIdx.x);
+  const int thread = threadIdx.x, width = static_cast<int>(launch.columns_per_tile);
+  const int group = thread / launch.slots, first = thread % launch.slots * Vector;
+  const int down = first / width, column = first % width, split = width - column < Vector ? width - column : Vector;
+  const int depth = static_cast<int>(area.depth), step = launch.groups * launch.period;
   const B* block = job.blocks + area.block * s.block_size_in * s.block_size_out + area.first_column + column;
-  for (int64_t tile = blockIdx.y; tile < job.launch.row_tiles; tile += gridDim.y) {
-    const int64_t row = tile * kFewRows;
-    float sum[kFewRows] = {};
-    if (column < area.columns) {
-#pragma unroll 8
-      for (int64_t k = split; k < area.depth; k += kFewSplits) {
-        const float d = to_float(block[k * s.block_size_out]);
+  const float scale = scale_of(job, area.block);
+
+  for (int64_t tile = blockIdx.y; tile < launch.row_tiles; tile += gridDim.y) {
+    const int64_t row = tile * Rows;
+    const T* x = job.x + row * s.x_stride + area.input;
+    const int64_t out = row * s.y_stride + area.output + thread;
+    float y0[Rows] = {}, sum[Rows][Vector] = {};
 #pragma unroll
-        for (int r = 0; r < kFewRows; ++r)
-          if (row + r < s.rows) sum[r] += to_float(job.x[(row + r) * s.x_stride + area.input + k]) * d;
+    for (int r = 0; r < Rows; ++r)  // early, beside the blocks
+      if (thread < area.columns && row + r < s.rows) y0[r] = to_float(job.y0[out + r * s.y_stride]);
+    if (group < launch.groups && (column < area.columns || split < Vector)) {
+#pragma unroll 4
+      for (int k = group * launch.period + down; k < depth; k += step) {
+        alignas(16) B d[Vector];
+        if (Vector == 1)
+          d[0] = block[static_cast<int64_t>(k) * s.block_size_out];
+        else
+          load_whole<Vector == 1 ? 16 : Vector * sizeof(B)>(block + static_cast<int64_t>(k) * s.block_size_out, d);
+        const bool below = split < Vector && k + 1 < depth;
+#pragma unroll
+        for (int r = 0; r < Rows; ++r) {
+          if (row + r >= s.rows) continue;
+          const float here = to_float(x[r * s.x_stride + k]);
+          const float next = below ? to_float(x[r * s.x_stride + k + 1]) : 0.0f;
+#pragma unroll
+          for (int i = 0; i < Vector; ++i)
+            if (i < split || below) sum[r][i] += (i < split ? here : next) * to_float(d[i]);
+        }
       }
     }
 #pragma unroll
-    for (int r = 0; r < kFewRows; ++r) sums[split][r][column] = sum[r];
-    __syncthreads();
-    const int r = split;  // one warp for each row
-    if (r < kFewRows && row + r < s.rows && column < area.columns) {
-      float total = 0;
+    for (int r = 0; r < Rows; ++r) {
 #pragma unroll
-      for (int i = 0; i < kFewSplits; ++i) total += sums[i][r][column];
-      const float scale = job.scales == nullptr ? 1.0f : job.scales[area.block];
-      const int64_t at = (row + r) * s.y_stride + area.output + column;
-      from_float(to_float(job.y0[at]) + scale * total, job.y[at]);
+      for (int i = 0; i < Vector; ++i) sums[i][thread] = sum[r][i];
+      __syncthreads();
+      if (thread < area.columns && row + r < s.rows) {
+        float total[4] = {};
+        const int terms = launch.groups * launch.period;
+        for (int n = 0; n < terms; n += 4)
+#pragma unroll
+          for (int i = 0; i < 4; ++i) {
+            const int at = (n + i) * width + thread;
+            if (n + i < terms) total[i] += sums[at % Vector][at / Vector];
+          }
+        const float branch = (total[0] + total[1]) + (total[2] + total[3]);
+        from_float(y0[r] + scale * branch, job.y[out + r * s.y_stride]);
+      }
+      __syncthreads();
     }
-    __syncthreads();
   }
 }
 
@@ -98,7 +134,7 @@ __global__ void __launch_bounds__(kThreadsAcross * kThreadsAcross) many_rows(con
       }
       __syncthreads();
     }
-    const float scale = job.scales == nullptr ? 1.0f : job.scales[area.block];
+    const float scale = scale_of(job, area.block);
 #pragma unroll
     for (int i = 0; i < kEach; ++i)
 #pragma unroll

@@ -25,7 +25,7 @@ typedef enum {
   DIABLO_INPUTS_NOT_COVERED,  /* num_blocks · block_size_in < in_features */
   DIABLO_OUTPUTS_NOT_COVERED, /* num_blocks · block_size_out < out_features */
   DIABLO_ROWS_OVERLAP,        /* x_stride < in_features or y_stride < out_features */
-  DIABLO_UNKNOWN_TYPE,        /* type is not F32, F16 or BF16 */
+  DIABLO_UNKNOWN_TYPE,        /* type is not F32, F16 or BF16; on CUDA also: blocks are not of it, F16 or I8 */
   DIABLO_NO_SCALES,           /* int8 blocks without scales */
   DIABLO_NO_SUCH_ISA,         /* this build or this processor does not have it */
   DIABLO_CUDA_FAILED          /* CUDA refused the launch */

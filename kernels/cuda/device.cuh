@@ -1,0 +1,68 @@
+// What the kernels ask of the device beyond C++: wide loads and tensor cores. cuda_test.cc has the same for the CPU,
+// written from the fragment layouts in the PTX manual.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+#include "diablo/block_diag.h"
+
+namespace {
+
+constexpr DiabloType type_of(float) { return DIABLO_F32; }
+constexpr DiabloType type_of(__half) { return DIABLO_F16; }
+constexpr DiabloType type_of(__nv_bfloat16) { return DIABLO_BF16; }
+constexpr DiabloType type_of(int8_t) { return DIABLO_I8; }
+
+__device__ inline float to_float(float value) { return value; }
+__device__ inline float to_float(__half value) { return __half2float(value); }
+__device__ inline float to_float(__nv_bfloat16 value) { return __bfloat162float(value); }
+__device__ inline float to_float(int8_t value) { return static_cast<float>(value); }
+
+__device__ inline void from_float(float value, float& to) { to = value; }
+__device__ inline void from_float(float value, __half& to) { to = __float2half_rn(value); }
+__device__ inline void from_float(float value, __nv_bfloat16& to) { to = __float2bfloat16_rn(value); }
+
+// `Bytes` from an address that is a multiple of them, as one access.
+template <int Bytes>
+__device__ inline void load_whole(const void* from, void* to) {
+  static_assert(Bytes == 16 || Bytes == 8, "what one access takes");
+  if (Bytes == 16)
+    *static_cast<uint4*>(to) = *static_cast<const uint4*>(from);
+  else
+    *static_cast<uint2*>(to) = *static_cast<const uint2*>(from);
+}
+
+template <int Bytes>
+__device__ inline void store_whole(void* to, const void* from) {
+  load_whole<Bytes>(from, to);
+}
+
+__device__ inline uint32_t load_pair(const void* from) { return *static_cast<const uint32_t*>(from); }
+
+__device__ inline void multiply_tile(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, __half) {
+  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+               : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+__device__ inline void multiply_tile(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, __nv_bfloat16) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+// Four 8 x 8 matrices of 16-bit numbers from shared memory, transposed; each lane names one row of them.
+__device__ inline void load_transposed(uint32_t (&to)[4], const void* row) {
+  const uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(row));
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+               : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
+               : "r"(address)
+               : "memory");
+}
+
+}  // namespace
