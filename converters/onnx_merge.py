@@ -33,7 +33,7 @@ def onnx_merge(file: Path, adapter: Adapter) -> list[dict[str, Any]]:
     model = ir.load(file)
     found = match(model, adapter.modules)
     refuse(file, found.values())
-    entries = [{**one.describe(), "action": "merged", "why": _merge(one, file.parent)} for one in found.values()]
+    entries = [{**one.describe(), "action": "merged", **_merge(one, file.parent)} for one in found.values()]
     put_head(model, adapter)
     ir.save(model, file)
     return entries
@@ -76,11 +76,11 @@ def _refusal(linear: Linear) -> str | None:
     return None
 
 
-def _merge(one: Match, folder: Path) -> str:
+def _merge(one: Match, folder: Path) -> dict[str, Any]:
     """Merge one module; returns what was done."""
     if not quantized(one):
         add(one, folder)
-        return f"added to the weight ({one.why})"
+        return {"why": f"added to the weight ({one.why})"}
     done = total = 0
     for linear, found in corners(one):
         stored = opened(linear, folder)
@@ -94,7 +94,8 @@ def _merge(one: Match, folder: Path) -> str:
             done += old.scales.size
         stored.close()
         total += linear.out_features * -(-linear.in_features // linear.group_size)
-    return f"requantized {done} of {total} groups, all that a block meets ({one.why})"
+    why = f"requantized {done} of {total} groups, all that a block meets ({one.why})"
+    return {"why": why, "touched_groups": done}
 
 
 def add(one: Match, folder: Path) -> None:
