@@ -22,7 +22,8 @@ from diablo_export.converters.onnx_head import feed_parameters
 from diablo_export.converters.onnx_linears import kind, linears
 from diablo_export.converters.onnx_match import Match, match
 from diablo_export.converters.onnx_nodes import MODEL
-from diablo_export.converters.sizes import check_options, grid, onnx_bytes
+from diablo_export.converters.sizes import check_options, onnx_bytes
+from diablo_export.converters.trained_grid import grids, numbers, output_grid, warn_of_another
 from diablo_export.errors import AdapterError, InputError, MatchError
 from diablo_export.manifest import adapter_entry, write_manifest
 from diablo_export.output import check_output, new_folder
@@ -56,8 +57,9 @@ def export(
         adapter: one adapter folder, several, or name → folder; also strings NAME=FOLDER. The name of a
             folder given alone is the folder's.
         output: the folder to write.
-        quantize: none, int8 or int4: the base's linear layers. The blocks do not change with it.
-        group_size: input positions that share a scale, when quantizing; None: what `sizes.grid` says of the task.
+        quantize: none, int8, int4 or int2: the base's linear layers. The blocks do not change with it.
+        group_size: input positions that share a scale, when quantizing; None: those that the first adapter was trained
+            beside, or what `base_grid.usual` says of the task.
         asymmetric: a zero point for each group, when quantizing; None: likewise.
         precision: fp32 or fp16, of everything that is not quantized.
         block_dtype: fp32, fp16 or int8 (with a scale for each block): how blocks are stored and fed, at half or a
@@ -91,7 +93,7 @@ def export(
         raise InputError("--custom-ops-library is for onnxruntime-genai; it does not run exports for web: leave it out")
     library = genai_library.find(custom_ops_library)
     task = _one_task(adapters)
-    group_size, asymmetric = grid(TASKS[task], group_size, asymmetric)
+    group_size, asymmetric = output_grid(adapters.values(), quantize, group_size, asymmetric)
     source = onnx_file.find(model) or _checkpoint(model, adapters)
     needs = sum(4 * one.parameters for one in adapters.values())
     if isinstance(source, onnx_file.OnnxModel):
@@ -103,8 +105,10 @@ def export(
     with new_folder(output, overwrite, needs) as folder, hashing(model, source.folder, source.files) as base:
         if isinstance(source, onnx_file.OnnxModel):
             onnx_file.copy(source, folder)
+            warn_of_another(adapters.values(), grids(linears(ir.load(source.file))))
             built = Graph("given", f"{source.file.name} is an ONNX model already", {}, {})
         else:
+            warn_of_another(adapters.values(), [numbers(quantize, group_size, asymmetric)])
             head = next(iter(adapters.values()))
             built = build_graph(
                 model,

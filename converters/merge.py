@@ -6,11 +6,13 @@ from pathlib import Path
 from typing import Any
 
 from diablo_export.adapter import TASKS, Adapter
+from diablo_export.base_grid import BITS
 from diablo_export.checkpoint import Checkpoint
 from diablo_export.console import log
 from diablo_export.converters import onnx_file
 from diablo_export.converters.base import hashing
-from diablo_export.converters.sizes import check_options, checkpoint_bytes, grid, onnx_bytes
+from diablo_export.converters.sizes import check_options, checkpoint_bytes, onnx_bytes
+from diablo_export.converters.trained_grid import grids, numbers, output_grid, warn_of_another
 from diablo_export.errors import AdapterError, CheckpointError, ExportError, InputError
 from diablo_export.manifest import adapter_entry, write_manifest
 from diablo_export.output import check_output, new_folder
@@ -46,9 +48,10 @@ def merge(
             only the weights that a block meets change, or the groups of weights.
         adapter: adapter folder.
         output: the folder to write.
-        quantize: none, int8 or int4, of every linear layer; only ONNX holds quantized weights.
+        quantize: none, int8, int4 or int2, of every linear layer; only ONNX holds quantized weights.
         format: onnx or hf; None: onnx when quantizing, hf otherwise. hf keeps the checkpoint's dtypes.
-        group_size: input positions that share a scale, when quantizing; None: what `sizes.grid` says of the task.
+        group_size: input positions that share a scale, when quantizing; None: those that the adapter was trained
+            beside, or what `base_grid.usual` says of the task.
         asymmetric: a zero point for each group, when quantizing; None: likewise.
         precision: fp32 or fp16, of what an ONNX file holds unquantized.
         method: how quantized weights take the blocks, see docs/merging.md: rtn, refit, calibrated, distilled, or
@@ -78,7 +81,7 @@ def merge(
     given = Adapter.load(adapter)
     if given.task_type not in TASKS.values():
         raise AdapterError(f"{adapter}: task_type is {given.task_type!r}; known are {', '.join(TASKS.values())}")
-    group_size, asymmetric = grid(given.task_type, group_size, asymmetric)
+    group_size, asymmetric = output_grid([given], quantize, group_size, asymmetric)
     source = onnx_file.find(model) or Checkpoint.open(model)
     if isinstance(source, onnx_file.OnnxModel):
         onnx_file.refuse_adapted(source)
@@ -95,6 +98,8 @@ def merge(
     limits: dict[str, Any] = {"min_survival": min_survival, "max_seconds": max_seconds, "seed": seed}
     said |= limits | {"calibration": calibration and str(calibration), "reference": reference and str(reference)}
     options = limits | {"method": how, "calibration": calibration, "reference": reference}
+    if isinstance(source, Checkpoint):
+        warn_of_another([given], [numbers(quantize, group_size, asymmetric)])
     files = [] if chosen == "hf" else source.files  # that merge hashes what it reads
     with new_folder(output, overwrite, needs) as folder, hashing(model, source.folder, files) as base:
         if isinstance(source, onnx_file.OnnxModel):
@@ -133,7 +138,7 @@ def _for_checkpoint(source: Checkpoint, quantize: str, method: str | None, calib
     if quantize == "none":
         _refuse_unused(method, calibration, "--quantize none rounds nothing")
         return "exact"
-    chosen = method or ("auto" if quantize == "int4" else "rtn")
+    chosen = method or ("auto" if BITS[quantize] <= 4 else "rtn")
     return _if_it_fits(source, chosen, given=method is not None)
 
 
@@ -145,7 +150,9 @@ def _for_onnx(
 
     from diablo_export.converters.onnx_linears import linears
 
-    bits = {layer.bits for layer in linears(ir.load(source.file)) if layer.bits}
+    layers = linears(ir.load(source.file))
+    warn_of_another([adapter], grids(layers))
+    bits = {layer.bits for layer in layers if layer.bits}
     if not bits:
         _refuse_unused(method, calibration, f"{source.file} holds no quantized weights")
         return "exact", None

@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from diablo_export.adapter import TASKS, Adapter, file_sha256
+from diablo_export.base_grid import BITS
 from diablo_export.checkpoint import Checkpoint
 from diablo_export.console import log
-from diablo_export.converters.onnx_nodes import BITS, MODEL, Weights, finish
+from diablo_export.converters.onnx_nodes import MODEL, Weights, finish
 from diablo_export.converters.onnx_trial import try_graph
 from diablo_export.converters.onnx_weights import DATA
 from diablo_export.errors import ExportError, InputError, require
@@ -75,7 +76,7 @@ def build_graph(
         model: Hugging Face folder or id.
         folder: an existing folder to fill.
         task: causal-lm or text-classification.
-        quantize: none, int8 or int4 for every linear layer; embeddings and vectors stay float.
+        quantize: none, int8, int4 or int2 for every linear layer; embeddings and vectors stay float.
         group_size: input positions that share a scale, when quantizing.
         symmetric: no zero points.
         precision: fp32 or fp16, of everything that is not quantized.

@@ -14,6 +14,7 @@ import numpy as np
 import onnx_ir as ir
 
 from diablo_export.adapter import Adapter
+from diablo_export.base_grid import BITS
 from diablo_export.checkpoint import Checkpoint
 from diablo_export.console import progress
 from diablo_export.converters.onnx_file import MODEL as MODEL
@@ -22,7 +23,6 @@ from diablo_export.errors import CheckpointError, MatchError
 
 MODULE = "diablo.module"  # node metadata: the Hugging Face module path(s) that the node computes
 ROWS = "diablo.rows"  # node metadata: which output rows of that module, where several nodes share it
-BITS = {"none": 0, "int8": 8, "int4": 4}
 _INLINE = 1024  # bytes; smaller constants stay in model.onnx, where every tool can see them
 
 

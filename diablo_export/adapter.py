@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from diablo_export.base_grid import BaseGrid
 from diablo_export.blockdiag import Array, BlockShape, shape_of
 from diablo_export.checkpoint import DTYPE_NAMES, Checkpoint, read_header, read_json, write_safetensors
 from diablo_export.errors import AdapterError, CheckpointError, InputError
@@ -59,6 +60,7 @@ class Adapter:
     saved: dict[str, Array] = field(default_factory=dict)  # parameter path → value, such as classifier.weight
     labels: list[str] = field(default_factory=list)  # class names, in class order; for SEQ_CLS
     path: Path | None = None
+    base_grid: BaseGrid | None = None  # that the base's weights lay on while this was trained; None: float
 
     @property
     def modules_to_save(self) -> list[str]:
@@ -82,6 +84,7 @@ class Adapter:
             "modules_to_save": self.modules_to_save or None,
             "inference_mode": True,
             "labels": self.labels or None,
+            **({"base_quantization": self.base_grid.to_json()} if self.base_grid else {}),
             "modules": {name: module_entry(m.shape, m.fingerprint) for name, m in self.modules.items()},
         }
         (folder / CONFIG).write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
@@ -127,6 +130,7 @@ class Adapter:
             saved=saved,
             labels=list(config.get("labels") or []),
             path=folder,
+            base_grid=BaseGrid.from_json(grid) if (grid := config.get("base_quantization")) else None,
         )
 
     def check_base(self, checkpoint: Checkpoint) -> None:

@@ -24,16 +24,17 @@ output_option = click.option(
     "--output", "-o", required=True, metavar="DIR", type=click.Path(path_type=Path), help="Folder to write."
 )
 quantize_option = click.option(
-    "--quantize", type=click.Choice(["none", "int8", "int4"]), default="none", show_default=True,
+    "--quantize", type=click.Choice(["none", "int8", "int4", "int2"]), default="none", show_default=True,
     help="Grid of the weights of the model's linear layers.",
 )  # fmt: skip
 asymmetric_option = click.option(
     "--asymmetric/--symmetric", default=None,
-    help="A zero point for each group, when quantizing: nearer to the weights, a little larger. Default: classifiers.",
+    help="A zero point for each group, when quantizing: nearer to the weights, a little larger. Default: as trained, "
+    "else for classifiers.",
 )  # fmt: skip
 group_size_option = click.option(
     "--group-size", type=int, metavar="16|32|64|128|256",
-    help="Input positions that share a scale, when quantizing. Default: 32; for classifiers 16.",
+    help="Input positions that share a scale, when quantizing. Default: as trained, else 32; for classifiers 16.",
 )  # fmt: skip
 precision_option = click.option(
     "--precision", type=click.Choice(["fp32", "fp16"]), default="fp32", show_default=True,

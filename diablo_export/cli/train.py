@@ -8,7 +8,15 @@ from typing import Any
 
 import click
 
-from diablo_export.cli.options import json_option, model_option, output_option, overwrite_option, verbosity_options
+from diablo_export.cli.options import (
+    asymmetric_option,
+    group_size_option,
+    json_option,
+    model_option,
+    output_option,
+    overwrite_option,
+    verbosity_options,
+)
 from diablo_export.errors import require
 
 _FILE = click.Path(path_type=Path)
@@ -19,7 +27,10 @@ _FILE = click.Path(path_type=Path)
 @click.option("--data", "-d", required=True, type=_FILE, metavar="D", help="Training data: .jsonl or .txt.")
 @output_option
 @click.option("--task", type=click.Choice(["causal-lm", "text-classification"]), default="causal-lm")
-@click.option("--num-blocks", type=int, default=64, help="Blocks per module: weights / N are trained.")
+@click.option(
+    "--num-blocks", type=int,
+    help="Blocks per module: weights / N are trained.  [default: 64, or as many as --init-adapter has]",
+)  # fmt: skip
 @click.option(
     "--target-modules",
     metavar="NAMES",
@@ -45,6 +56,20 @@ _FILE = click.Path(path_type=Path)
 )
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto")
 @click.option("--gradient-checkpointing", is_flag=True, help="Less memory, a third more time.")
+@click.option(
+    "--base-quantize", type=click.Choice(["none", "int8", "int4", "int2"]), default="none",
+    help="Train beside the very weights that export and merge --quantize ship.",
+)  # fmt: skip
+@group_size_option
+@asymmetric_option
+@click.option(
+    "--on-grid", is_flag=True,
+    help="Let the blocks move the codes of the quantized base: merging them into it is then exact.",
+)  # fmt: skip
+@click.option(
+    "--init-adapter", type=_FILE, metavar="A",
+    help="Begin at the blocks of an adapter for the same base, such as a float one that is to go onto the grid.",
+)  # fmt: skip
 @click.option("--eval-data", type=_FILE, metavar="D", help="Held-out data.")
 @click.option("--eval-fraction", type=float, default=0.0, help="Hold out this share of --data.")
 @click.option("--eval-every", type=int, metavar="STEPS", help="[default: a tenth of the run]")

@@ -15,7 +15,7 @@ from typing import Any
 
 from diablo_export.errors import InputError
 
-PRECISIONS = ("fp32", "fp16", "bf16", "int8", "int4")
+PRECISIONS = ("fp32", "fp16", "bf16", "int8", "int4", "int2")
 _BASELINE = "baseline."  # these are held to the baseline and to nothing else
 
 # name → (at most "<=" or at least ">=", what it is)
@@ -162,7 +162,7 @@ def defaults(
     """The limits that a check of this kind of export has when nobody says otherwise.
 
     Args:
-        precision: fp32, fp16, bf16, int8 or int4: what the adapted weights were written as.
+        precision: fp32, fp16, bf16, int8, int4 or int2: what the adapted weights were written as.
         branch: the blocks are kept beside the weights, not merged into them.
         classifier: the model is one.
         block_dtype: fp32, fp16 or int8: what a branch's blocks are stored in; None: as the graph's floats.
@@ -171,7 +171,7 @@ def defaults(
     limits = dict(_ALWAYS)
     if not branch:
         limits |= _MERGED
-    if precision in ("int8", "int4"):
+    if precision in ("int8", "int4", "int2"):
         kind = _QUANTIZED_CLASSIFIER if classifier else _QUANTIZED_DECODER
         adapter = _QUANTIZED_BRANCH if branch else _QUANTIZED_MERGE
         return {**limits, **_QUANTIZED, **kind, **(adapter if exported_base else _QUANTIZED_ALONE)}

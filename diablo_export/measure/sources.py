@@ -110,7 +110,7 @@ def hashes(out: Path, manifest: Mapping[str, Any], base: Path, adapters: Mapping
 
 
 def precision(out: Path, manifest: Mapping[str, Any]) -> str:
-    """fp32, fp16, bf16, int8 or int4: what the adapted weights were written as."""
+    """fp32, fp16, bf16, int8, int4 or int2: what the adapted weights were written as."""
     if manifest.get("foreign"):
         return str(manifest["precision"])
     options = manifest.get("options") or {}

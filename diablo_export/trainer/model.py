@@ -16,6 +16,7 @@ from diablo_export.adapter import TASKS, Adapter, refuse_base
 from diablo_export.checkpoint import Checkpoint
 from diablo_export.errors import AdapterError, CheckpointError, InputError
 from diablo_export.trainer.layer import DiabloLinear, features, is_linear
+from diablo_export.trainer.quantized import round_base
 
 _AUTO = {
     "causal-lm": transformers.AutoModelForCausalLM,
@@ -115,7 +116,7 @@ def attach(model: nn.Module, adapter: Adapter) -> None:
 def load_tuned(
     model: str | Path, adapter: Adapter, *, dtype: str = "float32", device: str | torch.device = "cpu"
 ) -> tuple[nn.Module, Any]:
-    """A base with its adapter, in eval mode, and its tokenizer.
+    """A base with its adapter, in eval mode, and its tokenizer; on the grid that the adapter was trained on.
 
     Raises:
         CheckpointError: the model cannot be loaded.
@@ -126,6 +127,8 @@ def load_tuned(
     if task is None:
         raise AdapterError(f"{adapter.path}: task_type is {adapter.task_type!r}; known are {', '.join(TASKS.values())}")
     network, tokenizer = load_base(model, task, dtype=dtype, device=device, labels=adapter.labels or None)
+    if adapter.base_grid is not None:  # the weights that the blocks were trained beside
+        round_base(network, adapter.base_grid, leave={name.rpartition(".")[0] for name in adapter.saved})
     attach(network, adapter)
     return network, tokenizer
 

@@ -18,7 +18,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from diablo_export.adapter import TASKS, AdaptedModule, Adapter, file_sha256, stored_transposed
+from diablo_export.adapter import TASKS, WEIGHTS, AdaptedModule, Adapter, file_sha256, stored_transposed
+from diablo_export.base_grid import BaseGrid
 from diablo_export.checkpoint import Checkpoint
 from diablo_export.console import log
 from diablo_export.errors import CheckpointError, require
@@ -27,12 +28,15 @@ from diablo_export.output import new_folder
 from diablo_export.trainer.batches import Batches, hold_out
 from diablo_export.trainer.data import read_examples
 from diablo_export.trainer.history import LOG, PICTURE, History, draw, training_bar, write_log
+from diablo_export.trainer.initial import begin_at
 from diablo_export.trainer.layer import diablo_layers
 from diablo_export.trainer.loop import learning_rate, train_loop
 from diablo_export.trainer.model import checkpoint_activations, head_parameters, load_with_fresh
 from diablo_export.trainer.objective import Objective
+from diablo_export.trainer.on_grid import hardening, put_on_grid, settle
 from diablo_export.trainer.options import check_options, check_places, choose_device, use_bfloat16, work_folder
 from diablo_export.trainer.prepare import base_dtype, encode_file, item_length, known_classes
+from diablo_export.trainer.quantized import pack_base
 from diablo_export.trainer.state import CHECKPOINT, STATE, load_state, save_state
 from diablo_export.trainer.targets import ALL, choose_targets, short_names, wrap_targets
 from diablo_export.trainer.watch import Watch, interrupts, workspace
@@ -61,7 +65,7 @@ def train(
     output: str | Path,
     *,
     task: str = "causal-lm",
-    num_blocks: int = 64,
+    num_blocks: int | None = None,
     target_modules: str | Sequence[str] | None = None,
     lr: float = 5e-4,
     epochs: float = 1.0,
@@ -76,6 +80,11 @@ def train(
     dtype: str = "auto",
     device: str = "auto",
     gradient_checkpointing: bool = False,
+    base_quantize: str = "none",
+    group_size: int | None = None,
+    asymmetric: bool | None = None,
+    on_grid: bool = False,
+    init_adapter: str | Path | None = None,
     eval_data: str | Path | None = None,
     eval_fraction: float = 0.0,
     eval_every: int | None = None,
@@ -91,8 +100,9 @@ def train(
         data: JSON Lines or .txt, see `diablo_export.trainer.data`.
         output: the adapter folder; also gets training.jsonl and loss.png.
         task: `causal-lm` or `text-classification`.
-        num_blocks: diagonal blocks per module; a module of m × n weights gets m · n / num_blocks parameters.
-        target_modules: see `choose_targets`.
+        num_blocks: diagonal blocks per module; a module of m × n weights gets m · n / num_blocks parameters. None: 64,
+            or as many as `init_adapter` has.
+        target_modules: see `choose_targets`; None: those of `init_adapter`, if there is one.
         lr: peak learning rate.
         epochs: passes over the data, also a fraction; `max_steps` wins over it.
         max_steps: steps of the optimizer in all.
@@ -107,6 +117,11 @@ def train(
             and blocks, head and optimizer are float32. `auto`: bfloat16 on a GPU that has it, else float32.
         device: `auto`, `cpu` or `cuda`.
         gradient_checkpointing: compute activations again in the backward pass rather than keep them.
+        base_quantize: int8, int4 or int2: train beside the weights that `export --quantize` ships, kept packed.
+        group_size: input positions that share a scale, when quantizing; None: what `base_grid.usual` says of the task.
+        asymmetric: a zero point for each group, when quantizing; None: likewise.
+        on_grid: the blocks move the codes of the quantized base, and a merge into it is exact.
+        init_adapter: adapter folder to begin from, for the same base.
         eval_data: held-out file.
         eval_fraction: hold out this share of `data` instead: the end of running text, else lines at random.
         eval_every: steps between evaluations; None: a tenth of the run.
@@ -125,14 +140,20 @@ def train(
     output, work, place = Path(output), work_folder(Path(output)), choose_device(device)
     autocast = use_bfloat16(dtype, place)
     check_places(output, work, resume, overwrite)
+    grid = BaseGrid.chosen(base_quantize, group_size, asymmetric, task == "text-classification", on_grid)
 
     checkpoint = Checkpoint.open(model)
+    given = None if init_adapter is None else Adapter.load(init_adapter)
+    if given is not None:
+        given.check_base(checkpoint)
+        target_modules, num_blocks = target_modules or list(given.modules), num_blocks or given.num_blocks
+    options["num_blocks"] = num_blocks = num_blocks or 64
     examples = read_examples(data)
     classes = known_classes(examples, data, checkpoint, task)
     labels = None if classes is None else [str(name) for name in classes]
     torch.manual_seed(seed)
     network, tokenizer, fresh = load_with_fresh(
-        model, task, dtype=base_dtype(checkpoint, autocast), device=place, labels=labels
+        model, task, dtype=base_dtype(checkpoint, autocast), device="cpu" if grid else place, labels=labels
     )
     max_length = item_length(network, max_length)
     how = {"tokenizer": tokenizer, "max_length": max_length, "classes": classes}
@@ -143,7 +164,15 @@ def train(
 
     head = [] if classes is None else head_parameters(network, fresh)
     names, marks = _adapt(network, checkpoint, head, target_modules, num_blocks)
+    if grid is not None:
+        size = pack_base(network, grid, leave={name.rpartition(".")[0] for name in head})
+        log.info("base in %s: %.1f MB", grid, size / 1e6)
+        network.to(place)
+    if on_grid:
+        put_on_grid(network)
     parameters = _trainable(network, head)
+    if given is not None:
+        begin_at(network, parameters, given, checkpoint, grid)
     optimizer = torch.optim.AdamW(parameters.values(), lr=lr, weight_decay=weight_decay)
     if gradient_checkpointing:
         checkpoint_activations(network)
@@ -155,6 +184,7 @@ def train(
     settings = {name: options[name] for name in _KEPT} | {
         "base": _digest(marks), "data": file_sha256(Path(data)), "targets": list(marks), "steps": steps,
         "warmup_steps": warmup, "max_length": max_length, "labels": labels, "autocast": autocast,
+        "base_quantization": grid and grid.to_json(), "init_adapter": given and _sha256(given),
     }  # fmt: skip
     start, records = 0, list[dict[str, Any]]()
     if resume and (work / CHECKPOINT / STATE).exists():
@@ -183,11 +213,12 @@ def train(
         train_loop(
             optimizer, batches=batches, loss=objective.loss, targets=objective.targets,
             rate=learning_rate(lr, steps, warmup, schedule), steps=steps, start=start, clip=clip or None, seed=seed,
-            after_step=watch,
+            after_step=hardening(network, steps, start, watch) if on_grid else watch,
         )  # fmt: skip
+        settle(network)
         adapter = Adapter(
             _modules(network, marks), TASKS[task], _base_name(model), num_blocks, names,
-            {name: parameters[name].detach().cpu().numpy() for name in head}, labels or [],
+            {name: parameters[name].detach().cpu().numpy() for name in head}, labels or [], base_grid=grid,
         )  # fmt: skip
         _write(output, overwrite, adapter, history, f"{Path(model).name} on {Path(data).name}, lr {lr:g}")
     evaluations = [record for record in history.records if "eval_loss" in record]
@@ -237,6 +268,11 @@ def _fingerprints(checkpoint: Checkpoint, targets: Sequence[str]) -> dict[str, F
             f"could not be merged into them: {', '.join(absent[:5])}; choose other --target-modules"
         )
     return found
+
+
+def _sha256(adapter: Adapter) -> str:
+    assert adapter.path is not None
+    return file_sha256(adapter.path / WEIGHTS)
 
 
 def _digest(marks: dict[str, Fingerprint]) -> str:

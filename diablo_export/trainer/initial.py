@@ -1,0 +1,82 @@
+"""What blocks begin at, where that is not zero: the blocks of another adapter."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+from torch import nn
+
+from diablo_export.adapter import AdaptedModule, Adapter, refuse_base
+from diablo_export.base_grid import BaseGrid
+from diablo_export.blockdiag import Array
+from diablo_export.checkpoint import Checkpoint
+from diablo_export.quantization import Float32, dequantize
+from diablo_export.trainer.layer import DiabloLinear, diablo_layers
+from diablo_export.trainer.quantized import float_weight
+
+
+@torch.no_grad()
+def begin_at(
+    network: nn.Module,
+    parameters: Mapping[str, nn.Parameter],
+    adapter: Adapter,
+    checkpoint: Checkpoint,
+    grid: BaseGrid | None,
+) -> None:
+    """Give a network's blocks and head the values of an adapter for the same base.
+
+    On another grid than the adapter's, a block also takes what the base's weights under it have moved by: base + blocks
+    there begin as the weights that the adapter was trained to be.
+
+    Args:
+        network: holds DiaBlo layers.
+        parameters: the head's, by name.
+        adapter: has blocks of the same shape for each of these layers, and the same head.
+        checkpoint: of the base.
+        grid: that the network's base lies on.
+
+    Raises:
+        AdapterError: lists the modules that it lacks, or has in another shape.
+    """
+    layers = diablo_layers(network)
+    faults = [fault for name, layer in layers.items() if (fault := _fault(name, layer, adapter.modules.get(name)))]
+    faults += [f"{name}: has blocks, and is not among the target modules" for name in adapter.modules.keys() - layers]
+    faults += [
+        f"{name}: the head in training is {list(parameters[name].shape)}, the adapter's {list(value.shape)}"
+        for name, value in adapter.saved.items()
+        if name in parameters and tuple(parameters[name].shape) != value.shape
+    ]
+    refuse_base(adapter, "in training", faults)
+    was = adapter.base_grid
+    moved = (grid and grid.numbers) != (was and was.numbers)
+    for name, layer in layers.items():
+        blocks = adapter.modules[name].blocks.astype(np.float32)
+        if moved:
+            weight = float_weight(checkpoint, name)
+            blocks = blocks + under_blocks(_laid(weight, was) - _laid(weight, grid), layer)
+        layer.blocks.copy_(torch.from_numpy(blocks))
+    for name, value in adapter.saved.items():
+        if name in parameters:
+            parameters[name].copy_(torch.from_numpy(value.astype(np.float32)))
+
+
+def under_blocks(values: Float32, layer: DiabloLinear) -> Array:
+    """The entries of (out, in) that a layer's blocks meet, as blocks; 0 in padding."""
+    found = np.zeros(layer.shape.blocks, np.float32)
+    for block, (inputs, outputs) in enumerate(layer.shape.slices()):
+        found[block, : inputs.stop - inputs.start, : outputs.stop - outputs.start] = values[outputs, inputs].T
+    return found
+
+
+def _laid(weight: Float32, grid: BaseGrid | None) -> Float32:
+    return weight if grid is None else dequantize(grid.quantize(weight))
+
+
+def _fault(name: str, layer: DiabloLinear, module: AdaptedModule | None) -> str | None:
+    if module is None:
+        return f"{name}: is to be trained, but the adapter has no blocks for it"
+    if module.blocks.shape != layer.shape.blocks:
+        return f"{name}: blocks of {layer.shape.blocks} are to be trained, the adapter's are {module.blocks.shape}"
+    return None

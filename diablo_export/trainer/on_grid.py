@@ -1,0 +1,123 @@
+"""Training on the grid: blocks that move the codes of a quantized base, so that merging them loses nothing.
+
+A block's entries are trained as floats, and the layer computes with the nearest whole steps of the base's grid:
+straight-through, rounded on the way forward, as if not rounded on the way back. Rounding comes in by degrees: over the
+first four fifths of a run the floats harden into steps, and those that still may move make up for the others. What
+is evaluated and what is saved are whole steps; rounding base + blocks onto the base's own grid gives the trained codes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from diablo_export.trainer.layer import DiabloLinear, add_branch
+from diablo_export.trainer.loop import Step
+from diablo_export.trainer.quantized import QuantizedLinear
+
+_HARD = 0.8  # of the steps, after which every entry is fully rounded
+
+
+class OnGridLinear(DiabloLinear):
+    """A packed linear layer with blocks that are whole steps of its grid.
+
+    Attributes:
+        blocks: (num_blocks, block_size_in, block_size_out), where training wants them; the layer takes `whole()`.
+        hardness: in training mode, how much of the way to whole steps is gone: 0 to 1.
+    """
+
+    base: QuantizedLinear
+    steps: Tensor
+    lowest: Tensor
+    highest: Tensor
+
+    def __init__(self, layer: DiabloLinear) -> None:
+        """Take over a DiaBlo layer whose base is packed."""
+        base = layer.base
+        assert isinstance(base, QuantizedLinear)
+        super().__init__(base, layer.blocks.detach(), layer.shape)
+        self.hardness = 1.0
+        size = base.codes.shape[-1] * 8 // base.bits
+        codes = self._under_blocks(base.integers().flatten(1).short())
+        steps = self._under_blocks(base.scales.repeat_interleave(size, 1))
+        top = torch.where(steps == 0, codes, 2**base.bits - 1)  # a group of zeros, or padding: nowhere to go
+        self.register_buffer("steps", steps, persistent=False)
+        self.register_buffer("lowest", torch.where(steps == 0, 0, -codes).to(torch.int16), persistent=False)
+        self.register_buffer("highest", (top - codes).to(torch.int16), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(…, in_features) → (…, out_features)."""
+        y: Tensor = self.base(x)
+        if not self.enabled:
+            return y
+        rounding = (self.whole() - self.blocks).detach()
+        hardness = self.hardness if self.training else 1.0
+        return add_branch(y, x, self.blocks + hardness * rounding, self.shape)
+
+    @torch.no_grad()
+    def whole(self) -> Tensor:
+        """The blocks in whole steps of the grid, none beyond its ends."""
+        moves = (self.blocks / torch.where(self.steps == 0, 1.0, self.steps)).round()
+        return moves.clamp(self.lowest, self.highest) * self.steps
+
+    @torch.no_grad()
+    def project(self) -> None:
+        """Bring entries that left the grid's range back to its ends: after each step of an optimizer."""
+        ends = self.lowest * self.steps, self.highest * self.steps  # a step may be negative
+        self.blocks.clamp_(torch.minimum(*ends), torch.maximum(*ends))
+
+    def _under_blocks(self, values: Tensor) -> Tensor:
+        """The entries of (out, columns) that a block meets, as blocks; 0 in padding."""
+        found = torch.zeros(self.shape.blocks, dtype=values.dtype, device=values.device)
+        for block, (inputs, outputs) in enumerate(self.shape.slices()):
+            found[block, : inputs.stop - inputs.start, : outputs.stop - outputs.start] = values[outputs, inputs].T
+        return found
+
+
+def put_on_grid(network: nn.Module) -> None:
+    """Have the blocks of every DiaBlo layer move the codes of its packed base."""
+    for name, layer in list(network.named_modules()):
+        if isinstance(layer, DiabloLinear):
+            parent, _, leaf = name.rpartition(".")
+            setattr(network.get_submodule(parent), leaf, OnGridLinear(layer))
+
+
+def hardening(network: nn.Module, steps: int, start: int, then: Callable[[Step], None]) -> Callable[[Step], None]:
+    """What follows each step of a run: entries stay within the grid and harden, then `then`.
+
+    Hardness is a function of the step alone, so that a resumed run goes on as it would have.
+
+    Args:
+        network: holds `OnGridLinear` layers.
+        steps: of the run.
+        start: steps that are done.
+        then: what else follows a step.
+    """
+    layers = on_grid_layers(network)
+
+    def harden(step: int) -> None:
+        for layer in layers:
+            layer.hardness = min(1.0, step / (_HARD * steps))
+
+    def after(done: Step) -> None:
+        for layer in layers:
+            layer.project()
+        harden(done.step)
+        then(done)
+
+    harden(start)
+    return after
+
+
+@torch.no_grad()
+def settle(network: nn.Module) -> None:
+    """Make every block the whole steps that its layer computes with: the trained adapter."""
+    for layer in on_grid_layers(network):
+        layer.blocks.copy_(layer.whole())
+
+
+def on_grid_layers(network: nn.Module) -> list[OnGridLinear]:
+    """The on-grid layers of a network."""
+    return [module for module in network.modules() if isinstance(module, OnGridLinear)]
