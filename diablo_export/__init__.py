@@ -1,6 +1,7 @@
 """diablo-export: train DiaBlo blocks, merge them into int4, export them as ONNX branches, prove that they survived.
 
-One function per command, with the same names as its options; `patch` is a module with one per subcommand. Importing this loads neither torch nor onnx.
+One function per command, with the same names as its options; `patch` is a module with a function per subcommand.
+Importing this loads neither torch nor onnx.
 """
 
 from __future__ import annotations
@@ -41,8 +42,8 @@ if TYPE_CHECKING:
     from diablo_export.trainer.train import train as train
 
 __all__ = [
-    "__version__", "bench", "convert", "demo", "doctor", "export", "inspect", "merge", "parity", "patch", "sweep", "train",
-    "verify",
+    "__version__", "bench", "convert", "demo", "doctor", "export", "inspect", "merge", "parity", "patch", "sweep",
+    "train", "verify",
 ]  # fmt: skip
 
 

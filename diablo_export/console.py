@@ -33,9 +33,12 @@ def set_verbosity(level: int) -> None:
 
 @contextlib.contextmanager
 def progress(description: str, total: float) -> Iterator[Callable[[float], None]]:
-    """A bar with time left on a terminal, nothing elsewhere; yields `advance(amount)`."""
-    console = stderr()
-    if not console.is_terminal or log.getEffectiveLevel() > logging.INFO:
+    """A bar with time left on a terminal, nothing elsewhere or without rich; yields `advance(amount)`."""
+    try:
+        console = stderr()
+    except ImportError:  # a device that has numpy alone
+        console = None
+    if console is None or not console.is_terminal or log.getEffectiveLevel() > logging.INFO:
         yield lambda amount: None
         return
     from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn

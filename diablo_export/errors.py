@@ -8,6 +8,7 @@
     │   ├── ExportError         a model that this road cannot take; says which road can
     │   ├── MatchError          ONNX nodes that could not be tied to the adapted modules
     │   ├── OutputError         an output folder that exists, is not writable, or has no room
+    │   ├── PatchError          a patch that cannot be read, or is for another model
     │   └── DependencyError     a package that an extra would install
     └── CheckFailed             a parity or survival check failed: the command line exits with 1
 
@@ -50,6 +51,10 @@ class MatchError(InputError):
 
 class OutputError(InputError):
     """An output folder that exists already, is not writable, or has no room."""
+
+
+class PatchError(InputError):
+    """A patch that cannot be read, or is for another model."""
 
 
 class DependencyError(InputError):

@@ -1,6 +1,6 @@
-"""Output folders that are either the old one or the new one, never half of either.
+"""Output folders and files that are either the old one or the new one, never half of either.
 
-The new folder is filled beside its destination, flushed to the disk and renamed. Replacing an existing folder swaps
+The new one is filled beside its destination, flushed to the disk and renamed. Replacing an existing folder swaps
 the two names in one system call where Linux offers that.
 """
 
@@ -43,9 +43,48 @@ def new_folder(path: str | Path, overwrite: bool = False, needs: int = 0) -> Ite
     atexit.register(clear)  # a Ctrl-C can arrive in the very clean-up below, or just before it
     try:
         work.chmod(0o777 & ~_umask())  # mkdtemp makes private folders
-        yield work
-        _flush(work)
-        _move_into_place(work, target)
+        with _full_disk_said(target):
+            yield work
+            _flush(work)
+            _move_into_place(work, target)
+    finally:
+        clear()
+        atexit.unregister(clear)
+
+
+@contextlib.contextmanager
+def new_file(path: str | Path, overwrite: bool = False) -> Iterator[Path]:
+    """A file to write; it becomes `path` when the block ends, and is removed when the block raises.
+
+    Raises:
+        OutputError: `path` exists and `overwrite` is false, is a folder, cannot be written, or the disk is full.
+    """
+    target = Path(os.path.abspath(path))
+    if target.is_dir():
+        raise OutputError(f"{path}: is a folder; choose a file for --output")
+    if target.exists() and not overwrite:
+        raise OutputError(f"{path}: exists already; choose another --output, or give --overwrite to replace it")
+    _check_parent(target)
+    _remove_abandoned(target)
+    work = target.with_name(f".{target.name}.partial-{os.getpid()}-file")
+    clear = functools.partial(work.unlink, missing_ok=True)
+    atexit.register(clear)
+    try:
+        with _full_disk_said(target):
+            work.touch()
+            yield work
+            _flush(work)
+            work.replace(target)
+    finally:
+        clear()
+        atexit.unregister(clear)
+
+
+@contextlib.contextmanager
+def _full_disk_said(target: Path) -> Iterator[None]:
+    """A disk that runs full while `target` is written is an OutputError."""
+    try:
+        yield
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise OutputError(
@@ -53,9 +92,6 @@ def new_folder(path: str | Path, overwrite: bool = False, needs: int = 0) -> Ite
                 "left behind. Free some room or choose another --output"
             ) from error
         raise
-    finally:
-        clear()
-        atexit.unregister(clear)
 
 
 def check_output(path: str | Path, overwrite: bool = False, needs: int = 0) -> None:
@@ -70,18 +106,23 @@ def check_output(path: str | Path, overwrite: bool = False, needs: int = 0) -> N
         raise OutputError(f"{path}: exists and is a file; choose a folder for --output")
     if target.exists() and any(target.iterdir()) and not overwrite:
         raise OutputError(f"{path}: exists already; choose another --output, or give --overwrite to replace it")
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OutputError(f"{target.parent}: cannot be made: {error.strerror}; choose another --output") from error
-    if not os.access(target.parent, os.W_OK | os.X_OK):
-        raise OutputError(f"{target.parent}: not writable; choose another --output, or change its permissions")
+    _check_parent(target)
     free = shutil.disk_usage(target.parent).free
     if needs > free:
         raise OutputError(
             f"{path}: about {_megabytes(needs)} will be written, {_megabytes(free)} are free; free some room or choose "
             "another --output"
         )
+
+
+def _check_parent(target: Path) -> None:
+    """Make the folder that `target` goes to, and see that it can be written."""
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"{target.parent}: cannot be made: {error.strerror}; choose another --output") from error
+    if not os.access(target.parent, os.W_OK | os.X_OK):
+        raise OutputError(f"{target.parent}: not writable; choose another --output, or change its permissions")
 
 
 def _megabytes(size: int) -> str:
@@ -95,11 +136,15 @@ def _umask() -> int:
 
 
 def _remove_abandoned(target: Path) -> None:
-    """Remove what killed runs left beside `target`; a run that is still alive keeps its folder."""
-    for folder in target.parent.glob(f".{target.name}.partial-*"):
-        pid = folder.name.split("partial-", 1)[1].partition("-")[0]
-        if pid.isdigit() and not _alive(int(pid)):
-            shutil.rmtree(folder, ignore_errors=True)
+    """Remove what killed runs left beside `target`; a run that is still alive keeps its own."""
+    for left in target.parent.glob(f".{target.name}.partial-*"):
+        pid = left.name.split("partial-", 1)[1].partition("-")[0]
+        if not pid.isdigit() or _alive(int(pid)):
+            continue
+        if left.is_dir():
+            shutil.rmtree(left, ignore_errors=True)
+        else:
+            left.unlink(missing_ok=True)
 
 
 def _alive(pid: int) -> bool:
@@ -112,10 +157,10 @@ def _alive(pid: int) -> bool:
     return True
 
 
-def _flush(folder: Path) -> None:
+def _flush(written: Path) -> None:
     if os.name != "posix":
         return
-    for path in [*folder.rglob("*"), folder]:
+    for path in [*written.rglob("*"), written]:
         if path.is_symlink():
             continue
         handle = os.open(path, os.O_RDONLY)

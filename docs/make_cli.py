@@ -29,7 +29,10 @@ def render() -> str:
         command = main.get_command(root, name)
         assert command is not None
         settings = {**command.context_settings, "terminal_width": 100, "max_content_width": 100}
-        parts.append(_section(command, click.Context(command, root, name, **settings)))
+        context = click.Context(command, root, name, **settings)
+        parts.append(_section(command, context))
+        for below, one in command.commands.items() if isinstance(command, click.Group) else ():
+            parts.append(_section(one, click.Context(one, context, below, **settings)))
     return "\n".join(parts)
 
 

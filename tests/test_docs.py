@@ -91,6 +91,22 @@ def test_runtime_page_runs_from_top_to_bottom(
     assert all((one != other).any() for one, other in itertools.combinations(outputs, 2))
 
 
+def test_patch_commands_run(
+    genai_graph: Callable[..., Path], tiny_adapter: Folder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from diablo_export.converters.merge import merge
+
+    monkeypatch.chdir(tmp_path)
+    base = genai_graph("llama", "int4").parent
+    shutil.copytree(base, "base", ignore=shutil.ignore_patterns("cache"))
+    merge("base", tiny_adapter("llama"), "merged", method="rtn")
+    ((language, text),) = blocks(ROOT / "docs" / "merging.md")
+    assert language == "console" and text.count("diablo-export patch") == 4
+    run_console(text)
+    data = "model.onnx.data"
+    assert (base / data).read_bytes() == Path("base", data).read_bytes() != Path("merged", data).read_bytes()
+
+
 def test_swap_benchmark_runs(
     workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -135,9 +151,12 @@ def test_every_command_is_documented_and_helps_with_an_example(name: str) -> Non
     command = main.get_command(click.Context(main), name)
     assert command is not None and command.help is not None
     assert re.search(rf"Example:\n +diablo-export {name}\b", command.help)
+    below = command.commands.values() if isinstance(command, click.Group) else ()
+    assert all(one.help and re.search(rf"Example:\n +diablo-export {name} {one.name}\b", one.help) for one in below)
     silent = [
         option.name
-        for option in command.params
+        for one in (command, *below)
+        for option in one.params
         if isinstance(option, click.Option) and not option.help and option.default is None
     ]
     assert not silent, f"options without help or default: {silent}"

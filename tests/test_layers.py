@@ -108,7 +108,7 @@ def test_importing_loads_nothing_heavy(module: str) -> None:
     assert done.stdout.split() == []
 
 
-@pytest.mark.parametrize("arguments", [[], ["train"], ["merge"], ["export"], ["parity"], ["demo"]])
+@pytest.mark.parametrize("arguments", [[], ["train"], ["merge"], ["export"], ["parity"], ["patch", "apply"], ["demo"]])
 def test_help_loads_nothing_heavy(arguments: list[str]) -> None:
     code = (
         "import sys\nfrom diablo_export.cli import main\nmain([*sys.argv[1:], '--help'], standalone_mode=False)\n"

@@ -144,3 +144,32 @@ def test_an_interrupt_of_the_clean_up_itself_leaves_nothing_behind(tmp_path: Pat
     done = subprocess.run([sys.executable, "-c", INTERRUPTED, tmp_path / "out"], capture_output=True, text=True)
     assert "KeyboardInterrupt" in done.stderr
     assert os.listdir(tmp_path) == ["out"] and os.listdir(tmp_path / "out") == ["file"]
+
+
+def test_a_new_file_appears_whole(tmp_path: Path) -> None:
+    with output.new_file(tmp_path / "deep" / "out") as work:
+        work.write_text("one")
+        assert not (tmp_path / "deep" / "out").exists()
+    assert (tmp_path / "deep" / "out").read_text() == "one" and os.listdir(tmp_path / "deep") == ["out"]
+    assert (tmp_path / "deep" / "out").stat().st_mode & 0o777 == 0o666 & ~output._umask()
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, OSError(errno.ENOSPC, "No space left on device")])
+def test_a_failure_leaves_the_old_file_and_nothing_else(error: type[BaseException] | OSError, tmp_path: Path) -> None:
+    (tmp_path / "out").write_text("one")
+    with pytest.raises((OutputError, RuntimeError, KeyboardInterrupt)), output.new_file(tmp_path / "out", True) as work:
+        work.write_text("half")
+        raise error
+    assert (tmp_path / "out").read_text() == "one" and os.listdir(tmp_path) == ["out"]
+
+
+def test_a_file_of_a_killed_run_is_removed(tmp_path: Path) -> None:
+    done = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, check=True)
+    gone, alive = (tmp_path / f".out.partial-{pid}-file" for pid in (int(done.stdout), os.getppid()))
+    gone.touch()
+    alive.touch()
+    with pytest.raises(OutputError, match="out: exists already"), output.new_file(tmp_path / "out") as work:
+        (tmp_path / "out").write_text("another's")
+        with output.new_file(tmp_path / "out"):
+            pass
+    assert not work.exists() and sorted(os.listdir(tmp_path)) == [alive.name, "out"]

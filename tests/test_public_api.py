@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import re
 
+import click
 import pytest
 
 import diablo_export
@@ -13,7 +14,8 @@ from diablo_export.cli import COMMANDS
 
 def test_all_is_pinned() -> None:
     assert diablo_export.__all__ == [
-        "__version__", "bench", "convert", "demo", "doctor", "export", "inspect", "merge", "parity", "train", "verify",
+        "__version__", "bench", "convert", "demo", "doctor", "export", "inspect", "merge", "parity", "patch", "sweep",
+        "train", "verify",
     ]  # fmt: skip
     assert dir(diablo_export) == diablo_export.__all__
 
@@ -26,12 +28,23 @@ def test_one_function_per_command() -> None:
     assert set(COMMANDS) == set(diablo_export.__all__) - {"__version__"}
 
 
-@pytest.mark.parametrize("verb", sorted(COMMANDS))
+def commands() -> dict[str, tuple[click.Command, object]]:
+    """Every command and subcommand with the function that it calls, by the name in Python."""
+    found: dict[str, tuple[click.Command, object]] = {}
+    for verb in COMMANDS:
+        command = diablo_export.cli.Commands().get_command(None, verb)  # type: ignore[attr-defined, arg-type]
+        verbs = getattr(diablo_export, verb)
+        if isinstance(command, click.Group):
+            found |= {f"{verb}.{name}": (one, getattr(verbs, name)) for name, one in command.commands.items()}
+        else:
+            found[verb] = command, verbs
+    return found
+
+
+@pytest.mark.parametrize("verb", sorted(commands()))
 def test_verbs_take_what_their_commands_take(verb: str) -> None:
-    function = getattr(diablo_export, verb)
+    command, function = commands()[verb]
     assert inspect.isfunction(function) and inspect.getdoc(function)
-    command = diablo_export.cli.Commands().get_command(None, verb)  # type: ignore[attr-defined, arg-type]
-    assert command is not None
     options = {parameter.name for parameter in command.params if parameter.expose_value} - {"as_json"}
     assert options == set(inspect.signature(function).parameters)
 

@@ -16,11 +16,13 @@ from diablo_export.errors import CheckFailed, InputError
 # command → its one-line help; the module is diablo_export.cli.<command> with a click command `command`
 COMMANDS = {
     "train": "Train DiaBlo blocks on a model.",
+    "sweep": "Compare methods, learning rates and block counts in one loop.",
     "merge": "Merge an adapter's blocks into the weights, float or quantized.",
     "export": "Export ONNX that keeps the blocks as a swappable branch.",
     "parity": "Prove that what was exported is what was trained.",
     "verify": "Check a certified export again, on the device, without torch.",
     "bench": "Time what a branch costs, beside its base, LoRA and a merge.",
+    "patch": "Ship a merge as a small, reversible patch of its base.",
     "inspect": "Say what an adapter, a checkpoint or an ONNX file is.",
     "convert": "Convert the paper's adapter.chkpt to this format and back.",
     "doctor": "Say what this machine has, what is broken or missing, and how to get it.",
