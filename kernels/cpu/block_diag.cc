@@ -7,15 +7,16 @@ using diablo::Job;
 using diablo::Kernel;
 using diablo::Piece;
 
-// What makes a piece worth handing to another thread, in products: about five microseconds on one core.
-constexpr int64_t kPieceWork = 256 * 1024;
+// What makes a piece worth handing to another thread, in products: about five microseconds on one core. Reading a byte
+// of a block takes as long as two products, so this is also 128 KiB of blocks.
+constexpr int64_t kPieceWork = 256 * 1024, kByteWork = 2;
 constexpr int64_t kMostPieces = 16;
 // So much of the blocks stays in a core's cache while rows stream past them.
 constexpr int64_t kCachedBlocks = 96 * 1024;
 // Columns of a block are shared out before rows: two pieces of the same columns copy the same panels of the block. Few
 // rows read the block in long runs, which must not become short.
 constexpr int64_t kFewRows = 48, kFewestRows = 384, kFewestColumns = 128, kFewestLongColumns = 4096;
-constexpr int64_t kRowStep = 12;  // of a kernel
+constexpr int64_t kRowStep = 12;  // of a kernel: so many rows meet a block once, and need not find it in the cache again
 
 struct Plan {
   Job job;
@@ -54,6 +55,8 @@ DiabloIsa best_isa() {
   return DIABLO_PORTABLE;
 }
 
+int64_t size_of(DiabloType type) { return type == DIABLO_F32 ? 4 : type == DIABLO_I8 ? 1 : 2; }
+
 bool is_empty(const DiabloShape& s) { return s.num_blocks == 0 || s.block_size_in == 0 || s.block_size_out == 0; }
 
 // Into how many parts to cut `size`, so that there are `wanted` pieces if none becomes smaller than `fewest`.
@@ -64,13 +67,14 @@ int64_t parts(int64_t wanted, int64_t size, int64_t fewest) { return clamp(wante
 Plan make_plan(const Job& job, Kernel kernel) {
   const DiabloShape& s = job.shape;
   const int64_t block = s.block_size_in * s.block_size_out;
-  // Below 8 rows the time goes into reading the block, whatever the number of rows.
-  const int64_t rows = clamp(s.rows, 8, kPieceWork);
+  // With few rows the time goes into reading the block, whatever their number.
+  const int64_t rows = clamp(s.rows, kByteWork * size_of(s.block_type), kPieceWork);
   const int64_t wanted = clamp(s.num_blocks * block / (kPieceWork / rows), 1, kMostPieces);
   const bool few = s.rows <= kFewRows;
-  Plan plan{job, kernel, 0, 0, 0, 0, 0, 0};
+  Plan plan{job, kernel, s.num_blocks, s.block_size_out, s.rows, 1, 1, 1};
+  if (wanted == 1 && s.rows <= kRowStep) return plan;  // what follows takes as long as some small blocks
 
-  const int64_t cached = clamp(kCachedBlocks / block, 1, s.num_blocks);
+  const int64_t cached = s.rows <= kRowStep ? s.num_blocks : clamp(kCachedBlocks / block, 1, s.num_blocks);
   const int64_t cached_parts = ceil_divide(s.num_blocks, cached);
   const bool by_blocks = few || s.block_size_out > kFewestColumns;
   const int64_t block_parts = by_blocks ? clamp(wanted, cached_parts, s.num_blocks) : cached_parts;
@@ -105,7 +109,7 @@ void run_piece(void* data, size_t i) {
 void copy(const Job& job) {
   const DiabloShape& s = job.shape;
   if (job.y0 == job.y) return;
-  const size_t size = s.type == DIABLO_F32 ? 4 : 2;
+  const size_t size = static_cast<size_t>(size_of(s.type));
   const size_t step = static_cast<size_t>(s.y_stride) * size, count = static_cast<size_t>(s.out_features) * size;
   for (int64_t row = 0; row < s.rows; ++row) {
     const size_t at = static_cast<size_t>(row) * step;

@@ -78,12 +78,14 @@ void ORT_CALL release_in_place(int*, int*) {}
 struct Tensor {
   void* data;
   size_t rank;
-  int64_t sizes[kMostRank];
+  const int64_t* sizes;
+  int64_t copied[kMostRank];  // only where ONNX Runtime does not show its own
 };
 
-OrtStatus* read_shape(const ort::Api& api, const OrtTensorTypeAndShapeInfo* info, Tensor* tensor) {
+OrtStatus* copy_shape(const ort::Api& api, const OrtTensorTypeAndShapeInfo* info, Tensor* tensor) {
+  tensor->sizes = tensor->copied;
   if (OrtStatus* status = api.rank(info, &tensor->rank)) return status;
-  if (tensor->rank <= kMostRank) return api.sizes(info, tensor->sizes, tensor->rank);
+  if (tensor->rank <= kMostRank) return api.sizes(info, tensor->copied, tensor->rank);
   char text[128];
   std::snprintf(text, sizeof text, "BlockDiagMatMul: an input has %zu dimensions; at most %zu are supported",
                 tensor->rank, kMostRank);
@@ -94,9 +96,11 @@ OrtStatus* read(const ort::Api& api, const OrtKernelContext* context, size_t ind
   const OrtValue* value = nullptr;
   if (OrtStatus* status = api.input(context, index, &value)) return status;
   if (OrtStatus* status = api.data(const_cast<OrtValue*>(value), &tensor->data)) return status;
+  OrtElementType element;
+  if (api.has_shape_reference) return api.shape_reference(value, &element, &tensor->sizes, &tensor->rank);
   OrtTensorTypeAndShapeInfo* info = nullptr;
   if (OrtStatus* status = api.info(value, &info)) return status;
-  OrtStatus* status = read_shape(api, info, tensor);
+  OrtStatus* status = copy_shape(api, info, tensor);
   api.release_info(info);
   return status;
 }

@@ -74,10 +74,12 @@ static_assert(sizeof(void*) != 8 || sizeof(OrtCustomOp) == 208, "26 fields, as i
 namespace ort {
 
 constexpr uint32_t kVersion = 18;
+constexpr int kShapeReferenceVersion = 24;
 
 // The functions of the table, with their places in it. Each returns nullptr or a status to hand on.
 struct Api {
   const OrtApi* table;
+  bool has_shape_reference;
 
   template <class Function>
   Function at(int place) const {
@@ -130,6 +132,12 @@ struct Api {
                           const OrtTensorTypeAndShapeInfo* info) const {
     using Function = OrtStatus*(ORT_CALL*)(const OrtShapeInferContext*, size_t, const OrtTensorTypeAndShapeInfo*);
     return at<Function>(270)(context, index, info);
+  }
+  // A tensor's own sizes, without a copy on the heap; from kShapeReferenceVersion on.
+  OrtStatus* shape_reference(const OrtValue* value, OrtElementType* element, const int64_t** sizes,
+                             size_t* rank) const {
+    using Function = OrtStatus*(ORT_CALL*)(const OrtValue*, OrtElementType*, const int64_t**, size_t*);
+    return at<Function>(414)(value, element, sizes, rank);
   }
   OrtStatus* parallel_for(const OrtKernelContext* context, void (*task)(void*, size_t), size_t count, size_t batches,
                           void* data) const {

@@ -42,6 +42,15 @@ struct Domain {
   }
 };
 
+// "1.24.0" → 24, which is the version of the table too. Asking GetApi for one that is not there prints a complaint.
+int minor_version(const char* text) {
+  int minor = 0;
+  while (*text != '\0' && *text != '.') ++text;
+  if (*text == '.')
+    for (++text; *text >= '0' && *text <= '9'; ++text) minor = 10 * minor + (*text - '0');
+  return minor;
+}
+
 // Made at the first call. A `static Domain` in the function would be the one thing here that needs libstdc++ at run
 // time: linked statically that is 100 kB and a younger glibc, dynamically a library that small devices lack.
 const Domain& domain(ort::Api api) {
@@ -64,7 +73,7 @@ DIABLO_EXPORT OrtStatus* ORT_CALL RegisterCustomOps(OrtSessionOptions* options, 
   // Before 1.18 there is no such table. Nothing is registered then, and models run the operator as their own function.
   const OrtApi* table = base->GetApi(ort::kVersion);
   if (table == nullptr) return nullptr;
-  const ort::Api api{table};
+  const ort::Api api{table, minor_version(base->GetVersionString()) >= ort::kShapeReferenceVersion};
   const Domain& made = domain(api);
   if (made.status != nullptr) return api.create_status(kOrtFail, "BlockDiagMatMul: its domain could not be created");
   return api.add_domain(options, made.handle);
