@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
@@ -42,6 +42,7 @@ class Decoded:
     diverged: int  # prompts whose text did
     max_abs: float  # largest difference of a logit from tuned, on tuned's tokens
     cache: float  # largest difference of a decoded logit from a prefill's, over the logits' deviation
+    texts: list[Ids] = field(default_factory=list, compare=False)  # what tuned said after each prompt
 
 
 def prefill(
@@ -92,6 +93,7 @@ def decode(tuned: TorchRunner, exported: Runner, prompts: Sequence[Ids], steps: 
     divergences: list[int] = []
     distances: list[float] = []
     cache: list[float] = []
+    texts: list[Ids] = []
     for prompt in prompts:
         tokens, wanted = tuned.greedy(prompt, steps)
         found = exported.decode(prompt, tokens)
@@ -100,12 +102,14 @@ def decode(tuned: TorchRunner, exported: Runner, prompts: Sequence[Ids], steps: 
         distances.append(float(np.abs(found - wanted).max()))
         cache.append(float(np.abs(found - whole).max() / max(float(whole.std()), 1e-12)))
         divergences += _divergence(wanted, found)
+        texts.append(tokens)
     return Decoded(
         steps=steps,
         first_divergence=min(divergences, default=None),
         diverged=len(divergences),
         max_abs=float(np.max(distances)),  # numpy's max keeps a NaN
         cache=float(np.max(cache)),
+        texts=texts,
     )
 
 

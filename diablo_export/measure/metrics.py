@@ -19,7 +19,7 @@ from diablo_export.blockdiag import Array
 
 Float64 = npt.NDArray[np.float64]
 _FIRST = 5  # choices that `distribution` compares
-_ENTRIES_AT_ONCE = 1 << 20  # logits per step: a float64 temporary is 8 MB
+_ENTRIES_AT_ONCE = 1 << 17  # logits per step: the float64 temporaries of a step, 1 MB each, stay in the cache
 
 
 def log_softmax(logits: Array) -> Float64:
@@ -61,6 +61,41 @@ def delta_p(reference: Array, other: Array) -> Float64:
     rows, first = np.arange(len(reference)), reference.argmax(-1)
     moved: Float64 = np.exp(log_softmax(other)[rows, first]) - np.exp(log_softmax(reference)[rows, first])
     return moved
+
+
+@dataclass(frozen=True)
+class _Softmax:
+    """A few positions of one model with what every formula above needs, computed once: their exponentials.
+
+    Attributes:
+        logits: (positions, classes), float64.
+        probabilities: (positions, classes).
+        total: (positions,), the logarithm of the sum of the exponentials.
+    """
+
+    logits: Float64
+    probabilities: Float64
+    total: Float64
+
+    @classmethod
+    def of(cls, logits: Array) -> _Softmax:
+        wide = logits.astype(np.float64)
+        top = wide.max(-1, keepdims=True)
+        powers = np.subtract(wide, top)
+        np.exp(powers, out=powers)
+        sums = powers.sum(-1, keepdims=True)
+        powers /= sums
+        return cls(wide, powers, (np.log(sums) + top)[:, 0])
+
+    def kl(self, other: _Softmax, apart: Float64) -> Float64:
+        """As `kl`; `apart` is self.logits − other.logits."""
+        divergence: Float64 = np.einsum("ij,ij->i", self.probabilities, apart) - (self.total - other.total)
+        return np.maximum(divergence, 0.0)
+
+    def nll(self, rows: npt.NDArray[np.int64], targets: npt.NDArray[np.int64]) -> Float64:
+        """As `nll`, of some positions."""
+        found: Float64 = self.total[rows] - self.logits[rows, targets]
+        return found
 
 
 def standard_error(values: Float64) -> float:
@@ -131,37 +166,53 @@ class Comparison:
         step = max(1, _ENTRIES_AT_ONCE // tuned.shape[-1])
         for start in range(0, len(tuned), step):
             rows = slice(start, start + step)
-            self._update(tuned[rows], base[rows], exported[rows], exported_base[rows])
-            if targets is not None:
-                counted = np.flatnonzero(targets[rows] >= 0)
-                for name, logits in (("tuned", tuned), ("exported", exported), ("base", base)):
-                    self._nll.setdefault(name, []).append(nll(logits[rows][counted], targets[rows][counted]))
+            t, b, e, eb = (_Softmax.of(logits[rows]) for logits in (tuned, base, exported, exported_base))
+            self._update(t, b, e, eb, None if targets is None else targets[rows])
 
-    def _update(self, tuned: Array, base: Array, exported: Array, exported_base: Array) -> None:
-        t, e = tuned.astype(np.float64), exported.astype(np.float64)
-        difference = np.abs(t - e)
+    def _update(
+        self,
+        tuned: _Softmax,
+        base: _Softmax,
+        exported: _Softmax,
+        exported_base: _Softmax,
+        targets: npt.NDArray[np.int64] | None,
+    ) -> None:
+        t, e = tuned.logits, exported.logits
+        wanted, effect, apart = t - base.logits, e - exported_base.logits, t - e
+        self._kl.append(tuned.kl(exported, apart))
+        self._add("base_kl", base.kl(exported_base, base.logits - exported_base.logits).sum())
+        self._add("wanted_kl", tuned.kl(base, wanted).sum())
+        self._add_squares(t, e, apart)
+        self._add_effect(effect, wanted)
+        rows, first = np.arange(len(t)), t.argmax(-1)
+        self._delta_p.append(exported.probabilities[rows, first] - tuned.probabilities[rows, first])
+        self._add("agree", (first == e.argmax(-1)).sum())
+        self._add("agree5", overlap(t, e, _FIRST).sum())
+        self._add("base_agree", top1(base.logits, exported_base.logits).sum())
+        self.positions += len(t)
+        if targets is not None:
+            counted = np.flatnonzero(targets >= 0)
+            for name, one in (("tuned", tuned), ("exported", exported), ("base", base)):
+                self._nll.setdefault(name, []).append(one.nll(counted, targets[counted]))
+
+    def _add_squares(self, tuned: Float64, exported: Float64, apart: Float64) -> None:
+        distance = np.abs(apart)
         # written so that a NaN stays: max() of Python would drop it
-        self._max_abs = float(np.maximum(self._max_abs, difference.max()))
-        self._add("entries", t.size)
-        self._add("abs", difference.sum())
-        self._add("noise", (difference**2).sum())
-        self._add("tt", (t**2).sum())
-        self._add("ee", (e**2).sum())
-        self._add("te", (t * e).sum())
-        effect, wanted = centred(e - exported_base), centred(t - base)
+        self._max_abs = float(np.maximum(self._max_abs, distance.max()))
+        self._add("entries", tuned.size)
+        self._add("abs", distance.sum())
+        for name, one, two in (("noise", apart, apart), ("tt", tuned, tuned), ("ee", exported, exported)):
+            self._add(name, np.vdot(one, two))
+        self._add("te", np.vdot(tuned, exported))
+
+    def _add_effect(self, effect: Float64, wanted: Float64) -> None:
+        for moved in (effect, wanted):
+            moved -= moved.mean(-1, keepdims=True)  # as `centred`
         self._largest_wanted = float(np.maximum(self._largest_wanted, np.abs(wanted).max()))
         self._largest_effect = float(np.maximum(self._largest_effect, np.abs(effect).max()))
-        self._add("effect_wanted", (effect * wanted).sum())
-        self._add("wanted_wanted", (wanted**2).sum())
-        self._add("effect_effect", (effect**2).sum())
-        self._kl.append(kl(tuned, exported))
-        self._add("base_kl", kl(base, exported_base).sum())
-        self._add("wanted_kl", kl(tuned, base).sum())
-        self._delta_p.append(delta_p(tuned, exported))
-        self._add("agree", top1(tuned, exported).sum())
-        self._add("agree5", overlap(tuned, exported, _FIRST).sum())
-        self._add("base_agree", top1(base, exported_base).sum())
-        self.positions += len(tuned)
+        self._add("effect_wanted", np.vdot(effect, wanted))
+        self._add("wanted_wanted", np.vdot(wanted, wanted))
+        self._add("effect_effect", np.vdot(effect, effect))
 
     def _add(self, name: str, value: Any) -> None:
         self._sums[name] = self._sums.get(name, 0.0) + float(value)

@@ -178,8 +178,9 @@ def examine(
             found.parts["texts"] = answers(found.name, tokenizer, items, choices, [str(label) for label in classes])
         elif exported.decodes:
             prompts = compare.decoding_prompts(items, tokenizer.eos_token_id, context_length(tuned.model), steps)
-            _add_decode(found, compare.decode(tuned, exported.on, prompts, steps))
-            found.parts["texts"] = continuations(found.name, tokenizer, off, tuned, exported.on, prompts, steps)
+            decoded = compare.decode(tuned, exported.on, prompts, steps)
+            _add_decode(found, decoded)
+            found.parts["texts"] = continuations(found.name, tokenizer, off, exported.on, prompts, decoded.texts)
         if certify:
             found.golden = _golden(found.name, tuned, off, exported, items, tokenizer.eos_token_id)
         found.figures["runs"] = 1

@@ -17,24 +17,29 @@ def continuations(
     name: str,
     tokenizer: Any,
     base: TorchRunner,
-    tuned: TorchRunner,
     exported: Runner,
     prompts: Sequence[Ids],
-    steps: int,
+    tuned: Sequence[Ids],
 ) -> list[dict[str, Any]]:
     """Free greedy texts of base, tuned and exported, side by side.
+
+    Args:
+        name: of the adapter.
+        tokenizer: the models'.
+        base: the base in torch.
+        exported: the export with its adapter on.
+        prompts: what was decoded after.
+        tuned: the tokens that tuned chose after each of them; the others decode as many.
 
     Returns:
         `{"adapter", "prompt", "base", "tuned", "exported", "first_difference"}` each; the last is the character of
         exported's text at which it leaves tuned's, None where the texts are one.
     """
     found = []
-    for prompt in prompts[-SHOWN:]:  # the longest: they say most of the text's kind
-        said = {
-            "base": base.greedy(prompt, steps)[0],
-            "tuned": tuned.greedy(prompt, steps)[0],
-            "exported": _greedy(exported, prompt, steps),
-        }
+    # the longest: they say most of the text's kind
+    for prompt, wanted in list(zip(prompts, tuned, strict=True))[-SHOWN:]:
+        steps = len(wanted)
+        said = {"base": base.greedy(prompt, steps)[0], "tuned": wanted, "exported": _greedy(exported, prompt, steps)}
         texts = {model: tokenizer.decode(ids, skip_special_tokens=True) for model, ids in said.items()}
         start = tokenizer.decode(prompt, skip_special_tokens=True)
         parted = first_difference(texts["tuned"], texts["exported"])
