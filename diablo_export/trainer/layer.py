@@ -14,6 +14,7 @@ from transformers.pytorch_utils import Conv1D
 from diablo_export.blockdiag import BlockShape
 from diablo_export.errors import InputError
 from diablo_export.trainer.folding import Fold
+from diablo_export.trainer.joined import beside
 
 
 class DiabloLinear(nn.Module):
@@ -92,10 +93,11 @@ class DiabloLinear(nn.Module):
             if self.enabled:
                 return self.fold(x, self.blocks)
             self.fold.lift()
+        active = self.enabled and not self.merged
+        if active and (joined := beside(self.base, x, self.blocks)) is not None:
+            return joined
         y: Tensor = self.base(x)
-        if not self.enabled or self.merged:
-            return y
-        return add_branch(y, x, self.blocks, self.shape)
+        return add_branch(y, x, self.blocks, self.shape) if active else y
 
     @torch.no_grad()
     def merge(self) -> None:

@@ -21,6 +21,7 @@ from diablo_export.checkpoint import Checkpoint
 from diablo_export.console import progress
 from diablo_export.errors import CheckpointError
 from diablo_export.quantization import Float32, Quantized, dequantize, zero_points
+from diablo_export.trainer.joined import unpack_codes, unpack_weight
 from diablo_export.trainer.layer import is_linear
 
 
@@ -61,18 +62,11 @@ class QuantizedLinear(nn.Module):
     @property
     def weight(self) -> Tensor:
         """The weight (out, in), made anew with each look: float32."""
-        values = self.integers().float()
-        values -= 2 ** (self.bits - 1) if self.zeros is None else self.zeros[..., None]
-        values *= self.scales[..., None]
-        return values.flatten(1)[:, : self.in_features]
+        return unpack_weight(self.codes, self.scales, self.zeros, self.bits, self.in_features)
 
     def integers(self) -> Tensor:
         """The codes, one a byte: (out, groups, group_size)."""
-        if self.bits == 8:
-            return self.codes
-        shifts = torch.arange(0, 8, self.bits, dtype=torch.uint8, device=self.codes.device)
-        codes: Tensor = (self.codes[..., None] >> shifts) & (2**self.bits - 1)
-        return codes.flatten(-2)
+        return unpack_codes(self.codes, self.bits)
 
     def forward(self, x: Tensor) -> Tensor:
         """(…, in_features) → (…, out_features)."""
