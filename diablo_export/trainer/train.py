@@ -27,6 +27,7 @@ from diablo_export.fingerprint import Fingerprint, fingerprint
 from diablo_export.output import new_folder
 from diablo_export.trainer.batches import Batches, hold_out
 from diablo_export.trainer.data import read_examples
+from diablo_export.trainer.folding import fold_blocks
 from diablo_export.trainer.history import LOG, PICTURE, History, draw, training_bar, write_log
 from diablo_export.trainer.initial import begin_at
 from diablo_export.trainer.layer import diablo_layers
@@ -176,6 +177,8 @@ def train(
     optimizer = torch.optim.AdamW(parameters.values(), lr=lr, weight_decay=weight_decay)
     if gradient_checkpointing:
         checkpoint_activations(network)
+    if not autocast:
+        fold_blocks(diablo_layers(network).values())
 
     batches = Batches(items, batch_size, grad_accumulation, seed)
     steps = max_steps or math.ceil(epochs * batches.steps_per_epoch)
