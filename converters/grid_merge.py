@@ -1,5 +1,6 @@
 """Merging into an int4 ONNX model by the method that keeps the fine-tune: tries, measures, writes what held.
 
+    on_grid     codes moved by blocks that were trained to move them: nothing is rounded; what such an adapter gets
     rtn         each touched group to the nearest, on a fresh grid
     refit       scales searched and fitted for the least error of the weights
     calibrated  codes and scales for the least error of each layer's output
@@ -35,13 +36,24 @@ from diablo_export.converters.onnx_groups import scale_type, write
 from diablo_export.converters.onnx_match import Match, match
 from diablo_export.converters.onnx_merge import add, put_head, refuse
 from diablo_export.errors import InputError
+from diablo_export.fingerprint import ValuesDigest
 from diablo_export.measure.exported_base import base_weight
 from diablo_export.measure.metrics import cosine
 from diablo_export.measure.onnx_runner import OnnxRunner, cache_shape
 from diablo_export.measure.survival import Judge, Survival
 from diablo_export.measure.torch_runner import context_length
 from diablo_export.quantization import Float32
-from diablo_export.requantize import Grid, calibrated, grouped, refitted, rounded, touched, with_touched
+from diablo_export.requantize import (
+    Grid,
+    calibrated,
+    grouped,
+    nearest,
+    refitted,
+    rounded,
+    touched,
+    whole_steps,
+    with_touched,
+)
 from diablo_export.trainer.data import Encoded
 from diablo_export.trainer.distillation import distil, logits
 from diablo_export.trainer.grid import grid_layers
@@ -155,6 +167,8 @@ class _Bench:
     def tries(self, method: str, least: float) -> Iterator[Tried]:
         """The method asked for; for `auto` all that take seconds, and distillation where none of them holds."""
         makers = {"rtn": self._rtn, "refit": self._refit, "calibrated": self._calibrated}
+        if method == "auto" and self._moves_codes():
+            makers = {"on_grid": self._on_grid}
         wanted = list(makers) if method == "auto" else [method] if method in makers else ["calibrated"]
         grids: Grids = {}
         holds = False
@@ -223,6 +237,21 @@ class _Bench:
         return {"gain": ew / ww if ww else math.nan, "cosine": ew / math.sqrt(ee * ww) if ee * ww > 0 else math.nan}
 
     # ------------------------------------------------------------------------------------------------ the methods
+
+    def _moves_codes(self) -> bool:
+        """Whether the adapter was trained on a grid, and it is this one; says so where it is another."""
+        if self.adapter.base_grid is None or not self.adapter.base_grid.on_grid:
+            return False
+        strange = [name for name, grid in self.made.grids.items() if not whole_steps(self._wanted[name], grid)]
+        if strange:
+            log.warning(
+                "the adapter was trained to move the codes of another grid than that of %s%s: merged as any other is",
+                strange[0], f" and {len(strange) - 1} more modules" if strange[1:] else "",
+            )  # fmt: skip
+        return not strange
+
+    def _on_grid(self, name: str, grid: Grid) -> Grid:
+        return with_touched(grid, self._wanted[name], self._layers[name].shape, lambda t, g, _: nearest(t, g))
 
     def _rtn(self, name: str, grid: Grid) -> Grid:
         wanted = self._wanted[name]
@@ -358,8 +387,14 @@ def _write(one: Match, best: Tried, made: GridNetwork, folder: Path) -> dict[str
     why = f"{best.method}: {count} of {base.scales.size} groups, all that a block meets ({one.why})"
     changed, total = _changed({name: best.grids[name]}, made.grids)
     outside = _disturbed(best.grids[name], base, one)
-    counts = {"touched_groups": count, "codes_changed": changed, "codes": total, "disturbed_weights": outside}
+    digest = ValuesDigest().add(_values(best.grids[name], one)).hex()
+    counts = {"values_xxh3": digest, "touched_groups": count, "codes_changed": changed, "codes": total, "disturbed_weights": outside}
     return {**one.describe(), "action": "merged", "why": why, **counts}
+
+
+def _values(grid: Grid, one: Match) -> Float32:
+    """A module's grid as its weight, (out_features, in_features)."""
+    return grid.values().reshape(len(grid.scales), -1)[:, : one.module.in_features]
 
 
 def _changed(grids: Mapping[str, Grid], base: Mapping[str, Grid]) -> tuple[int, int]:

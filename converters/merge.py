@@ -251,7 +251,8 @@ def _into_onnx(
         from diablo_export.converters.grid_merge import grid_merge
 
         modules, more["survival"] = grid_merge(folder, adapter, **options)
-    session(folder / onnx_file.MODEL)  # a graph that the runtime refuses is no merge
+    if (folder / onnx_file.MODEL).read_bytes() != source.file.read_bytes():
+        session(folder / onnx_file.MODEL)  # a graph that the runtime refuses is no merge
     reason = f"{source.file.name} is an ONNX model already"
     return modules, {"hashes": {}, "exporter": "given", "reason": reason, **kind(linears(ir.load(source.file))), **more}
 
@@ -278,7 +279,8 @@ def _to_onnx(
     """Build the graph, the blocks added on the way or merged after; the modules' entries, and the manifest's rest."""
     from diablo_export.converters.onnx_graph import build_graph
 
-    at_once = options["method"] in ("exact", "rtn")
+    on_grid = adapter.base_grid is not None and adapter.base_grid.on_grid and quantize != "none"
+    at_once = options["method"] in ("exact", "rtn") and not on_grid
     built = build_graph(
         model, folder, task=_task(adapter), quantize=quantize, group_size=group_size, symmetric=not asymmetric,
         precision=precision, merged=adapter if at_once else None, head=adapter,
@@ -294,11 +296,18 @@ def _to_onnx(
         return [
             {"name": name, **built.modules[name], "action": "merged", "why": _why(quantize)} for name in adapter.modules
         ], more
-    from diablo_export.converters.grid_merge import grid_merge
+    more["hashes"] = {}
+    if options["method"] == "rtn":
+        from diablo_export.converters.onnx_merge import onnx_merge
 
-    done, survival = grid_merge(folder, adapter, float_base=Checkpoint.open(model), has_head=True, **options)
-    modules = [{**built.modules[entry["name"]], **entry} for entry in done]
-    return modules, more | {"hashes": {}, "survival": survival}
+        done = onnx_merge(folder / onnx_file.MODEL, adapter)
+    else:
+        from diablo_export.converters.grid_merge import grid_merge
+
+        # an adapter that was trained on the grid was so beside its float head
+        how = {"float_base": Checkpoint.open(model), "has_head": not on_grid, **options}
+        done, more["survival"] = grid_merge(folder, adapter, **how)
+    return [{**built.modules[entry["name"]], **entry} for entry in done], more
 
 
 def _why(quantize: str) -> str:

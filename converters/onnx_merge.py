@@ -1,7 +1,8 @@
 """Add blocks to the weights of an ONNX model in place, float or quantized (MatMulNBits, or codes and DequantizeLinear).
 
 Of a float weight only the entries that a block meets are computed. Of a quantized one only the touched groups are:
-dequantized, added to, rounded anew on a grid of the same kind. Every other byte stays as it is.
+dequantized, added to, rounded anew on a grid of the same kind; blocks that were trained on this grid move its codes,
+nothing is rounded. Every other byte stays as it is.
 """
 
 from __future__ import annotations
@@ -14,13 +15,13 @@ import numpy as np
 import onnx_ir as ir
 
 from diablo_export.adapter import Adapter
-from diablo_export.converters.onnx_groups import corners, opened, quantized
+from diablo_export.converters.onnx_groups import corners, opened, quantized, touched
 from diablo_export.converters.onnx_head import feed_parameters
 from diablo_export.converters.onnx_linears import Linear
 from diablo_export.converters.onnx_match import Match, match
 from diablo_export.converters.onnx_stored import keep, writable
 from diablo_export.errors import ExportError
-from diablo_export.requantize import rounded
+from diablo_export.requantize import nearest, rounded, whole_steps
 
 
 def onnx_merge(file: Path, adapter: Adapter) -> list[dict[str, Any]]:
@@ -33,7 +34,8 @@ def onnx_merge(file: Path, adapter: Adapter) -> list[dict[str, Any]]:
     model = ir.load(file)
     found = match(model, adapter.modules)
     refuse(file, found.values())
-    entries = [{**one.describe(), "action": "merged", **_merge(one, file.parent)} for one in found.values()]
+    on_grid = adapter.base_grid is not None and adapter.base_grid.on_grid
+    entries = [{**one.describe(), "action": "merged", **_merge(one, file.parent, on_grid)} for one in found.values()]
     put_head(model, adapter)
     ir.save(model, file)
     return entries
@@ -76,25 +78,26 @@ def _refusal(linear: Linear) -> str | None:
     return None
 
 
-def _merge(one: Match, folder: Path) -> dict[str, Any]:
+def _merge(one: Match, folder: Path, on_grid: bool) -> dict[str, Any]:
     """Merge one module; returns what was done."""
     if not quantized(one):
         add(one, folder)
         return {"why": f"added to the weight ({one.why})"}
     done = total = 0
+    exact = on_grid
     for linear, found in corners(one):
         stored = opened(linear, folder)
-        for corner in found:
-            groups = corner.groups(linear.group_size)
-            old = stored.part(corner.rows, groups)
-            wanted = old.values()
-            inner = slice(corner.columns.start - groups.start * linear.group_size, None)
-            wanted.reshape(len(wanted), -1)[:, inner][:, : corner.delta.shape[1]] += corner.delta
-            stored.put(corner.rows, groups, rounded(wanted, old))
+        for rows, groups, added in touched(found, linear.group_size):
+            old = stored.part(rows, groups)
+            wanted = old.values() + added
+            moved = on_grid and whole_steps(wanted, old)
+            stored.put(rows, groups, nearest(wanted, old) if moved else rounded(wanted, old))
+            exact = exact and moved
             done += old.scales.size
         stored.close()
         total += linear.out_features * -(-linear.in_features // linear.group_size)
-    why = f"requantized {done} of {total} groups, all that a block meets ({one.why})"
+    how = "moved the codes of" if exact else "requantized"
+    why = f"{how} {done} of {total} groups, all that a block meets ({one.why})"
     return {"why": why, "touched_groups": done}
 
 

@@ -1,7 +1,8 @@
-"""Codes, scales and zero points for weights that are to change on their grid: three ways to choose them, in numpy.
+"""Codes, scales and zero points for weights that are to change on their grid: four ways to choose them, in numpy.
 
 All work on some rows of a weight, cut into groups: target (rows, groups, size), H (groups · size, groups · size).
 
+    nearest     each group to the nearest on the grid that it has: for blocks that are whole steps of it
     rounded     each group to the nearest, on a fresh grid: what onnxruntime does by default
     refitted    scales searched and fitted for the least squared error of the weights; needs no data
     calibrated  codes and scales for the least squared error of the layer's output, (w − t)ᵀ H (w − t), where
@@ -24,6 +25,7 @@ from diablo_export.quantization import Codes, Float32, fresh_grid
 _RATIOS = np.linspace(0.5, 1.1, 13)  # of the scale that just holds a group's largest weight
 _FITS = 3  # alternations of codes and scale: the error no longer falls after that
 _SWEEPS = 4
+_WHOLE = 0.05  # of a step: scales in float16 put the fifteenth step off by 0.007
 _DAMPING = 0.01  # of H's mean diagonal, added to it: directions that the text hardly shows are not free
 
 
@@ -92,6 +94,12 @@ def grouped(values: Float32, size: int) -> Float32:
     return padded.reshape(len(values), -1, size)
 
 
+def whole_steps(target: Float32, like: Grid) -> bool:
+    """Whether every weight lies on the grid that its group has, so that nothing is lost by keeping it."""
+    there = nearest(target, like)
+    return bool((np.abs(there.values() - target) <= _WHOLE * np.abs(like.scales)[..., None]).all())
+
+
 def rounded(target: Float32, like: Grid) -> Grid:
     """Each group rounded to a fresh grid of its own, bit for bit as `quantization.quantize` does.
 
@@ -105,19 +113,27 @@ def rounded(target: Float32, like: Grid) -> Grid:
     return replace(like, codes=codes, scales=scales, zeros=like.zeros if like.symmetric else zeros)
 
 
-def refitted(target: Float32, like: Grid, dtype: npt.DTypeLike = np.float32) -> Grid:
+def nearest(target: Float32, grid: Grid) -> Grid:
+    """Each weight as the nearest of the values that the grid has now: scales and zero points stay."""
+    return _on(target, grid, grid.scales, grid.zeros)
+
+
+def refitted(target: Float32, like: Grid, dtype: npt.DTypeLike = np.float32, positive: bool = False) -> Grid:
     """The grid of least squared error per group: the given one, a fresh one, or that with a searched, fitted scale.
 
     Args:
         target: what the groups should hold.
         like: the grid that they have now; a group that it suits best keeps it.
         dtype: what scales are stored in.
+        positive: no scale may be negative, which onnxruntime's may.
     """
     fresh = rounded(target, like)
-    best = _on(target, like, like.scales, like.zeros)
+    if positive:
+        fresh = replace(fresh, scales=np.abs(fresh.scales))
+    best = nearest(target, like)
     least = _squared(best, target)
     for ratio in _RATIOS:
-        for sign in (1, -1) if like.symmetric else (1,):
+        for sign in (1, -1) if like.symmetric and not positive else (1,):
             trial = replace(fresh, scales=fresh.scales * np.float32(ratio * sign)).stored_as(dtype)
             for _ in range(_FITS):
                 trial = _on(target, trial, trial.scales, trial.zeros)
