@@ -24,6 +24,7 @@ METHODS = {
     "smt": "as many blocks, where warm-up gradients are largest (arXiv 2405.15525)",
     "s2ft": "as many weights, in whole inner channels (arXiv 2412.06289)",
 }
+BASE = "base"  # of a sweep: the model as it is, untrained
 
 
 def adapt(

@@ -1,0 +1,84 @@
+"""diablo-export sweep."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from diablo_export.cli.options import json_option, model_option, output_option, overwrite_option, verbosity_options
+from diablo_export.errors import require
+
+_FILE = click.Path(path_type=Path)
+_Callback = Callable[[click.Context, click.Parameter, str], list[Any]]
+
+
+def _several(kind: Callable[[str], Any], what: str) -> _Callback:
+    """A callback for values with commas between."""
+
+    def split(ctx: click.Context, option: click.Parameter, value: str) -> list[Any]:
+        try:
+            return [kind(part.strip()) for part in value.split(",")]
+        except ValueError:
+            raise click.BadParameter(f"{value!r} is not {what} with commas between") from None
+
+    return split
+
+
+@click.command("sweep", context_settings={"show_default": True})
+@model_option
+@click.option("--data", "-d", required=True, type=_FILE, metavar="D", help="Training data: .jsonl or .txt.")
+@output_option
+@click.option("--methods", default="diablo,lora,full", callback=_several(str, "names"), metavar="NAMES",
+              help="Of diablo, lora, dora, full, permuted, random-block, smt, s2ft, with commas between.")  # fmt: skip
+@click.option("--lr", default="1e-4,3e-4,1e-3,3e-3,1e-2", callback=_several(float, "numbers"), metavar="RATES",
+              help="Peak learning rates.")  # fmt: skip
+@click.option("--num-blocks", default="64", callback=_several(int, "whole numbers"), metavar="COUNTS",
+              help="Blocks per module: weights / N are trained. LoRA gets the rank of as many parameters.")  # fmt: skip
+@click.option("--target-modules", multiple=True, metavar="NAMES",
+              callback=lambda ctx, option, value: [names.split(",") for names in value],
+              help="A set of targets, as for train; give it again for each further set.")  # fmt: skip
+@click.option("--seeds", default="0", callback=_several(int, "whole numbers"), metavar="SEEDS", help="A run each.")
+@click.option("--task", type=click.Choice(["causal-lm", "text-classification"]), default="causal-lm")
+@click.option("--epochs", type=float, default=1.0, help="Passes over the data.")
+@click.option("--max-steps", type=int, help="Steps in all; wins over --epochs.")
+@click.option("--batch-size", type=int, default=16)
+@click.option("--grad-accumulation", type=int, default=1, help="Batches per step.")
+@click.option("--max-length", type=int, help="Tokens per item or packed piece.  [default: 512 at most]")
+@click.option("--schedule", type=click.Choice(["linear", "cosine", "constant"]), default="linear")
+@click.option("--warmup-steps", type=int, help="Steps of rising learning rate.  [default: a twentieth]")
+@click.option("--weight-decay", type=float, default=0.0)
+@click.option("--clip", type=float, default=1.0, help="Largest norm of the gradient; 0 for none.")
+@click.option("--dtype", type=click.Choice(["auto", "float32", "bfloat16"]), default="auto",
+              help="Of matrix products; what is trained and the optimizer are float32.")  # fmt: skip
+@click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto")
+@click.option("--gradient-checkpointing", is_flag=True, help="Less memory, a third more time.")
+@click.option("--eval-data", type=_FILE, metavar="D", help="Held-out data.")
+@click.option("--eval-fraction", type=float, default=0.0, help="Hold out this share of --data.")
+@click.option("--jobs", type=int, help="Runs at a time, a process each.  [default: one for each GPU]")
+@click.option("--resume", is_flag=True, help="Go on with an unfinished sweep, or widen a finished one.")
+@overwrite_option
+@json_option
+@verbosity_options
+def command(as_json: bool, **options: Any) -> None:
+    """Compare methods, learning rates, block counts, targets and seeds in the same training loop.
+
+    Every run has the same data and number of steps, and is judged on the same held-out data. The output folder gets
+    results.jsonl, a line for each run; table.md; and sweep.png, the held-out figure against the learning rate. A run
+    that diverges is a result. What is finished when a sweep is stopped is kept for --resume.
+
+    \b
+    Example:
+      diablo-export sweep --model M --data train.jsonl --eval-fraction 0.1 --methods diablo,lora,full \\
+        --lr 1e-4,3e-4,1e-3,3e-3 --num-blocks 32,64 --seeds 0,1,2 --output sweep
+    """  # fmt: skip
+    for package in ("torch", "transformers", "matplotlib"):
+        require(package, "train")
+    from diablo_export.trainer.sweep import sweep
+    from diablo_export.trainer.sweep_report import table
+
+    results = sweep(**options)
+    click.echo(json.dumps(results) if as_json else table(results), nl=as_json)
