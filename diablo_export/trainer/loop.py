@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from diablo_export.errors import InputError
 from diablo_export.trainer.data import Encoded
+from diablo_export.trainer.processes import whole
 
 SCHEDULES = ("linear", "cosine", "constant")
 
@@ -39,6 +40,7 @@ def train_loop(
     start: int = 0,
     clip: float | None = 1.0,
     seed: int = 0,
+    add_up: Callable[[Sequence[nn.Parameter], float], float] = lambda parameters, loss: loss,
     after_step: Callable[[Step], None] = lambda step: None,
 ) -> None:
     """Train from step `start` up to `steps`.
@@ -53,6 +55,7 @@ def train_loop(
         targets: how many targets one batch has.
         rate: the learning rate of a step.
         clip: largest norm of the gradient, or None.
+        add_up: adds gradients, in place, and loss up over processes that train together.
         after_step: sees each finished step, to log, evaluate and save; what it raises ends the training.
 
     Raises:
@@ -71,7 +74,8 @@ def train_loop(
             share = loss(part) / count
             share.backward()  # type: ignore[no-untyped-call]
             total += share.item()
-        norm = nn.utils.clip_grad_norm_(parameters, clip or math.inf).item()
+        total = add_up(parameters, total)
+        norm = whole(nn.utils.clip_grad_norm_(parameters, clip or math.inf)).item()
         _check_finite(step, total, norm, rate(step))
         optimizer.step()
         optimizer.zero_grad()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +11,7 @@ from torch.nn import functional
 
 from diablo_export.trainer.batches import collate
 from diablo_export.trainer.data import IGNORED, Encoded
+from diablo_export.trainer.processes import Processes
 
 
 @dataclass(frozen=True)
@@ -22,11 +23,13 @@ class Objective:
     pad: int  # the id that fills short items up
     device: torch.device
     autocast: bool  # matrix products in bfloat16
+    processes: Processes = field(default_factory=Processes)
 
     def loss(self, batch: Sequence[Encoded]) -> Tensor:
-        """The sum of the cross entropies over the batch's targets, in float32."""
-        logits, labels = self._predictions(batch)
-        return functional.cross_entropy(logits, labels, reduction="sum")
+        """The sum of the cross entropies over the batch's targets, in float32: of this process's items among them."""
+        own, weight = self.processes.share(batch)
+        logits, labels = self._predictions(own)
+        return functional.cross_entropy(logits, labels, reduction="sum") * weight
 
     def targets(self, batch: Sequence[Encoded]) -> int:
         """How many classes or tokens of a batch are predicted; an item's first token never is."""
@@ -36,17 +39,19 @@ class Objective:
     def evaluate(self, items: Sequence[Encoded], batch_size: int) -> dict[str, float]:
         """`eval_loss` per target, and a classifier's `eval_accuracy`, without dropout."""
         ordered = sorted(items, key=lambda item: len(item.ids))
-        loss, right, count = 0.0, 0, 0
+        loss, right, count = 0.0, 0.0, 0.0
         training = self.model.training
         self.model.eval()
         try:
             for start in range(0, len(ordered), batch_size):
-                logits, labels = self._predictions(ordered[start : start + batch_size])
-                loss += functional.cross_entropy(logits, labels, reduction="sum").item()
-                right += int((logits.argmax(-1) == labels).sum())
-                count += len(labels)
+                own, weight = self.processes.share(ordered[start : start + batch_size])
+                logits, labels = self._predictions(own)
+                loss += functional.cross_entropy(logits, labels, reduction="sum").item() * weight
+                right += int((logits.argmax(-1) == labels).sum()) * weight
+                count += len(labels) * weight
         finally:
             self.model.train(training)
+        loss, right, count = self.processes.sum([loss, right, count])
         return {"eval_loss": loss / count} | ({"eval_accuracy": right / count} if self.classify else {})
 
     def _predictions(self, batch: Sequence[Encoded]) -> tuple[Tensor, Tensor]:

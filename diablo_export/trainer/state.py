@@ -10,13 +10,13 @@ import json
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
 from diablo_export.checkpoint import read_header, read_json, write_safetensors
 from diablo_export.errors import CheckpointError, InputError
 from diablo_export.output import new_folder
+from diablo_export.trainer.processes import placed_like, whole
 
 CHECKPOINT, TENSORS, STATE = "checkpoint", "state.safetensors", "state.json"
 FORMAT_VERSION = 1
@@ -31,16 +31,21 @@ def save_state(
     step: int,
     settings: dict[str, Any],
     log: list[dict[str, Any]],
+    write: bool = True,
 ) -> None:
     """Write a checkpoint after `step` finished steps; a kill leaves either the old one or this one.
+
+    Of several processes all must come here, and one is to write.
 
     Raises:
         OutputError: no room, or not writable.
     """
-    tensors = {name: parameter.detach().cpu().numpy() for name, parameter in parameters.items()}
+    tensors = {name: whole(parameter.detach()).cpu().numpy() for name, parameter in parameters.items()}
     for name, parameter in parameters.items():
         for moment in _MOMENTS:
-            tensors[f"{name}:{moment}"] = optimizer.state[parameter][moment].cpu().numpy()
+            tensors[f"{name}:{moment}"] = whole(optimizer.state[parameter][moment]).cpu().numpy()
+    if not write:
+        return
     layout = {name: ("F32", value.shape) for name, value in tensors.items()}
     with new_folder(folder, overwrite=True, needs=sum(value.nbytes for value in tensors.values())) as work:
         write_safetensors(work / TENSORS, layout, tensors.items())
@@ -75,10 +80,10 @@ def load_state(
         raise CheckpointError(f"{folder / TENSORS}: holds other parameters than this run trains; start anew")
     for name, parameter in parameters.items():
         with torch.no_grad():
-            parameter.copy_(torch.from_numpy(infos[name].read()))
+            parameter.copy_(placed_like(parameter, infos[name].read()))
         optimizer.state[parameter] = {
             "step": torch.tensor(float(state["step"])),
-            **{moment: _like(parameter, infos[f"{name}:{moment}"].read()) for moment in _MOMENTS},
+            **{moment: placed_like(parameter, infos[f"{name}:{moment}"].read()) for moment in _MOMENTS},
         }
     return int(state["step"]), list(state["log"])
 
@@ -86,10 +91,6 @@ def load_state(
 def read_step(folder: Path) -> int:
     """How many steps the run of a checkpoint has finished."""
     return int(read_json(folder / STATE).get("step", 0))
-
-
-def _like(parameter: nn.Parameter, value: np.ndarray[Any, Any]) -> torch.Tensor:
-    return torch.from_numpy(value).to(parameter.device, parameter.dtype)
 
 
 def check_settings(folder: Path, stored: dict[str, Any], given: dict[str, Any]) -> None:

@@ -37,6 +37,7 @@ from diablo_export.trainer.objective import Objective
 from diablo_export.trainer.on_grid import hardening, put_on_grid, settle
 from diablo_export.trainer.options import check_options, check_places, choose_device, use_bfloat16, work_folder
 from diablo_export.trainer.prepare import base_dtype, encode_file, item_length, known_classes
+from diablo_export.trainer.processes import join_processes, whole
 from diablo_export.trainer.quantized import pack_base
 from diablo_export.trainer.state import CHECKPOINT, STATE, load_state, save_state
 from diablo_export.trainer.targets import ALL, choose_targets, short_names, wrap_targets
@@ -138,9 +139,12 @@ def train(
     options = dict(locals())
     check_options(options)
     require("matplotlib", "train")  # rather now than after hours of training
+    processes = join_processes(device, batch_size)
     output, work, place = Path(output), work_folder(Path(output)), choose_device(device)
     autocast = use_bfloat16(dtype, place)
-    check_places(output, work, resume, overwrite)
+    if processes.first:
+        check_places(output, work, resume, overwrite)
+    processes.wait()
     grid = BaseGrid.chosen(base_quantize, group_size, asymmetric, task == "text-classification", on_grid)
 
     checkpoint = Checkpoint.open(model)
@@ -177,13 +181,16 @@ def train(
     optimizer = torch.optim.AdamW(parameters.values(), lr=lr, weight_decay=weight_decay)
     if gradient_checkpointing:
         checkpoint_activations(network)
-    if not autocast:
+    if processes.sharded:
+        processes.spread(network, optimizer)
+        parameters = _trainable(network, head)
+    elif not autocast:
         fold_blocks(diablo_layers(network).values())
 
     batches = Batches(items, batch_size, grad_accumulation, seed)
     steps = max_steps or math.ceil(epochs * batches.steps_per_epoch)
     warmup = math.ceil(steps / 20) if warmup_steps is None else min(steps, warmup_steps)
-    objective = Objective(network, classes is not None, tokenizer.pad_token_id or 0, place, autocast)
+    objective = Objective(network, classes is not None, tokenizer.pad_token_id or 0, place, autocast, processes)
     settings = {name: options[name] for name in _KEPT} | {
         "base": _digest(marks), "data": file_sha256(Path(data)), "targets": list(marks), "steps": steps,
         "warmup_steps": warmup, "max_length": max_length, "labels": labels, "autocast": autocast,
@@ -199,31 +206,41 @@ def train(
         f"{size:,}", len(marks), place.type, f"{len(items):,}", steps, batch_size, grad_accumulation,
     )  # fmt: skip
 
-    with workspace(work), _deterministic(place), interrupts() as interrupted, training_bar(steps, start) as show:
-        history = History(work / LOG, records)
+    with (
+        workspace(work) if processes.first else contextlib.nullcontext(),
+        _deterministic(place), interrupts(processes.count > 1) as interrupted, training_bar(steps, start) as show,
+    ):  # fmt: skip
+        history = History(work / LOG if processes.first else Path(os.devnull), records)
 
         def save(step: int) -> None:
-            save_state(work / CHECKPOINT, parameters, optimizer, step=step, settings=settings, log=history.records)
+            save_state(
+                work / CHECKPOINT, parameters, optimizer, step=step, settings=settings, log=history.records,
+                write=processes.first,
+            )  # fmt: skip
+            processes.wait()
 
         tenth = math.ceil(steps / 10)
         watch = Watch(
             objective, held, batch_size, steps, eval_every or tenth, checkpoint_every or max(25, tenth),
-            history, show, save, interrupted,
+            history, show, save, lambda: processes.any(interrupted()),
         )  # fmt: skip
         if start == 0:
             watch.evaluate(0)
         network.train()
         train_loop(
             optimizer, batches=batches, loss=objective.loss, targets=objective.targets,
-            rate=learning_rate(lr, steps, warmup, schedule), steps=steps, start=start, clip=clip or None, seed=seed,
+            rate=learning_rate(lr, steps, warmup, schedule), steps=steps, start=start, clip=clip or None,
+            seed=seed + (processes.rank << 32), add_up=processes.add_up,
             after_step=hardening(network, steps, start, watch) if on_grid else watch,
         )  # fmt: skip
         settle(network)
         adapter = Adapter(
             _modules(network, marks), TASKS[task], _base_name(model), num_blocks, names,
-            {name: parameters[name].detach().cpu().numpy() for name in head}, labels or [], base_grid=grid,
+            {name: whole(parameters[name].detach()).cpu().numpy() for name in head}, labels or [], base_grid=grid,
         )  # fmt: skip
-        _write(output, overwrite, adapter, history, f"{Path(model).name} on {Path(data).name}, lr {lr:g}")
+        if processes.first:
+            _write(output, overwrite, adapter, history, f"{Path(model).name} on {Path(data).name}, lr {lr:g}")
+        processes.wait()
     evaluations = [record for record in history.records if "eval_loss" in record]
     return Training(output, steps, size, history.column("loss")[1][-1], evaluations)
 
@@ -296,7 +313,11 @@ def _trainable(network: Any, head: Sequence[str]) -> dict[str, nn.Parameter]:
 def _modules(network: nn.Module, marks: dict[str, Fingerprint]) -> dict[str, AdaptedModule]:
     return {
         name: AdaptedModule(
-            name, layer.blocks.detach().cpu().numpy(), layer.shape.in_features, layer.shape.out_features, marks[name]
+            name,
+            whole(layer.blocks.detach()).cpu().numpy(),
+            layer.shape.in_features,
+            layer.shape.out_features,
+            marks[name],
         )
         for name, layer in diablo_layers(network).items()
     }

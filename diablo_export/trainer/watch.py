@@ -60,12 +60,16 @@ class Watch:
 
 
 @contextlib.contextmanager
-def interrupts() -> Iterator[Callable[[], bool]]:
-    """Hold back Ctrl-C and SIGTERM until the step is done: yields whether one came. A second one stops at once."""
+def interrupts(patient: bool = False) -> Iterator[Callable[[], bool]]:
+    """Hold back Ctrl-C and SIGTERM until the step is done: yields whether one came. A second one stops at once.
+
+    Args:
+        patient: not so, because a launcher of several processes sends its own signal after the terminal's.
+    """
     came: list[int] = []
 
     def note(number: int, frame: object) -> None:
-        if came:
+        if came and not patient:
             raise KeyboardInterrupt
         came.append(number)
         log.warning("stopping after this step…")

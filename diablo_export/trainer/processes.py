@@ -1,0 +1,141 @@
+"""Several processes that train one model: who takes which items, and what they tell each other.
+
+torchrun or `accelerate launch` starts them. They share every batch, so that a step is the same step however many they
+are: process r of n takes items r, r + n, … of each, and losses and gradients are added up over all of them. Each has
+the whole model, or, where accelerate's configuration says FSDP 2, a part of each weight.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from diablo_export.console import log
+from diablo_export.errors import InputError, require
+from diablo_export.trainer.data import Encoded
+
+
+@dataclass(frozen=True)
+class Processes:
+    """This process among those that train together; alone, unless some program started several."""
+
+    rank: int = 0
+    count: int = 1
+    accelerator: Any = None  # accelerate's, where there are several
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the one that writes and speaks."""
+        return self.rank == 0
+
+    @property
+    def sharded(self) -> bool:
+        """Whether each process holds only a part of each weight."""
+        return self.accelerator is not None and bool(getattr(self.accelerator, "is_fsdp2", False))
+
+    def share(self, batch: Sequence[Encoded]) -> tuple[Sequence[Encoded], float]:
+        """This process's items of a batch, and what they weigh.
+
+        One that gets none takes the first item for nothing: all must go through the model together.
+        """
+        own = batch[self.rank :: self.count]
+        return (own, 1.0) if own else (batch[:1], 0.0)
+
+    def spread(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        """Cut the weights of a model, and its optimizer's, among the processes, where accelerate is asked to."""
+        if self.sharded:
+            self.accelerator.prepare(model, optimizer)
+            for module in model.modules():
+                if isinstance(module, FSDPModule):
+                    module.set_gradient_divide_factor(1.0)  # gradients are added up, not averaged
+
+    def sum(self, values: Sequence[float]) -> list[float]:
+        """Each value, added up over all processes."""
+        if self.accelerator is None:
+            return list(values)
+        total: Tensor = self.accelerator.reduce(torch.tensor(values, device=self.accelerator.device), "sum")
+        return total.tolist()
+
+    def add_up(self, parameters: Sequence[nn.Parameter], loss: float) -> float:
+        """Add up gradients (in place) and loss over all processes: all then take the same step."""
+        if self.accelerator is None:
+            return loss
+        if not self.sharded:  # else they were on their way back
+            parts = [p.grad if p.grad is not None else torch.zeros_like(p) for p in parameters]
+            total = self.accelerator.reduce(torch.cat([part.flatten() for part in parts]), "sum")
+            for parameter, part in zip(parameters, total.split([part.numel() for part in parts]), strict=True):
+                parameter.grad = part.view_as(parameter)
+        return self.sum([loss])[0]
+
+    def any(self, here: bool) -> bool:
+        """Whether something is so in any of the processes."""
+        return self.sum([float(here)])[0] > 0
+
+    def wait(self) -> None:
+        """Go on when all processes are here."""
+        if self.accelerator is not None:
+            self.accelerator.wait_for_everyone()
+
+
+def join_processes(device: str, batch_size: int) -> Processes:
+    """Meet the other processes that torchrun or `accelerate launch` started; there are none without them.
+
+    Args:
+        device: `cpu`, or anything else for this process's own GPU, if there is one.
+        batch_size: items that they share.
+
+    Raises:
+        InputError: a batch too small to share, or a configuration that blocks cannot be trained by.
+    """
+    count = int(os.environ.get("WORLD_SIZE", "1"))
+    if count < 2:
+        return Processes()
+    if batch_size < count:
+        raise InputError(
+            f"--batch-size is {batch_size}, which {count} processes share: give {count} or more, or start fewer"
+        )
+    require("accelerate", "train")
+    from accelerate import Accelerator
+    from accelerate.utils import DistributedType
+
+    asked = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false") == "true"
+    if asked:
+        raise InputError(_DEEPSPEED)
+    accelerator = Accelerator(cpu=device == "cpu" or not torch.cuda.is_available(), mixed_precision="no")
+    if accelerator.distributed_type == DistributedType.FSDP and not accelerator.is_fsdp2:
+        raise InputError(
+            "accelerate is configured for FSDP 1, which cannot mix frozen and trained weights of several types; "
+            "set fsdp_version: 2 (accelerate launch --fsdp_version 2)"
+        )
+    if accelerator.process_index:
+        log.setLevel(logging.ERROR)  # the first one speaks for all
+    return Processes(accelerator.process_index, count, accelerator)
+
+
+_DEEPSPEED = (
+    "accelerate is configured for DeepSpeed, which steps and clips by itself and is not supported: blocks are a few "
+    "percent of the weights, so that there is little to save in their optimizer; to cut the base's weights among GPUs "
+    "use FSDP 2 (accelerate launch --use_fsdp --fsdp_version 2), else plain processes (--multi_gpu)"
+)
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """All of a tensor of which this process may hold a part; every process must ask for it."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def placed_like(parameter: Tensor, value: np.ndarray[Any, Any]) -> Tensor:
+    """A whole value on a parameter's device, in its type, and cut among processes as it is."""
+    tensor = torch.from_numpy(value).to(parameter.device, parameter.dtype)
+    if isinstance(parameter, DTensor):
+        return distribute_tensor(tensor, parameter.device_mesh, parameter.placements)
+    return tensor
