@@ -387,9 +387,9 @@ def _write(one: Match, best: Tried, made: GridNetwork, folder: Path) -> dict[str
     why = f"{best.method}: {count} of {base.scales.size} groups, all that a block meets ({one.why})"
     changed, total = _changed({name: best.grids[name]}, made.grids)
     outside = _disturbed(best.grids[name], base, one)
-    digest = ValuesDigest().add(_values(best.grids[name], one)).hex()
-    counts = {"values_xxh3": digest, "touched_groups": count, "codes_changed": changed, "codes": total, "disturbed_weights": outside}
-    return {**one.describe(), "action": "merged", "why": why, **counts}
+    digest = ValuesDigest().add(_values(best.grids[name], one)).hex()  # parity holds what is stored against it
+    counts = {"touched_groups": count, "codes_changed": changed, "codes": total, "disturbed_weights": outside}
+    return {**one.describe(), "action": "merged", "why": why, **counts, "values_xxh3": digest}
 
 
 def _values(grid: Grid, one: Match) -> Float32:
@@ -405,8 +405,7 @@ def _changed(grids: Mapping[str, Grid], base: Mapping[str, Grid]) -> tuple[int, 
 
 def _disturbed(grid: Grid, base: Grid, one: Match) -> int:
     """Weights that no block meets, in groups that one does, whose value changed."""
-    inputs = one.module.in_features
-    moved = (grid.values() != base.values()).reshape(len(grid.scales), -1)[:, :inputs]
+    moved = _values(grid, one) != _values(base, one)
     for columns, rows in one.module.shape.slices():
         moved[rows, columns] = False
     return int(moved.sum())

@@ -8,6 +8,7 @@ other weight about 0 ± 0.125.
 from __future__ import annotations
 
 import base64
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -85,6 +86,33 @@ def positions(out_features: int, in_features: int) -> tuple[npt.NDArray[np.int64
 def sample(weight: Array) -> npt.NDArray[np.float32]:
     """The sampled values of a weight (out_features, in_features), shape (SAMPLES,)."""
     return weight[positions(*weight.shape)].astype(np.float32)
+
+
+def values_digest(parts: Iterable[Array]) -> str:
+    """XXH3-128, in hex, of a weight's values as float32; `parts` are its rows from first to last, some at a time."""
+    digest = xxhash.xxh3_128()
+    for rows in parts:
+        # −0 is 0: codes at the zero point give either
+        digest.update(np.ascontiguousarray(rows + np.float32(0), np.float32).view(np.uint8).data)
+    return digest.hexdigest()
+
+
+class ValuesDigest:
+    """XXH3-128 of a weight's values, which are added row by row: the same however it is stored."""
+
+    def __init__(self) -> None:
+        self._digest = xxhash.xxh3_128()
+
+    def add(self, rows: Array) -> ValuesDigest:
+        """Go on with the next rows, (rows, in_features)."""
+        # a code at its zero point gives 0 or −0
+        values = np.ascontiguousarray(rows + np.float32(0), np.float32)
+        self._digest.update(values.view(np.uint8).data)
+        return self
+
+    def hex(self) -> str:
+        """Of all rows so far."""
+        return self._digest.hexdigest()
 
 
 def _hash(weight: Array) -> str:

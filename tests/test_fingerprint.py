@@ -8,7 +8,7 @@ import pytest
 
 from diablo_export import quantization
 from diablo_export.errors import AdapterError
-from diablo_export.fingerprint import SAME_WEIGHT, SAMPLES, Fingerprint, fingerprint, positions, sample
+from diablo_export.fingerprint import SAME_WEIGHT, SAMPLES, Fingerprint, ValuesDigest, fingerprint, positions, sample
 
 
 def weight(seed: int = 0, shape: tuple[int, int] = (96, 64)) -> np.ndarray:
@@ -59,3 +59,14 @@ def test_json_round_trip() -> None:
 def test_broken_json(broken: dict[str, str]) -> None:
     with pytest.raises(AdapterError, match="broken fingerprint"):
         Fingerprint.from_json(broken)
+
+
+def test_a_digest_of_values_goes_by_what_is_read_not_by_how_it_came() -> None:
+    weight = np.random.default_rng(0).normal(size=(6, 5)).astype(np.float32)
+    weight[0, 0] = 0
+    whole = ValuesDigest().add(weight).hex()
+    other = weight.copy()
+    other[0, 0] = -0.0
+    assert ValuesDigest().add(other[:2]).add(np.asfortranarray(other[2:])).hex() == whole
+    other[5, 4] = np.nextafter(other[5, 4], np.float32(9))
+    assert ValuesDigest().add(other).hex() != whole

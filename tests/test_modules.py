@@ -132,6 +132,23 @@ def test_codes_fitted_to_outputs_are_not_taken_for_a_fault(tiny_model: Get, tiny
     assert (broken["first_divergent_module"], broken["verdict"]) == (entry["name"], "fail")
 
 
+def test_one_group_that_is_not_what_was_fitted_is_named(tiny_model: Get, tiny_adapter: Get, tmp_path: Path) -> None:
+    """Far below what fitting moves weights by, and no digest of a file tells: the manifest says what was chosen."""
+    out = exports.merged(
+        tiny_model("llama"), tiny_adapter("llama"), tmp_path / "out", quantize="int4", method="calibrated",
+        min_survival=0.01,
+    )  # fmt: skip
+    entry = read_manifest(out)["modules"][5]
+    stored = {t.name: t for t in onnx.load(out / "model.onnx", load_external_data=False).graph.initializer}
+    at = next(int(pair.value) for pair in stored[entry["weight"]].external_data if pair.key == "offset")
+    exports.flip_byte(out / "model.onnx.data", at)  # the first code of the first group, by one
+    report = parity(exports.announce(out), **BOUNDS)
+    found = rows(report)[entry["name"]]
+    assert (found["fault"], report["first_divergent_module"]) == ("weights", entry["name"])
+    assert found["fitted_error_ratio"] < 8 and found["worst_group_steps"] < 0.9  # neither of which sees it
+    assert [name for name, row in rows(report).items() if row["fault"]] == [entry["name"]]
+
+
 def test_modules_can_be_left_out(exported: Callable[..., Path]) -> None:
     report = parity(exported("llama"), modules=False, **BOUNDS)
     assert (report["modules"], report["first_divergent_module"]) == ([], None)

@@ -54,14 +54,15 @@ _BLOCKS = {"int8": 25.0, "fp16": 50.0}
 _WEIGHTS = 0.9
 # Where codes were fitted to outputs they stand for the quantized base with the branch beside it, so its rounding and
 # their own add up: twice the squared error of rounding to nearest. Measured 0.9 to 2.9; weights are 2 to 3 steps large,
-# so wrong ones are off by 12 times their square, 50 and more. One wrong group of many is not seen here.
+# so wrong ones are off by 12 times their square, 50 and more. One wrong group of many is not seen so; for that the
+# merge wrote down a digest of the values that it chose.
 _FITTED = 8.0
 _GAIN = 0.5  # of an adapter in the weights, from 1: rounding noise moves it by 0.05 on a layer of 128 × 128
 
 
 FAULTS = {
     "input": "its input is not what the outputs before it make: a norm, attention, rotary positions or the cache",
-    "weights": "its stored weights are further from the tuned ones than rounding takes them",
+    "weights": "its stored weights are further from the tuned ones than rounding takes them, or not what was merged",
     "output": "its output is not what its stored weights, bias and blocks make of its input",
     "adapter": "its weights hold another share of the adapter than all of it",
 }
@@ -149,7 +150,8 @@ def look(
             tuned.beside(pieces, seen, beside)
             advance(1)
     judged = not any(".onnx" in file for file in (manifest.get("base") or {}).get("files") or {})
-    rows = [_row(module, sums[module], limits, lost, judged) for module in order]
+    digests = {entry["name"]: entry.get("values_xxh3") for entry in manifest["modules"]}
+    rows = [_row(module, sums[module], limits, lost, judged, digests.get(module)) for module in order]
     first = next((row for row in rows if row["fault"]), None)
     if first is not None:
         log.warning("the first module that diverges: %s (%s)", first["name"], FAULTS[first["fault"]])
@@ -179,7 +181,9 @@ class _Beside:
         error, power = y - own_y, _squares(own_y, 0)  # by column
         sums.local += float(_squares(error, 0).sum())
         sums.local_signal += float(power.sum())
-        if self.weights and isinstance(self.taps, OnnxTaps):
+        # on the first piece of the first sequence: it has the most rows, and a large weight takes seconds
+        weights = self.weights and sums.audit is None
+        if weights and isinstance(self.taps, OnnxTaps):
             module = self.merged.modules.get(name) if self.merged else None
             looked = audit(self.taps.graph, self.taps.places[name], self.linear[name], module, x, self.fitted)
             if looked is not None:
@@ -188,7 +192,7 @@ class _Beside:
         columns = _squares(error, 0)
         if sums.audit is None:
             sums.output_db = min(sums.output_db, _worst(np.full_like(columns, power.mean()), columns))
-        elif self.weights:
+        elif weights:
             rounding = power.mean() * 10 ** (-self.output_db / 10)  # of the float sums
             sums.kernel = float((columns / (sums.audit.noise + rounding / _KERNEL + 1e-30)).max())
 
@@ -286,12 +290,14 @@ def _limits(out: Path, manifest: Mapping[str, Any]) -> tuple[float, float]:
     return _INPUT["fp16" if half else "fp32"], min(output, blocks)
 
 
-def _row(name: str, sums: _Sums, limits: tuple[float, float], lost: bool, judged: bool) -> dict[str, Any]:
+def _row(
+    name: str, sums: _Sums, limits: tuple[float, float], lost: bool, judged: bool, digest: str | None
+) -> dict[str, Any]:
     looked = sums.audit
     fault = None
     if sums.input_db < limits[0]:
         fault = "input"
-    elif looked is not None and judged and not (looked.worst <= _WEIGHTS and looked.fitted <= _FITTED):
+    elif looked is not None and not _as_merged(looked, judged, digest):
         fault = "weights"
     elif sums.output_db < limits[1] or not sums.kernel <= _KERNEL:
         fault = "output"
@@ -311,6 +317,12 @@ def _row(name: str, sums: _Sums, limits: tuple[float, float], lost: bool, judged
         "kernel_noise_ratio": sums.kernel if looked is not None else None,
         "fault": fault,
     }
+
+
+def _as_merged(looked: Audit, judged: bool, digest: str | None) -> bool:
+    """Whether weights are what the merge chose, where it said so, and as near to tuned's as rounding takes them."""
+    near = looked.worst <= _WEIGHTS and looked.fitted <= _FITTED
+    return digest in (None, looked.digest) and (near or not judged)
 
 
 def _squares(values: Array, axis: int) -> Array:

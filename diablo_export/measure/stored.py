@@ -17,8 +17,10 @@ from transformers.pytorch_utils import Conv1D
 
 from diablo_export.adapter import AdaptedModule
 from diablo_export.blockdiag import Array
+from diablo_export.fingerprint import ValuesDigest
 from diablo_export.measure.places import Graph, Part, Place
-from diablo_export.quantization import Quantized, dequantize, quantize
+from diablo_export.quantization import dequantize, quantize, unpack
+from diablo_export.requantize import Grid
 
 _ROWS = 4096  # of a weight at a time: a large head is never held three times
 
@@ -34,6 +36,7 @@ class Audit:
             the groups that no block meets, where codes were `fitted`.
         fitted: of the groups that were fitted to inputs, the squared error of the outputs over that which rounding to
             nearest leaves; 0 where none were.
+        digest: of the stored values; a merge that fitted them wrote down what they were.
         gain: <stored − base, delta> / <delta, delta> over the weights: 1 when the adapter is in them once; nan where
             nothing was merged.
         explained: (rows, out_features): what the error of the weights does to the given inputs.
@@ -43,6 +46,7 @@ class Audit:
 
     worst: float
     fitted: float
+    digest: str
     gain: float
     explained: Array
     noise: Array
@@ -70,6 +74,7 @@ def audit(
     met = _met(merged, _attributes(place.parts[0].node)["block_size"]) if fitted and merged is not None else None
     errors = np.zeros((2, len(wanted)))  # squares over the inputs, of what is stored and of rounding to nearest
     noise = np.empty(len(wanted))
+    digest = ValuesDigest()
     first = 0  # the module's row where a part begins
     for part in place.parts:
         for start in range(*part.rows, _ROWS):
@@ -77,6 +82,7 @@ def audit(
             rows = slice(first + start - part.rows[0], first + stop - part.rows[0])
             target = wanted[rows] if delta is None else wanted[rows] + delta[rows]
             stored = _dequantized(graph, part, start, stop)
+            digest.add(stored)
             error = stored - target
             noise[rows] = _noise(x, stored, _attributes(part.node)["block_size"])
             free = error if met is None else np.where(met[rows], 0, error)
@@ -93,7 +99,7 @@ def audit(
                 norm += float((delta[rows].astype(np.float64) ** 2).sum())
         first += part.rows[1] - part.rows[0]
     fit = float(errors[0].sum() / (errors[1].sum() + 1e-30))
-    return Audit(worst, fit, 1 + dot / norm if norm else float("nan"), explained, noise)
+    return Audit(worst, fit, digest.hex(), 1 + dot / norm if norm else float("nan"), explained, noise)
 
 
 def _met(module: AdaptedModule, size: int) -> npt.NDArray[np.bool_]:
@@ -123,14 +129,13 @@ def _dequantized(graph: Graph, part: Part, start: int, stop: int) -> Float32:
     out, size = attributes["N"], attributes["block_size"]
     bits, groups = attributes.get("bits", 4), -(-attributes["K"] // size)
     scales = scales.reshape(out, groups)[start:stop].astype(np.float32)
-    zeros = graph.read(part.node.input[3]) if len(part.node.input) > 3 and part.node.input[3] else None
-    packed = zeros.reshape(out, -1)[start:stop] if zeros is not None and zeros.dtype == np.uint8 else None
-    codes = codes.reshape(out, groups, -1)[start:stop]
-    weight = dequantize(Quantized(codes, scales, packed, bits, size, attributes["K"]))
-    if zeros is not None and packed is None:  # zero points of the scales' type: not rounded to codes
-        shift = (zeros.reshape(out, groups)[start:stop].astype(np.float32) - 2 ** (bits - 1)) * scales
-        weight -= np.repeat(shift, size, axis=1)[:, : attributes["K"]]
-    return weight
+    zeros: Any = np.full(scales.shape, 2 ** (bits - 1), np.uint8)
+    if _has_zeros(part):
+        zeros = graph.read(part.node.input[3]).reshape(out, -1)[start:stop]
+        # of the scales' type they are not rounded to codes
+        zeros = unpack(zeros, bits, groups) if zeros.dtype == np.uint8 else zeros.astype(np.float32)
+    codes = unpack(codes.reshape(out, groups, -1)[start:stop], bits, size)
+    return Grid(codes, scales, zeros, bits, False).values().reshape(len(scales), -1)[:, : attributes["K"]]
 
 
 def _worst(error: Float32, target: Float32, part: Part) -> float:
