@@ -6,20 +6,24 @@ bytes of the initializers; everything else in the file stays as it is.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from diablo_export.blockdiag import Array
 from diablo_export.converters.onnx_linears import Linear, numpy_of
 from diablo_export.converters.onnx_match import Match
-from diablo_export.converters.onnx_stored import Dequantized, keep, writable
+from diablo_export.converters.onnx_stored import Dequantized, Index, keep, writable
 from diablo_export.errors import ExportError
-from diablo_export.quantization import pack, unpack
+from diablo_export.quantization import Float32, pack, unpack
 from diablo_export.requantize import Grid
+
+_AT_ONCE = 1 << 20  # weights: many small blocks cost one call together, and a large one little memory
 
 
 @dataclass(frozen=True)
@@ -59,6 +63,31 @@ def corners(one: Match) -> Iterator[tuple[Linear, list[Corner]]]:
             found.append(Corner(slice(start + move, stop + move), inputs, delta, slice(start, stop)))
         yield piece.linear, found
         offset += size
+
+
+def touched(found: Sequence[Corner], size: int) -> Iterator[tuple[Index, Index, Float32]]:
+    """The groups of `size` inputs that blocks meet, of many rows at once.
+
+    Yields:
+        rows (rows, 1) and groups (rows, width) of the node's weight, and what blocks add, (rows, width, size).
+    """
+    alike = defaultdict(list)
+    for corner in found:
+        groups = corner.groups(size)
+        alike[groups.stop - groups.start].append(corner)
+    for width, corners in alike.items():
+        rows = np.concatenate([np.arange(corner.rows.start, corner.rows.stop) for corner in corners])
+        firsts = np.concatenate([np.full(len(corner.delta), corner.columns.start // size) for corner in corners])
+        added = np.zeros((len(rows), width * size), np.float32)
+        at = 0
+        for corner in corners:
+            height, columns = corner.delta.shape
+            added[at : at + height, corner.columns.start % size :][:, :columns] = corner.delta
+            at += height
+        step = max(1, _AT_ONCE // (width * size))
+        for start in range(0, len(rows), step):
+            here = slice(start, start + step)
+            yield rows[here, None], firsts[here, None] + np.arange(width), added[here].reshape(-1, width, size)
 
 
 def quantized(one: Match) -> bool:
@@ -104,45 +133,65 @@ class Stored:
         self._zeros = self._arrays[2].reshape(linear.out_features, -1) if len(self._arrays) > 2 else None
         self._between = self._zeros is not None and self._zeros.dtype != np.uint8  # zero points are floats
 
-    def part(self, rows: slice, groups: slice) -> Grid:
-        """A copy of some rows and groups; what pads the last one is worth 0, whatever its bytes say."""
+    def part(self, rows: Index, groups: Index) -> Grid:
+        """A copy of some rows and groups; what pads the last one is worth 0, whatever its bytes say.
+
+        Args:
+            rows: a slice, or an array (rows, 1).
+            groups: a slice, or an array (rows, groups), each row's own.
+        """
         scales = self._scales[rows, groups].astype(np.float32)
         zeros: Array = np.full(scales.shape, 2 ** (self._bits - 1), np.uint8)
         if self._zeros is not None and self._between:
             zeros = self._zeros[rows, groups].astype(np.float32)
         elif self._zeros is not None:
-            zeros = unpack(np.array(self._zeros[rows]), self._bits, self._groups)[:, groups]
+            zeros = unpack(np.array(self._zeros[_line(rows)]), self._bits, self._groups)[_each(groups)]
         codes = unpack(np.array(self._codes[rows, groups]), self._bits, self._size)
-        nothing = np.repeat(np.clip(np.rint(zeros), 0, 2**self._bits - 1), self._size, 1)
-        self._past_the_end(codes, groups)[:] = self._past_the_end(nothing, groups)
+        if self._inputs % self._size:
+            worthless = np.clip(np.rint(zeros), 0, 2**self._bits - 1).astype(np.uint8)[..., None]
+            codes = np.where(self._past_the_end(groups), worthless, codes)
         return Grid(codes, scales, zeros, self._bits, self._zeros is None)
 
-    def put(self, rows: slice, groups: slice, grid: Grid) -> None:
-        """Write some rows and groups; all others stay, and so does what pads the last one."""
-        codes, before = grid.codes.copy(), unpack(np.array(self._codes[rows, groups]), self._bits, self._size)
-        self._past_the_end(codes, groups)[:] = self._past_the_end(before, groups)
+    def put(self, rows: Index, groups: Index, grid: Grid) -> None:
+        """Write some rows and groups, as `part` takes them; all others stay, and so does what pads the last one."""
+        codes = grid.codes
+        if self._inputs % self._size:
+            before = unpack(np.array(self._codes[rows, groups]), self._bits, self._size)
+            codes = np.where(self._past_the_end(groups), before, codes)
         self._codes[rows, groups] = pack(codes, self._bits)
         self._scales[rows, groups] = grid.scales.astype(self._scales.dtype)
         if self._zeros is not None and self._between:
             self._zeros[rows, groups] = grid.zeros.astype(self._zeros.dtype)
         elif self._zeros is not None:
-            stored = self._zeros[rows]
+            stored = self._zeros[_line(rows)]
             points = unpack(np.array(stored), self._bits, self._groups)
-            points[:, groups] = grid.zeros
+            points[_each(groups)] = grid.zeros
             packed = pack(points, self._bits)
             # the bytes' spare bits at a row's end stay as they were
             whole = self._groups * self._bits // 8
             packed[:, whole:] |= stored[:, whole:] & np.uint8(0xFF << (self._groups * self._bits % 8) & 0xFF)
-            self._zeros[rows] = packed
+            self._zeros[_line(rows)] = packed
 
-    def _past_the_end(self, codes: Array, groups: slice) -> Array:
-        """The part of `codes` of these groups (rows, …) that lies past the layer's last input, as a view."""
-        return codes.reshape(len(codes), -1)[:, self._inputs - groups.start * self._size :]
+    def _past_the_end(self, groups: Index) -> npt.NDArray[np.bool_]:
+        """Which inputs of these groups, (…, groups, size), lie past the layer's last one."""
+        numbers = np.arange(self._groups)[groups] if isinstance(groups, slice) else groups
+        past: npt.NDArray[np.bool_] = numbers[..., None] * self._size + np.arange(self._size) >= self._inputs
+        return past
 
     def close(self) -> None:
         """Have what was put reach the file, or the graph."""
         for value, array in zip(self._values, self._arrays, strict=True):
             keep(value, array)
+
+
+def _line(rows: Index) -> Index:
+    """The rows, to index one axis with."""
+    return rows if isinstance(rows, slice) else rows[:, 0]
+
+
+def _each(groups: Index) -> tuple[Index, Index]:
+    """Each row's groups, to index (rows, groups) with."""
+    return (slice(None) if isinstance(groups, slice) else np.arange(len(groups))[:, None]), groups
 
 
 def read(one: Match, folder: Path) -> Grid:

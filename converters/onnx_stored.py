@@ -6,15 +6,17 @@ What is written changes the data file itself, where the values lie in one, and o
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import onnx_ir as ir
 
 from diablo_export.blockdiag import Array
 from diablo_export.converters.onnx_linears import Linear
 from diablo_export.quantization import Codes, pack, unpack
 from diablo_export.requantize import Grid
+
+Index = slice | npt.NDArray[np.int64]  # rows, or (rows, 1); groups, or (rows, groups), each row's own
 
 
 def writable(value: ir.Value, folder: Path) -> Array:
@@ -37,11 +39,8 @@ def keep(value: ir.Value, array: Array) -> None:
     tensor = value.const_value
     assert tensor is not None
     if isinstance(tensor, ir.ExternalTensor):
-        base: Any = array
-        while not isinstance(base, np.memmap):
-            base = base.base
-        base.flush()
-    elif tensor.dtype.bitwidth < 8:
+        return  # a mapping is the file; `output.new_folder` has all of it reach the disk at once
+    if tensor.dtype.bitwidth < 8:
         value.const_value = ir.PackedTensor(array, tensor.dtype, shape=list(tensor.shape.numpy()), name=value.name)
     else:
         value.const_value = ir.tensor(array, name=value.name)
@@ -66,22 +65,31 @@ class Dequantized:
         self._scales = self._oriented(self._arrays[1])  # (out, groups), a view
         self._zeros = self._oriented(self._unpacked[1]) if len(self._unpacked) > 1 else None
 
-    def part(self, rows: slice, groups: slice) -> Grid:
+    def part(self, rows: Index, groups: Index) -> Grid:
         """A copy of some rows and groups; what pads the last one is worth 0."""
         scales = self._scales[rows, groups].astype(np.float32)
         zeros = np.full(scales.shape, 2 ** (self._bits - 1), np.uint8)
         if self._zeros is not None:
             zeros = self._zeros[rows, groups].copy()
         codes = np.repeat(zeros, self._size, 1)
-        stored = self._codes[rows, self._columns(groups)]
-        codes[:, : stored.shape[1]] = stored
+        columns = self._columns(groups)
+        if isinstance(columns, slice):
+            stored = self._codes[rows, columns]
+            codes[:, : stored.shape[1]] = stored
+        else:
+            codes = np.where(columns < self._inputs, self._codes[rows, np.minimum(columns, self._inputs - 1)], codes)
         return Grid(codes.reshape(*scales.shape, self._size), scales, zeros, self._bits, self._zeros is None)
 
-    def put(self, rows: slice, groups: slice, grid: Grid) -> None:
+    def put(self, rows: Index, groups: Index, grid: Grid) -> None:
         """Change some rows and groups; all others stay."""
-        columns = self._columns(groups)
-        width = len(range(*columns.indices(self._inputs)))
-        self._codes[rows, columns] = grid.codes.reshape(len(grid.codes), -1)[:, :width]
+        columns, codes = self._columns(groups), grid.codes.reshape(len(grid.codes), -1)
+        if isinstance(columns, slice):
+            width = len(range(*columns.indices(self._inputs)))
+            self._codes[rows, columns] = codes[:, :width]
+        else:
+            inside = columns < self._inputs
+            each = np.broadcast_to(np.asarray(rows), columns.shape)
+            self._codes[each[inside], columns[inside]] = codes[inside]
         self._scales[rows, groups] = grid.scales.astype(self._scales.dtype)
         if self._zeros is not None:
             self._zeros[rows, groups] = grid.zeros
@@ -111,7 +119,9 @@ class Dequantized:
             return stored[:, None]
         return stored.T if self._flip else stored
 
-    def _columns(self, groups: slice) -> slice:
+    def _columns(self, groups: Index) -> Index:
         """The inputs of these groups."""
+        if not isinstance(groups, slice):
+            return (groups[..., None] * self._size + np.arange(self._size)).reshape(len(groups), -1)
         stop = None if groups.stop is None else groups.stop * self._size
         return slice(groups.start * self._size, stop)

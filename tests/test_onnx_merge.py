@@ -10,6 +10,7 @@ import pytest
 
 from diablo_export.adapter import AdaptedModule, Adapter, file_sha256
 from diablo_export.blockdiag import Array, BlockShape, add_to_weight
+from diablo_export.converters import onnx_groups
 from diablo_export.converters.merge import merge
 from diablo_export.converters.onnx_linears import Linear, linears, numpy_of
 from diablo_export.converters.onnx_match import match
@@ -77,6 +78,20 @@ def test_quantized_weights_change_in_touched_groups_only(tmp_path: Path, bits: i
     assert entry["why"].startswith(f"requantized {met.sum()} of {met.size} groups, all that a block meets")
     assert before.zero_points is not None and after.zero_points is not None
     assert unpack(after.codes, bits, 16)[:, -1, 8:].max() == 0, "codes past the last input stay blank"
+
+
+def test_rows_at_once_do_not_matter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks that meet two and three groups, all rows together or one after the other: the same bytes."""
+    values = weight(24, 88, 0)
+    blocks = np.random.default_rng(1).normal(size=BlockShape.for_linear(88, 24, 3).blocks).astype(np.float32)
+    one = AdaptedModule("m.a", blocks, 88, 24, fingerprint(values))
+    written = []
+    for most in (onnx_groups._AT_ONCE, 1):
+        monkeypatch.setattr(onnx_groups, "_AT_ONCE", most)
+        ir.save(graph({"/m/a/MatMul": values}, 4), tmp_path / "model.onnx")
+        onnx_merge(tmp_path / "model.onnx", Adapter({"m.a": one}))
+        written.append((tmp_path / "model.onnx").read_bytes())
+    assert written[0] == written[1]
 
 
 def test_the_genai_builders_int4(genai_graph: Get, tiny_adapter: Get, tmp_path: Path) -> None:
