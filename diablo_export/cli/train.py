@@ -70,6 +70,10 @@ _FILE = click.Path(path_type=Path)
     "--init-adapter", type=_FILE, metavar="A",
     help="Begin at the blocks of an adapter for the same base, such as a float one that is to go onto the grid.",
 )  # fmt: skip
+@click.option(
+    "--repair-base", is_flag=True,
+    help="Begin at the blocks that take back most of what quantizing did to each layer's output, instead of zeros.",
+)  # fmt: skip
 @click.option("--eval-data", type=_FILE, metavar="D", help="Held-out data.")
 @click.option("--eval-fraction", type=float, default=0.0, help="Hold out this share of --data.")
 @click.option("--eval-every", type=int, metavar="STEPS", help="[default: a tenth of the run]")

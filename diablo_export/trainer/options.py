@@ -55,6 +55,10 @@ def check_options(options: dict[str, Any]) -> None:
                 faults.append(f"{flag(name)} is {value}; it must be {words}")
     if options.get("eval_data") and options.get("eval_fraction"):
         faults.append("both --eval-data and --eval-fraction are given; choose one")
+    if options.get("repair_base") and options.get("base_quantize") == "none":
+        faults.append("--repair-base: a float base has no rounding to be repaired; give --base-quantize int4")
+    if options.get("repair_base") and options.get("init_adapter"):
+        faults.append("both --repair-base and --init-adapter say what blocks begin at; choose one")
     if faults:
         raise InputError("\n".join(faults))
 

@@ -22,7 +22,7 @@ from diablo_export.adapter import TASKS, WEIGHTS, AdaptedModule, Adapter, file_s
 from diablo_export.base_grid import BaseGrid
 from diablo_export.checkpoint import Checkpoint
 from diablo_export.console import log
-from diablo_export.errors import CheckpointError, require
+from diablo_export.errors import CheckpointError, InputError, require
 from diablo_export.fingerprint import Fingerprint, fingerprint
 from diablo_export.output import new_folder
 from diablo_export.trainer.batches import Batches, hold_out
@@ -39,6 +39,7 @@ from diablo_export.trainer.options import check_options, check_places, choose_de
 from diablo_export.trainer.prepare import base_dtype, encode_file, item_length, known_classes
 from diablo_export.trainer.processes import join_processes, whole
 from diablo_export.trainer.quantized import pack_base
+from diablo_export.trainer.repair import begin_repaired
 from diablo_export.trainer.state import CHECKPOINT, STATE, load_state, save_state
 from diablo_export.trainer.targets import ALL, choose_targets, short_names, wrap_targets
 from diablo_export.trainer.watch import Watch, interrupts, workspace
@@ -87,6 +88,7 @@ def train(
     asymmetric: bool | None = None,
     on_grid: bool = False,
     init_adapter: str | Path | None = None,
+    repair_base: bool = False,
     eval_data: str | Path | None = None,
     eval_fraction: float = 0.0,
     eval_every: int | None = None,
@@ -124,6 +126,7 @@ def train(
         asymmetric: a zero point for each group, when quantizing; None: likewise.
         on_grid: the blocks move the codes of the quantized base, and a merge into it is exact.
         init_adapter: adapter folder to begin from, for the same base.
+        repair_base: begin at the blocks that take back most of what quantizing did to each layer's output.
         eval_data: held-out file.
         eval_fraction: hold out this share of `data` instead: the end of running text, else lines at random.
         eval_every: steps between evaluations; None: a tenth of the run.
@@ -174,17 +177,21 @@ def train(
         log.info("base in %s: %.1f MB", grid, size / 1e6)
         network.to(place)
     if on_grid:
+        if processes.sharded:
+            raise InputError("--on-grid does not go with FSDP, which cuts blocks in pieces; start without it")
         put_on_grid(network)
     parameters = _trainable(network, head)
     if given is not None:
         begin_at(network, parameters, given, checkpoint, grid)
+    if repair_base and not (resume and (work / CHECKPOINT / STATE).exists()):
+        begin_repaired(network, checkpoint, items, batch_size, tokenizer.pad_token_id or 0)
+    if processes.sharded:
+        processes.spread(network)
+        parameters = _trainable(network, head)
     optimizer = torch.optim.AdamW(parameters.values(), lr=lr, weight_decay=weight_decay)
     if gradient_checkpointing:
         checkpoint_activations(network)
-    if processes.sharded:
-        processes.spread(network, optimizer)
-        parameters = _trainable(network, head)
-    elif not autocast:
+    if not autocast and not processes.sharded:
         fold_blocks(diablo_layers(network).values())
 
     batches = Batches(items, batch_size, grad_accumulation, seed)
@@ -196,6 +203,7 @@ def train(
         "warmup_steps": warmup, "max_length": max_length, "labels": labels, "autocast": autocast,
         "base_quantization": grid and grid.to_json(), "init_adapter": given and _sha256(given),
     }  # fmt: skip
+    settings |= {"repair_base": True} if repair_base else {}
     start, records = 0, list[dict[str, Any]]()
     if resume and (work / CHECKPOINT / STATE).exists():
         start, records = load_state(work / CHECKPOINT, parameters, optimizer, settings)
