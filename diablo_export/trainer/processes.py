@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from diablo_export.console import log
@@ -31,16 +32,12 @@ class Processes:
     rank: int = 0
     count: int = 1
     accelerator: Any = None  # accelerate's, where there are several
+    sharded: bool = False  # each process holds only a part of each weight
 
     @property
     def first(self) -> bool:
         """Whether this is the one that writes and speaks."""
         return self.rank == 0
-
-    @property
-    def sharded(self) -> bool:
-        """Whether each process holds only a part of each weight."""
-        return self.accelerator is not None and bool(getattr(self.accelerator, "is_fsdp2", False))
 
     def share(self, batch: Sequence[Encoded]) -> tuple[Sequence[Encoded], float]:
         """This process's items of a batch, and what they weigh.
@@ -50,13 +47,19 @@ class Processes:
         own = batch[self.rank :: self.count]
         return (own, 1.0) if own else (batch[:1], 0.0)
 
-    def spread(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        """Cut the weights of a model, and its optimizer's, among the processes, where accelerate is asked to."""
-        if self.sharded:
-            self.accelerator.prepare(model, optimizer)
-            for module in model.modules():
-                if isinstance(module, FSDPModule):
-                    module.set_gradient_divide_factor(1.0)  # gradients are added up, not averaged
+    def spread(self, model: nn.Module) -> None:
+        """Cut the weights of a model among the processes, where these are sharded: new parameters take their places.
+
+        The layers of each list of layers are put together one at a time, forward and backward.
+        """
+        if not self.sharded:
+            return
+        mesh = init_device_mesh(self.accelerator.device.type, (self.count,))
+        lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
+        for module in [*(layer for layers in reversed(lists) for layer in layers), model]:
+            part = fully_shard(module, mesh=mesh)
+            part.set_gradient_divide_factor(1.0)  # gradients are added up, not averaged
+            part.set_force_sum_reduction_for_comms(True)  # gloo can nothing else
 
     def sum(self, values: Sequence[float]) -> list[float]:
         """Each value, added up over all processes."""
@@ -105,20 +108,18 @@ def join_processes(device: str, batch_size: int) -> Processes:
         )
     require("accelerate", "train")
     from accelerate import Accelerator
-    from accelerate.utils import DistributedType
 
-    asked = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false") == "true"
-    if asked:
+    if _set("ACCELERATE_USE_DEEPSPEED"):
         raise InputError(_DEEPSPEED)
-    accelerator = Accelerator(cpu=device == "cpu" or not torch.cuda.is_available(), mixed_precision="no")
-    if accelerator.distributed_type == DistributedType.FSDP and not accelerator.is_fsdp2:
+    if _set("ACCELERATE_USE_FSDP") and os.environ.get("FSDP_VERSION") != "2":
         raise InputError(
             "accelerate is configured for FSDP 1, which cannot mix frozen and trained weights of several types; "
             "set fsdp_version: 2 (accelerate launch --fsdp_version 2)"
         )
+    accelerator = Accelerator(cpu=device == "cpu" or not torch.cuda.is_available(), mixed_precision="no")
     if accelerator.process_index:
         log.setLevel(logging.ERROR)  # the first one speaks for all
-    return Processes(accelerator.process_index, count, accelerator)
+    return Processes(accelerator.process_index, count, accelerator, _set("ACCELERATE_USE_FSDP"))
 
 
 _DEEPSPEED = (
@@ -126,6 +127,11 @@ _DEEPSPEED = (
     "percent of the weights, so that there is little to save in their optimizer; to cut the base's weights among GPUs "
     "use FSDP 2 (accelerate launch --use_fsdp --fsdp_version 2), else plain processes (--multi_gpu)"
 )
+
+
+def _set(name: str) -> bool:
+    """Whether `accelerate launch` has switched something on, from its options or its configuration file."""
+    return os.environ.get(name, "false").lower() in ("1", "true")
 
 
 def whole(tensor: Tensor) -> Tensor:
