@@ -14,7 +14,7 @@ namespace {
 constexpr int64_t kStreamedColumns = 128;  // above, rows of a block are long runs of their own
 constexpr int64_t kNarrowRows = 4;         // what is used by more rows is worth keeping in registers, unless narrow
 constexpr int kMostStreamed = 6;           // vectors of columns at a time, two sums of each
-constexpr int kLine = 64;                  // bytes of a cache
+constexpr int kCacheLine = 64;             // bytes
 constexpr int kAhead = 2048;               // bytes; of 1 to 4 KiB the fastest for 8 and 16 bits
 
 // Blocks [0, count), their inputs and their outputs.
@@ -50,7 +50,7 @@ DIABLO_INLINE void stream_columns(const float* x, const B* d, int64_t depth, int
   for (; k + 2 <= depth; k += 2, d += 2 * stride) {
     const Vector first = Simd::broadcast(x + k), second = Simd::broadcast(x + k + 1);
     prefetch_ahead(d);
-    if (2 * Vectors * Simd::width * sizeof(B) > kLine) prefetch_ahead(d + stride);  // else two rows are a line or less
+    if (2 * Vectors * Simd::width * sizeof(B) > kCacheLine) prefetch_ahead(d + stride);  // else two rows are a line or less
 #pragma GCC unroll 6
     for (int v = 0; v < Vectors; ++v) {
       even[v] = Simd::fma(first, Simd::widen(d + v * Simd::width), even[v]);
