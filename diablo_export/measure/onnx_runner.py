@@ -7,9 +7,10 @@ are a second thing to test, by `batch`.
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -80,12 +81,15 @@ class OnnxRunner:
 
     def greedy(self, prompt: Ids, steps: int) -> Ids:
         """The `steps` likeliest next tokens, one after the other."""
+        return np.array(list(itertools.islice(self.likeliest(prompt), steps)), np.int64)
+
+    def likeliest(self, prompt: Ids) -> Iterator[int]:
+        """The likeliest next tokens, one after the other, without end; each is computed when it is asked for."""
         logits, cache = self._call(prompt, self.empty_cache(), keep=True)
-        tokens = [int(logits[-1].argmax())]
-        for past in range(len(prompt), len(prompt) + steps - 1):
-            logits, cache = self._call(np.array(tokens[-1:]), cache, past=past, keep=True)
-            tokens.append(int(logits[-1].argmax()))
-        return np.array(tokens, np.int64)
+        for past in itertools.count(len(prompt)):
+            token = int(logits[-1].argmax())
+            yield token
+            logits, cache = self._call(np.array([token]), cache, past=past, keep=True)
 
     @property
     def has_cache(self) -> bool:
