@@ -14,6 +14,11 @@ and S float32. num_blocks · block_size_in ≥ K and num_blocks · block_size_ou
 as zero-padded at its tail and the result is cropped. S is not looked at where D is empty. A model carries the body as
 a function of the same domain and name, so that any ONNX Runtime runs it in every type for which it has a MatMul; a
 registered kernel of that name takes the function's place.
+
+    Y = MatMulNBitsBlockDiag(X, B, scales, D, zero_points)      attributes K, N, bits, block_size, accuracy_level
+
+is com.microsoft's MatMulNBits(X, B, scales, zero_points) and BlockDiagMatMul behind it as one node, D of X's type. Its
+kernel for CUDA reads codes and blocks in one launch; elsewhere it is the two, one after the other.
 """
 
 from __future__ import annotations
@@ -33,9 +38,12 @@ from diablo_export.blockdiag import Array, apply
 DOMAIN = "ai.diablo"
 NAME = "BlockDiagMatMul"
 NAME_INT8 = "BlockDiagMatMulInt8"
+NAME_FUSED = "MatMulNBitsBlockDiag"
 VERSION = 1
 INPUTS = ("X", "D", "Y0")
 INPUTS_INT8 = ("X", "D", "S", "Y0")
+INPUTS_FUSED = ("X", "B", "scales", "D", "zero_points")  # the last is optional: without it every zero point is 8
+ATTRIBUTES_FUSED = ("K", "N", "bits", "block_size", "accuracy_level")  # MatMulNBits' own
 OUTPUTS = ("Y",)
 TYPES = ("float", "float16", "bfloat16")  # what T may be
 MIN_OPSET = 15  # of the standard operators in the body: Shape has `start` and `end` since 15
@@ -104,6 +112,34 @@ def function(opset: int = 18, name: str = NAME) -> onnx.FunctionProto:
     """An operator as a model-local function over the standard operators of `opset`, but at least MIN_OPSET."""
     inputs = ", ".join(INPUTS_INT8 if name == NAME_INT8 else INPUTS)
     text = _BODY.format(opset=max(opset, MIN_OPSET), name=name, inputs=inputs, blocks=_BLOCKS[name])
+    return onnx.parser.parse_function(text)
+
+
+_FUSED_BODY = """
+<domain: "ai.diablo", opset_import: ["" : {opset}, "com.microsoft" : 1, "ai.diablo" : {version}]>
+{name} <{attributes}> ({inputs}) => (Y)
+{{
+  Y0 = com.microsoft.MatMulNBits <{given}> (X, B, scales{zeros})
+  Y = ai.diablo.BlockDiagMatMul (X, D, Y0)
+}}
+"""
+
+
+def fused_function(opset: int = 18, zero_points: bool = False) -> onnx.FunctionProto:
+    """MatMulNBitsBlockDiag as a function over com.microsoft's MatMulNBits and BlockDiagMatMul, whose own must be there.
+
+    A function cannot leave an input out of a call that it makes, so a model's nodes have zero points all or none.
+    """
+    inputs = INPUTS_FUSED if zero_points else INPUTS_FUSED[:-1]
+    text = _FUSED_BODY.format(
+        opset=max(opset, MIN_OPSET),
+        version=VERSION,
+        name=NAME_FUSED,
+        attributes=", ".join(ATTRIBUTES_FUSED),
+        inputs=", ".join(inputs),
+        given=", ".join(f"{name}: int = @{name}" for name in ATTRIBUTES_FUSED),
+        zeros=", zero_points" if zero_points else "",
+    )
     return onnx.parser.parse_function(text)
 
 

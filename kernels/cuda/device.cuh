@@ -43,6 +43,23 @@ __device__ inline void store_whole(void* to, const void* from) {
 
 __device__ inline uint32_t load_pair(const void* from) { return *static_cast<const uint32_t*>(from); }
 
+// (code - zero) * scale for a code in the lower 4 bits of each half: behind the bits of 1024, or 128, it is that number
+// plus the code, and the difference is exact.
+__device__ inline uint32_t dequantize_pair(uint32_t codes, __half zero, __half scale) {
+  const uint32_t bits = codes | 0x64006400u;
+  const __half2 offset = __half2half2(__hadd(__ushort_as_half(0x6400), zero));
+  const __half2 value = __hmul2(__hsub2(*reinterpret_cast<const __half2*>(&bits), offset), __half2half2(scale));
+  return *reinterpret_cast<const uint32_t*>(&value);
+}
+
+__device__ inline uint32_t dequantize_pair(uint32_t codes, __nv_bfloat16 zero, __nv_bfloat16 scale) {
+  const uint32_t bits = codes | 0x43004300u;
+  const __nv_bfloat162 offset = __bfloat162bfloat162(__hadd(__ushort_as_bfloat16(0x4300), zero));
+  const __nv_bfloat162 value =
+      __hmul2(__hsub2(*reinterpret_cast<const __nv_bfloat162*>(&bits), offset), __bfloat162bfloat162(scale));
+  return *reinterpret_cast<const uint32_t*>(&value);
+}
+
 __device__ inline void multiply_tile(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, __half) {
   asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
                : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])

@@ -3,11 +3,12 @@
 #include <climits>
 #include <cstdio>
 
+#include "tensor.h"
+
 namespace diablo {
 namespace {
 
 constexpr size_t kX = 0, kBlocks = 1, kScales = 2;  // then Y0, which comes last
-constexpr size_t kMostRank = 16;
 
 const BlockDiagOp& self(const OrtCustomOp* op) { return *static_cast<const BlockDiagOp*>(op); }
 
@@ -75,36 +76,6 @@ size_t ORT_CALL in_place(int** input, int** output) {
 
 void ORT_CALL release_in_place(int*, int*) {}
 
-struct Tensor {
-  void* data;
-  size_t rank;
-  const int64_t* sizes;
-  int64_t copied[kMostRank];  // only where ONNX Runtime does not show its own
-};
-
-OrtStatus* copy_shape(const ort::Api& api, const OrtTensorTypeAndShapeInfo* info, Tensor* tensor) {
-  tensor->sizes = tensor->copied;
-  if (OrtStatus* status = api.rank(info, &tensor->rank)) return status;
-  if (tensor->rank <= kMostRank) return api.sizes(info, tensor->copied, tensor->rank);
-  char text[128];
-  std::snprintf(text, sizeof text, "BlockDiagMatMul: an input has %zu dimensions; at most %zu are supported",
-                tensor->rank, kMostRank);
-  return api.create_status(kOrtInvalidArgument, text);
-}
-
-OrtStatus* read(const ort::Api& api, const OrtKernelContext* context, size_t index, Tensor* tensor) {
-  const OrtValue* value = nullptr;
-  if (OrtStatus* status = api.input(context, index, &value)) return status;
-  if (OrtStatus* status = api.data(const_cast<OrtValue*>(value), &tensor->data)) return status;
-  OrtElementType element;
-  if (api.has_shape_reference) return api.shape_reference(value, &element, &tensor->sizes, &tensor->rank);
-  OrtTensorTypeAndShapeInfo* info = nullptr;
-  if (OrtStatus* status = api.info(value, &info)) return status;
-  OrtStatus* status = copy_shape(api, info, tensor);
-  api.release_info(info);
-  return status;
-}
-
 struct Inputs {
   Tensor x, blocks, scales, y0;
 };
@@ -116,19 +87,6 @@ OrtStatus* read_all(const BlockDiagOp& op, const OrtKernelContext* context, Inpu
     if (OrtStatus* status = read(op.api, context, kScales, &inputs->scales)) return status;
   return read(op.api, context, y0_index(op), &inputs->y0);
 }
-
-// "(2, 3, 64)", cut short where it does not fit.
-struct Shown {
-  char text[160];
-
-  explicit Shown(const Tensor& tensor) {
-    size_t at = static_cast<size_t>(std::snprintf(text, sizeof text, "("));
-    for (size_t i = 0; i < tensor.rank && at + 24 < sizeof text; ++i)
-      at += static_cast<size_t>(std::snprintf(text + at, sizeof text - at, i == 0 ? "%lld" : ", %lld",
-                                              static_cast<long long>(tensor.sizes[i])));
-    std::snprintf(text + at, sizeof text - at, ")");
-  }
-};
 
 OrtStatus* refuse(const BlockDiagOp& op, const Inputs& given, const char* why) {
   char text[1280], scales[200] = "";
@@ -160,18 +118,6 @@ const char* make_shape(const BlockDiagOp& op, const Inputs& given, DiabloShape* 
   const DiabloError error = diablo_check(shape);
   return error == DIABLO_OK ? nullptr : diablo_error_text(error);
 }
-
-// ONNX Runtime's own threads, so that the kernel competes with no pool of another size.
-struct Pool {
-  const ort::Api& api;
-  const OrtKernelContext* context;
-  OrtStatus* status;
-
-  static void run(void* data, void (*task)(void*, size_t), void* task_data, size_t count) {
-    Pool& pool = *static_cast<Pool*>(data);
-    pool.status = pool.api.parallel_for(pool.context, task, count, 0, task_data);
-  }
-};
 
 OrtStatus* multiply_on_cpu(const BlockDiagOp& op, const OrtKernelContext* context, const DiabloShape& shape,
                            const Inputs& given, void* y) {

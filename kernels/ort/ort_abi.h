@@ -24,6 +24,8 @@ struct OrtKernelInfo;
 struct OrtKernelContext;
 struct OrtShapeInferContext;
 struct OrtTensorTypeAndShapeInfo;
+struct OrtOp;
+struct OrtOpAttr;
 
 struct OrtApi {
   const void* functions[1];  // as many as the version has
@@ -34,8 +36,15 @@ struct OrtApiBase {
   const char*(ORT_CALL* GetVersionString)();
 };
 
-enum OrtElementType : int { kOrtFloat = 1, kOrtInt8 = 3, kOrtFloat16 = 10, kOrtBFloat16 = 16 };
-enum OrtCharacteristic : int { kOrtRequired = 0 };
+enum OrtElementType : int {
+  kOrtFloat = 1,
+  kOrtUint8 = 2,
+  kOrtInt8 = 3,
+  kOrtInt32 = 6,
+  kOrtFloat16 = 10,
+  kOrtBFloat16 = 16
+};
+enum OrtCharacteristic : int { kOrtRequired = 0, kOrtOptional = 1 };
 enum OrtMemType : int { kOrtMemDefault = 0 };
 enum OrtErrorCode : int { kOrtFail = 1, kOrtInvalidArgument = 2 };
 
@@ -133,6 +142,35 @@ struct Api {
     using Function = OrtStatus*(ORT_CALL*)(const OrtShapeInferContext*, size_t, const OrtTensorTypeAndShapeInfo*);
     return at<Function>(270)(context, index, info);
   }
+  OrtStatus* attribute(const OrtKernelInfo* info, const char* name, int64_t* value) const {
+    return at<OrtStatus*(ORT_CALL*)(const OrtKernelInfo*, const char*, int64_t*)>(86)(info, name, value);
+  }
+  OrtStatus* info_input_count(const OrtKernelInfo* info, size_t* count) const {
+    return at<OrtStatus*(ORT_CALL*)(const OrtKernelInfo*, size_t*)>(230)(info, count);
+  }
+  // Operators of ONNX Runtime's own, to be called from within a kernel; an attribute is one integer here.
+  OrtStatus* create_attribute(const char* name, const int64_t* value, OrtOpAttr** attribute) const {
+    using Function = OrtStatus*(ORT_CALL*)(const char*, const void*, int, int, OrtOpAttr**);
+    constexpr int kInteger = 1;
+    return at<Function>(211)(name, value, 1, kInteger, attribute);
+  }
+  void release_attribute(OrtOpAttr* attribute) const { at<void(ORT_CALL*)(OrtOpAttr*)>(212)(attribute); }
+  OrtStatus* create_op(const OrtKernelInfo* info, const char* name, const char* domain, int version,
+                       const char** constraints, const OrtElementType* types, int constraint_count,
+                       const OrtOpAttr* const* attributes, int attribute_count, int inputs, int outputs,
+                       OrtOp** op) const {
+    using Function = OrtStatus*(ORT_CALL*)(const OrtKernelInfo*, const char*, const char*, int, const char**,
+                                           const OrtElementType*, int, const OrtOpAttr* const*, int, int, int, OrtOp**);
+    return at<Function>(213)(info, name, domain, version, constraints, types, constraint_count, attributes,
+                             attribute_count, inputs, outputs, op);
+  }
+  OrtStatus* invoke(const OrtKernelContext* context, const OrtOp* op, const OrtValue* const* inputs, int input_count,
+                    OrtValue* const* outputs, int output_count) const {
+    using Function = OrtStatus*(ORT_CALL*)(const OrtKernelContext*, const OrtOp*, const OrtValue* const*, int,
+                                           OrtValue* const*, int);
+    return at<Function>(214)(context, op, inputs, input_count, outputs, output_count);
+  }
+  void release_op(OrtOp* op) const { at<void(ORT_CALL*)(OrtOp*)>(215)(op); }
   // A tensor's own sizes, without a copy on the heap; from kShapeReferenceVersion on.
   OrtStatus* shape_reference(const OrtValue* value, OrtElementType* element, const int64_t** sizes,
                              size_t* rank) const {

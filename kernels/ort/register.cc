@@ -4,6 +4,7 @@
 
 #include "block_diag_op.h"
 #include "export.h"
+#include "int4_op.h"
 
 namespace {
 
@@ -15,6 +16,17 @@ constexpr struct {
 } kPairs[] = {{DIABLO_F32, DIABLO_F32},   {DIABLO_F32, DIABLO_F16}, {DIABLO_F32, DIABLO_I8},
               {DIABLO_F16, DIABLO_F16},   {DIABLO_F16, DIABLO_I8},  {DIABLO_BF16, DIABLO_BF16},
               {DIABLO_BF16, DIABLO_F16}, {DIABLO_BF16, DIABLO_I8}};
+
+// MatMulNBitsBlockDiag is there for what ONNX Runtime's own MatMulNBits is: on the CPU not for bfloat16.
+constexpr struct {
+  DiabloType type;
+  Device device;
+} kInt4[] = {
+    {DIABLO_F32, Device::kCpu},   {DIABLO_F16, Device::kCpu},
+#ifdef DIABLO_WITH_CUDA
+    {DIABLO_F32, Device::kCuda},  {DIABLO_F16, Device::kCuda}, {DIABLO_BF16, Device::kCuda},
+#endif
+};
 
 constexpr Device kDevices[] = {
     Device::kCpu,
@@ -28,6 +40,7 @@ constexpr Device kDevices[] = {
 struct Domain {
   alignas(BlockDiagOp) unsigned char ops[sizeof kPairs / sizeof *kPairs * sizeof kDevices / sizeof *kDevices *
                                          sizeof(BlockDiagOp)];
+  alignas(diablo::Int4Op) unsigned char int4[sizeof kInt4 / sizeof *kInt4 * sizeof(diablo::Int4Op)];
   OrtCustomOpDomain* handle = nullptr;
   OrtStatus* status = nullptr;
 
@@ -39,6 +52,11 @@ struct Domain {
         if (status != nullptr) return;
         status = api.add_op(handle, new (next++) BlockDiagOp(pair.type, pair.blocks, device, api));
       }
+    diablo::Int4Op* next_int4 = reinterpret_cast<diablo::Int4Op*>(int4);
+    for (const auto& kind : kInt4) {
+      if (status != nullptr) return;
+      status = api.add_op(handle, new (next_int4++) diablo::Int4Op(kind.type, kind.device, api));
+    }
   }
 };
 

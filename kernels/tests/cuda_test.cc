@@ -5,6 +5,7 @@
 // speed. `cuda_test 2000 7` runs 2,000 random calls, seed 7.
 #include "emulator.h"
 
+#include "../cuda/int4.cuh"
 #include "../cuda/matrix.cuh"
 
 namespace {
@@ -156,6 +157,74 @@ void test_numbers(int calls, unsigned seed) {
   for (int i = 0; i < calls; ++i) check_types(random, random_shape(random), static_cast<unsigned>(i));
 }
 
+// The int4 layer with its branch against both in double, from the weights as they round to T.
+template <class T>
+void check_int4(std::mt19937& random, DiabloType type) {
+  DiabloShape s = random_shape(random);
+  s.rows = upto(random, 20), s.type = s.block_type = type;
+  const int64_t size = 32 << random() % 3, groups = divide_up(s.in_features, size);
+  const bool branch = random() % 8 != 0, symmetric = random() % 2;
+  if (!branch) s.num_blocks = s.block_size_in = s.block_size_out = 0;
+  Placed x(type, (s.rows - 1) * s.x_stride + s.in_features, upto(random, 3) == 1 ? 1 : 0),
+      y(type, (s.rows - 1) * s.y_stride + s.out_features, 0), scales(type, s.out_features * groups, 0),
+      blocks(type, s.num_blocks * s.block_size_in * s.block_size_out, 0);
+  x.poison(), y.poison();
+  fill(x, random, s.rows, s.in_features, s.x_stride, 1);
+  fill(blocks, random, 1, static_cast<int64_t>(blocks.all.size()), 0, 1);
+  fill(scales, random, 1, s.out_features * groups, 0, 0.1f);
+  std::vector<uint8_t> codes(static_cast<size_t>(s.out_features * groups * size / 2)),
+      zeros(static_cast<size_t>(s.out_features * ((groups + 1) / 2)));
+  for (uint8_t& pair : codes) pair = static_cast<uint8_t>(random());
+  for (uint8_t& pair : zeros) pair = static_cast<uint8_t>(random());
+  const int64_t tiles = divide_up(s.rows, kInt4Rows);
+  const Int4Job<T> job{s,
+                       groups,
+                       static_cast<int>(size),
+                       tiles,
+                       starts_whole(x.data(), 16) && s.x_stride % 8 == 0,
+                       branch,
+                       static_cast<const T*>(x.data()),
+                       codes.data(),
+                       static_cast<const T*>(scales.data()),
+                       symmetric ? nullptr : zeros.data(),
+                       static_cast<const T*>(blocks.data()),
+                       static_cast<T*>(y.data())};
+  gridDim = {static_cast<int>(divide_up(s.out_features, kInt4Outputs)), static_cast<int>(std::min<int64_t>(tiles, 2))};
+  for (blockIdx.y = 0; blockIdx.y < gridDim.y; ++blockIdx.y)
+    for (blockIdx.x = 0; blockIdx.x < gridDim.x; ++blockIdx.x)
+      emulated::run_block(kInt4Threads, random, [&] { int4_rows<T>(job); }, threadIdx);
+
+  for (int64_t r = 0; r < s.rows; ++r)
+    for (int64_t n = 0; n < s.out_features; ++n) {
+      double wanted = 0, all = 0;  // `all` without signs: what errors are measured against
+      for (int64_t k = 0; k < s.in_features; ++k) {
+        const int64_t group = k / size, at = (n * groups * size + k) / 2;
+        const int code = codes[static_cast<size_t>(at)] >> (k % 2 * 4) & 15;
+        const int zero = symmetric ? 8 : zeros[static_cast<size_t>(n * ((groups + 1) / 2) + group / 2)] >> (group % 2 * 4) & 15;
+        T rounded;
+        from_float(static_cast<float>(code - zero) * scales.get(n * groups + group), rounded);
+        double weight = to_float(rounded);
+        if (branch && k / s.block_size_in == n / s.block_size_out)
+          weight += blocks.get(k * s.block_size_out + n % s.block_size_out);
+        wanted += x.get(r * s.x_stride + k) * weight;
+        all += std::fabs(x.get(r * s.x_stride + k) * weight);
+      }
+      const double got = y.get(r * s.y_stride + n), bit = type == DIABLO_F16 ? 0x1p-11 : 0x1p-8;
+      // One rounding to y's type, and float32 sums
+      CHECK(std::fabs(got - wanted) <= std::fabs(wanted) * bit + all * 1e-6 + 1e-6,
+            "int4 %s M %lld %lld x %lld, groups of %lld, blocks %lld x %lld: y[%lld][%lld] %g, not %g", name_of(type),
+            (long long)s.rows, (long long)s.in_features, (long long)s.out_features, (long long)size,
+            (long long)s.block_size_in, (long long)s.block_size_out, (long long)r, (long long)n, got, wanted);
+    }
+  for (int64_t i = 0; i < (s.rows - 1) * s.y_stride + s.out_features; ++i)
+    CHECK(i % s.y_stride < s.out_features || std::isnan(y.get(i)), "between rows y[%lld] was written", (long long)i);
+}
+
+void test_int4(int calls, unsigned seed) {
+  std::mt19937 random(seed);
+  for (int i = 0; i < calls; ++i) i % 2 ? check_int4<Half>(random, DIABLO_F16) : check_int4<Brain>(random, DIABLO_BF16);
+}
+
 // Every element of every tile is read by one thread: the sums say so for one shape, this for many.
 void test_few_rows_read_each_element_once() {
   std::mt19937 random(5);
@@ -202,8 +271,10 @@ void test_each_output_is_covered_once() {
 
 int main(int count, char** arguments) {
   const int calls = count > 1 ? std::atoi(arguments[1]) : 300;
+  const unsigned seed = count > 2 ? static_cast<unsigned>(std::atoi(arguments[2])) : 3;
   test_each_output_is_covered_once();
   test_few_rows_read_each_element_once();
-  test_numbers(calls, count > 2 ? static_cast<unsigned>(std::atoi(arguments[2])) : 3);
+  test_numbers(calls, seed);
+  test_int4(calls / 4, seed);
   std::printf("the CUDA kernels agree with the reference in %d random calls\n", calls);
 }

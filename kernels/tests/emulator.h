@@ -53,7 +53,7 @@ struct Fiber {
 };
 
 constexpr size_t kStack = 256 << 10;
-constexpr int kMostThreads = 256;
+constexpr int kMostThreads = 384;
 
 inline std::array<Fiber, kMostThreads> fibers;
 inline std::array<Warp, kMostThreads / 32> warps;
@@ -149,6 +149,17 @@ inline uint32_t load_pair(const void* from) {
   uint32_t pair;
   CHECK(reinterpret_cast<uintptr_t>(from) % 4 == 0, "a pair is misaligned");
   std::memcpy(&pair, from, sizeof pair);
+  return pair;
+}
+
+template <class T>
+inline uint32_t dequantize_pair(uint32_t codes, T zero, T scale) {
+  uint32_t pair = 0;
+  for (int i = 0; i < 2; ++i) {
+    T value;
+    from_float((static_cast<float>(codes >> (16 * i) & 15) - to_float(zero)) * to_float(scale), value);
+    pair |= static_cast<uint32_t>(value.bits) << (16 * i);
+  }
   return pair;
 }
 
