@@ -91,6 +91,19 @@ def test_runtime_page_runs_from_top_to_bottom(
     assert all((one != other).any() for one, other in itertools.combinations(outputs, 2))
 
 
+@pytest.mark.slow
+def test_low_bit_page_runs_from_top_to_bottom(workplace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("model", "train.jsonl"):
+        (tmp_path / name).symlink_to(workplace / name)
+    monkeypatch.chdir(tmp_path)
+    for language, text in blocks(ROOT / "docs" / "low_bit.md"):
+        assert language == "console"
+        run_console(text)
+    survival = json.loads(Path("merged/diablo_export.json").read_text())["survival"]
+    assert (survival["method"], survival["passed"]) == ("on_grid", True)
+    assert json.loads(Path("moved/adapter_config.json").read_text())["base_quantization"]["on_grid"]
+
+
 def test_patch_commands_run(
     genai_graph: Callable[..., Path], tiny_adapter: Folder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

