@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -66,6 +67,20 @@ def test_our_folder_loads_and_saves_unchanged(
         model.merge_adapter()
         model.save_pretrained(tmp_path / "merged")
         assert_same(Adapter.load(tmp_path / "merged"), Adapter.load(adapter))
+
+
+def test_the_grid_of_a_base_is_kept_and_told(
+    tiny_model: Folder, tiny_adapter: Folder, tmp_path: Path, recwarn: pytest.WarningsRecorder,
+    caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    config = json.loads((tiny_adapter("llama") / "adapter_config.json").read_text())
+    grid = {"bits": 4, "group_size": 32, "symmetric": True, "on_grid": False}
+    shutil.copytree(tiny_adapter("llama"), tmp_path / "a")
+    (tmp_path / "a/adapter_config.json").write_text(json.dumps({**config, "base_quantization": grid}))
+    AutoPeftModelForCausalLM.from_pretrained(tmp_path / "a").save_pretrained(tmp_path / "again")
+    assert json.loads((tmp_path / "again/adapter_config.json").read_text())["base_quantization"] == grid
+    assert "trained beside int4 in groups of 32, symmetric weights" in caplog.text
+    assert not [one for one in recwarn if "base_quantization" in str(one.message)]
 
 
 def test_an_adapter_of_train_gives_the_same_logits(tiny_model: Folder, tmp_path: Path) -> None:

@@ -6,7 +6,9 @@ from typing import Any
 
 from torch import nn
 
+from diablo_export.base_grid import BaseGrid
 from diablo_export.blockdiag import Array
+from diablo_export.console import log
 from diablo_export.errors import AdapterError
 from diablo_export.fingerprint import Fingerprint
 from diablo_export.peft.config import DiabloConfig
@@ -35,6 +37,12 @@ def check_base(model: nn.Module, config: DiabloConfig) -> None:
             f"the adapter does not belong to this model (it was trained on "
             f"{config.base_model_name_or_path or 'an unnamed base'}):\n" + "\n".join(f"  {line}" for line in shown)
         )
+    if config.base_quantization:
+        log.warning(
+            "the adapter was trained beside %s weights, which PEFT does not make: what it learned of those weights' "
+            "errors does not fit this base. diablo-export has the trained model, in parity, export and merge",
+            BaseGrid.from_json(config.base_quantization),
+        )  # fmt: skip
 
 
 def _fault(module: nn.Module | None, entry: dict[str, Any]) -> str | None:

@@ -44,6 +44,8 @@ class DiabloConfig(PeftConfig):
         labels: class names of a classifier; filled in on saving.
         modules: per module its sizes and the fingerprint of its base weight; filled in on saving. In a loaded config
             it decides which modules are adapted, and a base that does not match it is refused.
+        base_quantization: the grid that the base's weights lay on in training, of an adapter of `diablo-export train
+            --base-quantize`; kept as it is.
     """
 
     num_blocks: int = 64
@@ -57,6 +59,7 @@ class DiabloConfig(PeftConfig):
     format_version: int = FORMAT_VERSION
     labels: list[str] | None = None
     modules: dict[str, Any] | None = field(default=None, repr=False)
+    base_quantization: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()  # type: ignore[no-untyped-call]
