@@ -2,16 +2,16 @@
 
 Only what a block meets is computed; every other byte is copied. The files keep their names, their order of tensors
 and their metadata. Each adapted weight is checked against the adapter's fingerprint as it passes through, so the
-checkpoint is read once.
+checkpoint is read once. Weights that are quantized are merged into group by group, see hf_packed.py.
 """
 
 from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from diablo_export.blockdiag import Array
 from diablo_export.checkpoint import DTYPES, Checkpoint, TensorInfo, header_bytes
 from diablo_export.console import log, progress
 from diablo_export.converters.hf_folder import copy_others, write_config, write_index
+from diablo_export.converters.hf_packed import PackedModule, WrongBaseError, packed_module, refuse_unreadable
 from diablo_export.converters.hf_stream import Part, given, write_parts
 from diablo_export.errors import CheckpointError
 
@@ -39,25 +40,29 @@ class MergeResult:
     base: dict[str, str]  # XXH3-128 of each weight file of the base, by name
 
 
-def hf_merge(model: str | Path, adapter: Adapter, folder: Path) -> MergeResult:
+def hf_merge(model: str | Path, adapter: Adapter, folder: Path, method: str = "refit") -> MergeResult:
     """Write `model` with the adapter's blocks added to its weights into `folder`, which must exist and be empty.
+
+    Weights that are quantized stay so, in their own format; `method`, `refit` or `rtn`, says how they take the blocks.
 
     An adapter with a classification head gives a sequence-classification checkpoint, also from a bare encoder.
     An adapted output head that the base ties to its embeddings is untied.
 
     Raises:
         AdapterError: the adapter does not fit the model (missing modules, other sizes, other weights).
-        CheckpointError: a model that cannot be read, or whose weights are quantized.
+        CheckpointError: a model that cannot be read, or whose weights are quantized in a way that is not known here.
     """
     checkpoint = Checkpoint.open(model)
-    _refuse_quantized(checkpoint)
-    files = _plan(checkpoint, adapter)
+    refuse_unreadable(checkpoint)
+    found = (packed_module(checkpoint, module, method) for module in adapter.modules.values())
+    packed = {one.module.name: one for one in found if one is not None}
+    files = _plan(checkpoint, adapter, packed)
     untied = any(part.module and part.name.endswith(HEAD) for parts in files.values() for part in parts)
     write_config(checkpoint, adapter, folder, untied)
     copy_others(checkpoint, folder)
 
     def refuse(part: Part) -> None:
-        adapter.check_base(checkpoint)  # names every module that differs
+        _refuse_all(checkpoint, adapter, packed)  # names every module that differs
         refuse_base(adapter, str(checkpoint.folder), [f"{part.name}: its base weight has other values"])
 
     modules: dict[str, list[dict[str, Any]]] = {name: [] for name in files}
@@ -69,9 +74,13 @@ def hf_merge(model: str | Path, adapter: Adapter, folder: Path) -> MergeResult:
         return write_parts(folder / name, header, parts, note, refuse, advance, source)
 
     size = sum(info.nbytes for info in checkpoint)
-    with progress("Merging", size) as advance:
-        hashes = _side_by_side(write, list(files), advance)
-    entries = [entry for name in files for entry in modules[name]]
+    try:
+        with progress("Merging", size) as advance:
+            hashes = _side_by_side(write, list(files), advance)
+    except WrongBaseError:
+        _refuse_all(checkpoint, adapter, packed)
+        raise
+    entries = [entry for name in files for entry in modules[name]] + [_entry(one) for one in packed.values()]
     write_index(checkpoint, {file: {p.name: _nbytes(p) for p in parts} for file, parts in files.items()}, folder)
     _warn_of_rounding(entries)
     written, base = ({name: pair[side] for name, pair in hashes.items()} for side in (0, 1))
@@ -113,34 +122,45 @@ def _note(modules: list[dict[str, Any]], file: str, part: Part, gain: float) -> 
     })  # fmt: skip
 
 
+def _entry(one: PackedModule) -> dict[str, Any]:
+    """The manifest entry of a quantized module."""
+    assert one.change is not None
+    info = one.infos[one.codec.MARK]
+    return {
+        "name": one.module.name, "action": "merged", "layout": one.config["quant_method"], "method": one.method,
+        "weight": info.name, "transposed": False, "file": info.file.name, **one.change.describe(),
+    }  # fmt: skip
+
+
+def _refuse_all(checkpoint: Checkpoint, adapter: Adapter, packed: Mapping[str, PackedModule]) -> None:
+    """Refuse the checkpoint, naming every module that is not the adapter's base."""
+    faults = [f"{name}: {fault}" for name, one in packed.items() if (fault := one.likeness_fault())]
+    refuse_base(adapter, str(checkpoint.folder), faults)
+    floats = {name: module for name, module in adapter.modules.items() if name not in packed}
+    replace(adapter, modules=floats).check_base(checkpoint)
+
+
 def _nbytes(part: Part) -> int:
     return math.prod(part.shape) * DTYPES[part.dtype].itemsize
 
 
 def _warn_of_rounding(modules: list[dict[str, Any]]) -> None:
-    lossy = [f"{m['name']} keeps {m['weight_gain']:.0%}" for m in modules if not 0.9 <= m["weight_gain"] <= 1.1]
-    if lossy:
-        more = f" and {len(lossy) - 5} more" if len(lossy) > 5 else ""
-        log.warning(
-            "rounding to the dtype of the checkpoint changes the blocks: %s%s; merge into a float32 copy of the base",
-            ", ".join(lossy[:5]), more,
-        )  # fmt: skip
+    lossy = [m for m in modules if not 0.9 <= m["weight_gain"] <= 1.1]
+    if not lossy:
+        return
+    said = ", ".join(f"{m['name']} keeps {m['weight_gain']:.0%}" for m in lossy[:5])
+    more = f" and {len(lossy) - 5} more" if len(lossy) > 5 else ""
+    if any(m["layout"] != "safetensors" for m in lossy):
+        way = "merge --quantize int4 from the float model trains the codes on what the tuned model answers"
+    else:
+        way = "merge into a float32 copy of the base"
+    log.warning("rounding to the dtype or grid of the checkpoint changes the blocks: %s%s; %s", said, more, way)
 
 
-def _refuse_quantized(checkpoint: Checkpoint) -> None:
-    quantization = checkpoint.config.get("quantization_config")
-    if quantization:
-        method = quantization.get("quant_method", "an unnamed method") if isinstance(quantization, dict) else "?"
-        raise CheckpointError(
-            f"{checkpoint.folder / 'config.json'}: quantized with {method}, and blocks cannot be added to packed "
-            "weights here; give the float model it was made from (merge --quantize int4 then quantizes "
-            "base and blocks together)"
-        )
-
-
-def _plan(checkpoint: Checkpoint, adapter: Adapter) -> dict[str, list[Part]]:
+def _plan(checkpoint: Checkpoint, adapter: Adapter, packed: Mapping[str, PackedModule]) -> dict[str, list[Part]]:
     """What each output file holds, in order; refuses an adapter whose modules or sizes do not fit."""
-    adapted, untied = _match(checkpoint, adapter)
+    adapted, untied = _match(checkpoint, adapter, packed)
+    made = {stored: partial(one.tensor, suffix) for one in packed.values() for stored, suffix in one.changed.items()}
     saved = {_stored_name(checkpoint, name): value for name, value in adapter.saved.items()}
     rename = _renaming(checkpoint, adapter, saved)
     files: dict[str, list[Part]] = {name: [] for name in sorted(checkpoint.metadata)}
@@ -154,6 +174,8 @@ def _plan(checkpoint: Checkpoint, adapter: Adapter) -> dict[str, list[Part]]:
             continue
         if info.name in saved:
             part = given(name, saved.pop(info.name))
+        elif info.name in made:
+            part = Part(name, info.dtype, info.shape, make=made[info.name])
         else:
             part = Part(name, info.dtype, info.shape, info, adapted.get(info.name), transposed=_flip(checkpoint, info))
         files[info.file.name].append(part)
@@ -161,12 +183,18 @@ def _plan(checkpoint: Checkpoint, adapter: Adapter) -> dict[str, list[Part]]:
     return files
 
 
-def _match(checkpoint: Checkpoint, adapter: Adapter) -> tuple[dict[str, AdaptedModule], list[Part]]:
+def _match(
+    checkpoint: Checkpoint, adapter: Adapter, packed: Mapping[str, PackedModule]
+) -> tuple[dict[str, AdaptedModule], list[Part]]:
     """Which stored weight each module is (by stored name), and the heads to be untied; refuses what does not fit."""
     adapted: dict[str, AdaptedModule] = {}
     untied: list[Part] = []
     faults: list[str] = []
     for module in adapter.modules.values():
+        if module.name in packed:
+            fault = packed[module.name].size_fault()
+            faults += [f"{module.name}: {fault}"] if fault else []
+            continue
         info = checkpoint.find(f"{module.name}.weight")
         if info is not None:
             adapted[info.name] = module

@@ -31,7 +31,7 @@ Bytes = npt.NDArray[np.uint8]
 
 @dataclass(frozen=True)
 class Part:
-    """One tensor to write: copied from `source`, merged where there is a `module`, or given as `value`."""
+    """One tensor to write: copied from `source`, merged where there is a `module`, given as `value` or by `make`."""
 
     name: str
     dtype: str
@@ -40,6 +40,7 @@ class Part:
     module: AdaptedModule | None = None
     value: Array | None = None
     transposed: bool = False  # stored (in, out), as GPT-2 does
+    make: Callable[[], Array] | None = None  # makes the value when its turn comes
 
 
 def write_parts(
@@ -85,8 +86,9 @@ def _pieces(
 ) -> Iterator[Bytes]:
     """Put `parts` into `out`; the pieces put there, each gone when the next is asked for."""
     for part in parts:
-        if part.value is not None:
-            yield from _given(part.value, out)
+        value = part.make() if part.make is not None else part.value
+        if value is not None:
+            yield from _given(value, out)
             continue
         adding = None if part.module is None else _Adding(part, part.module)
         for piece in _read(part, out, base):

@@ -44,8 +44,8 @@ def merge(
     """Write `model` with the adapter merged into its weights.
 
     Args:
-        model: Hugging Face folder or id, or an ONNX file or folder, float or quantized (MatMulNBits): of that
-            only the weights that a block meets change, or the groups of weights.
+        model: Hugging Face folder or id, or an ONNX file or folder, float or quantized: of that only the weights
+            that a block meets change, or the groups of weights.
         adapter: adapter folder.
         output: the folder to write.
         quantize: none, int8, int4 or int2, of every linear layer; only ONNX holds quantized weights.
@@ -55,7 +55,8 @@ def merge(
         asymmetric: a zero point for each group, when quantizing; None: likewise.
         precision: fp32 or fp16, of what an ONNX file holds unquantized.
         method: how quantized weights take the blocks, see docs/merging.md: rtn, refit, calibrated, distilled, or
-            auto, the first of these that keeps `min_survival`. None: auto for 4 bits and fewer, rtn for 8.
+            auto, the first of these that keeps `min_survival`. None: auto for 4 bits and fewer, rtn for 8; refit
+            for a Hugging Face checkpoint that is quantized already, which takes that or rtn.
         calibration: data to measure and calibrate on; None: text that the tuned model writes.
         reference: the float model that an ONNX model was made from, Hugging Face folder or id; None: what the
             adapter names as its base.
@@ -88,6 +89,7 @@ def merge(
         chosen, needs = _as_it_is(source, format, quantize, precision), source.size
         how, reference = _for_onnx(source, given, method, calibration, reference)
     elif chosen == "onnx":
+        _refuse_packed(source)
         needs = onnx_bytes(source, quantize, group_size, precision)
         how, reference = _for_checkpoint(source, quantize, method, calibration, reference), model
         _load(how)
@@ -108,7 +110,7 @@ def merge(
             given.check_base(source)
             modules, more = _to_onnx(model, given, folder, quantize, group_size, asymmetric, precision, options)
         else:
-            modules, more = _to_hf(model, given, folder)
+            modules, more = _to_hf(model, given, folder, how)
         hashes = more.pop("hashes")
         more = {"task": _task(given), "format": chosen, "quantize": quantize, "precision": precision} | more
         entries = [adapter_entry(Path(adapter).resolve().name, given)]
@@ -135,11 +137,30 @@ def _for_checkpoint(source: Checkpoint, quantize: str, method: str | None, calib
     """The method for a Hugging Face model."""
     if reference is not None:
         raise InputError("--reference is for an ONNX --model; a Hugging Face model is its own reference")
+    if quantize == "none" and source.config.get("quantization_config"):
+        return _for_packed(method, calibration)
     if quantize == "none":
         _refuse_unused(method, calibration, "--quantize none rounds nothing")
         return "exact"
     chosen = method or ("auto" if BITS[quantize] <= 4 else "rtn")
     return _if_it_fits(source, chosen, given=method is not None)
+
+
+def _refuse_packed(source: Checkpoint) -> None:
+    """No road leads from a quantized checkpoint to ONNX."""
+    from diablo_export.converters.onnx_graph import check_float
+
+    check_float(source)
+
+
+def _for_packed(method: str | None, calibration: Any) -> str:
+    """The method for a Hugging Face checkpoint that is quantized."""
+    if calibration is not None or method not in (None, "refit", "rtn"):
+        raise InputError(
+            "a quantized Hugging Face checkpoint is merged by --method refit or rtn, which look at no text; the others "
+            "run the float model: give that, and --quantize int4"
+        )
+    return method or "refit"
 
 
 def _for_onnx(
@@ -257,13 +278,17 @@ def _into_onnx(
     return modules, {"hashes": {}, "exporter": "given", "reason": reason, **kind(linears(ir.load(source.file))), **more}
 
 
-def _to_hf(model: str | Path, adapter: Adapter, folder: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+def _to_hf(
+    model: str | Path, adapter: Adapter, folder: Path, method: str
+) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """Merge into a checkpoint; the modules' entries, and the rest of the manifest."""
     from diablo_export.converters.hf_merge import hf_merge
 
-    done = hf_merge(model, adapter, folder)
+    done = hf_merge(model, adapter, folder, method)
     reason = "a Hugging Face checkpoint was asked for, or is what an unquantized merge gives"
-    return done.modules, {"hashes": done.hashes, "read": done.base, "exporter": "hf", "reason": reason}
+    more = {"hashes": done.hashes, "read": done.base, "exporter": "hf", "reason": reason}
+    bits = min((entry["bits"] for entry in done.modules if "bits" in entry), default=None)
+    return done.modules, more | ({} if bits is None else {"quantize": f"int{bits}"})
 
 
 def _to_onnx(

@@ -94,7 +94,7 @@ def build_graph(
     from diablo_export.converters import genai_graph, torch_graph
 
     checkpoint = Checkpoint.open(model)
-    _check_float(checkpoint)
+    check_float(checkpoint)
     saved = {**(head.saved if head else {}), **(merged.saved if merged else {})}
     weights = Weights(checkpoint, merged, saved)
     # a head with blocks of its own, or quantized, cannot share the embedding's table
@@ -147,7 +147,12 @@ def _check_options(task: str, quantize: str, group_size: int, precision: str, ac
         check_layout(BITS[quantize], group_size)
 
 
-def _check_float(checkpoint: Checkpoint) -> None:
+def check_float(checkpoint: Checkpoint) -> None:
+    """Refuse a checkpoint whose weights are quantized.
+
+    Raises:
+        ExportError: it is; names the format.
+    """
     method = (checkpoint.config.get("quantization_config") or {}).get("quant_method")
     if method:
         raise ExportError(

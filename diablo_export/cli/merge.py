@@ -40,7 +40,8 @@ from diablo_export.errors import CheckFailed
 @precision_option
 @click.option(
     "--method", type=click.Choice(["auto", "rtn", "refit", "calibrated", "distilled"]),
-    help="How quantized weights take the blocks.  [default: auto for 4 bits and fewer, rtn for 8]",
+    help="How quantized weights take the blocks.  [default: auto for 4 bits and fewer, rtn for 8; refit for a "
+    "Hugging Face checkpoint that is quantized]",
 )  # fmt: skip
 @click.option(
     "--calibration", type=click.Path(path_type=Path), metavar="DATA",

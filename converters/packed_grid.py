@@ -1,0 +1,156 @@
+"""A weight of integer codes as Hugging Face checkpoints pack them, unpacked, and an adapter's blocks merged into it.
+
+w[n, k] = (code[n, k] − zero[n, g]) · scale[n, g], where g is the group of input k: runs of inputs, or any others, as
+GPTQ's activation order makes them. Only groups that meet a block change.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from diablo_export.adapter import AdaptedModule
+from diablo_export.blockdiag import Array
+from diablo_export.quantization import Codes, Float32
+from diablo_export.requantize import Grid, nearest, refitted
+
+METHODS = ("refit", "rtn")
+_AT_ONCE = 1 << 21  # weights per step: bounds the temporaries
+
+Index = npt.NDArray[np.int64]
+
+
+@dataclass
+class Change:
+    """What merging did to one weight."""
+
+    bits: int
+    touched: int = 0  # groups that meet a block
+    groups: int = 0  # all of them
+    changed: int = 0  # codes that are others now
+    codes: int = 0  # all of them
+    disturbed: int = 0  # weights that no block meets whose value changed
+    _dots: Array = field(default_factory=lambda: np.zeros(3))  # <effect, delta>, <effect, effect>, <delta, delta>
+
+    def see(self, effect: Array, delta: Array, under: Array) -> None:
+        """Count what was done to some weights; `under`: those that a block meets."""
+        self.disturbed += int(((effect != 0) & ~under).sum())
+        self._dots += [float(np.vdot(*pair)) for pair in ((effect, delta), (effect, effect), (delta, delta))]
+
+    @property
+    def gain(self) -> float:
+        """How much of the blocks is in the weights: <effect, delta> / <delta, delta>."""
+        along, _, wanted = self._dots
+        return float(along / wanted) if wanted else 1.0
+
+    def describe(self) -> dict[str, Any]:
+        """As a manifest's entry says it."""
+        along, effect, wanted = self._dots
+        return {
+            "bits": self.bits,
+            "weight_gain": self.gain,
+            "weight_cosine": float(along / np.sqrt(effect * wanted)) if effect and wanted else 0.0,
+            "touched_groups": self.touched,
+            "codes_changed": self.changed,
+            "codes": self.codes,
+            "disturbed_weights": self.disturbed,
+            "why": f"{self.touched} of {self.groups} groups, all that a block meets",
+        }
+
+
+@dataclass(frozen=True)
+class PackedGrid:
+    """One unpacked weight."""
+
+    codes: Codes  # (out, in)
+    scales: Float32  # (out, groups)
+    zeros: Codes  # (out, groups)
+    group_of: Index  # (in,)
+    bits: int
+    dtype: npt.DTypeLike  # what scales are stored in
+    least_zero: int = 0  # the smallest zero point that can be stored
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out_features, in_features)."""
+        return self.codes.shape[0], self.codes.shape[1]
+
+    def values_at(self, rows: Index, columns: Index) -> Float32:
+        """The weights at these positions."""
+        group = self.group_of[columns]
+        steps = self.codes[rows, columns].astype(np.float32) - self.zeros[rows, group]
+        return np.asarray(steps * self.scales[rows, group], np.float32)
+
+    def with_blocks(self, module: AdaptedModule, method: str) -> tuple[PackedGrid, Change]:
+        """The weight with the module's blocks added.
+
+        Args:
+            module: of this weight's sizes.
+            method: `rtn`, to the nearest of each group's own values; or `refit`, where a group may get another scale
+                and zero point if that leaves less error.
+        """
+        new = replace(self, codes=self.codes.copy(), scales=self.scales.copy(), zeros=self.zeros.copy())
+        change = Change(self.bits, groups=self.scales.size, codes=self.codes.size)
+        members = self._members()
+        for blocks, inputs, rows in self._steps(module):
+            groups = np.unique(self.group_of[inputs])
+            columns = members[groups]  # (groups, size)
+            real = columns < self.shape[1]
+            old = self._part(rows, groups, columns, real)
+            under = (columns >= inputs.start) & (columns < inputs.stop)
+            delta = np.zeros(old.codes.shape, np.float32)
+            delta[:, under] = blocks[:, columns[under] - inputs.start]
+            chosen = self._chosen(old.values() + delta, old, method)
+            new.codes[rows][:, columns[real]] = chosen.codes[:, real]
+            new.scales[rows, groups], new.zeros[rows, groups] = chosen.scales, chosen.zeros
+            change.touched += old.scales.size
+            change.changed += int((chosen.codes != old.codes)[:, real].sum())
+            change.see(chosen.values() - old.values(), delta, np.broadcast_to(under, delta.shape))
+        return new, change
+
+    def _steps(self, module: AdaptedModule) -> Iterator[tuple[Array, slice, slice]]:
+        """A few rows of a block after the other: what it adds (rows, inputs), its inputs, the rows."""
+        for block, (inputs, outputs) in enumerate(module.shape.slices()):
+            width = inputs.stop - inputs.start
+            if width <= 0 or outputs.stop <= outputs.start:
+                continue
+            met = np.isin(self.group_of, self.group_of[inputs]).sum()
+            step = max(1, _AT_ONCE // int(met))
+            for start in range(outputs.start, outputs.stop, step):
+                rows = slice(start, min(start + step, outputs.stop))
+                here = slice(rows.start - outputs.start, rows.stop - outputs.start)
+                yield module.blocks[block, :width, here].T.astype(np.float32), inputs, rows
+
+    def _members(self) -> Index:
+        """(groups, size): the inputs of each group; in_features where a group has fewer."""
+        groups, inputs = self.scales.shape[1], self.shape[1]
+        order = np.argsort(self.group_of, kind="stable")
+        counts = np.bincount(self.group_of, minlength=groups)
+        found = np.full((groups, max(1, int(counts.max(initial=0)))), inputs, np.int64)
+        within = np.arange(inputs) - np.repeat(np.cumsum(counts) - counts, counts)
+        found[self.group_of[order], within] = order
+        return found
+
+    def _part(self, rows: slice, groups: Index, columns: Index, real: Array) -> Grid:
+        """Some groups of some rows, (rows, groups, size); what pads a short group is worth 0."""
+        scales, zeros = self.scales[rows, groups], self.zeros[rows, groups]
+        codes = self.codes[rows][:, np.minimum(columns, self.shape[1] - 1)]
+        codes = np.where(real, codes, zeros[..., None])
+        return Grid(codes, scales, zeros, self.bits, bool((zeros == 2 ** (self.bits - 1)).all()))
+
+    def _chosen(self, target: Float32, old: Grid, method: str) -> Grid:
+        here = nearest(target, old)
+        if method == "rtn":
+            return here
+        best = refitted(target, old, self.dtype, positive=True)
+        usable = best.zeros >= self.least_zero
+        return replace(
+            best,
+            codes=np.where(usable[..., None], best.codes, here.codes),
+            scales=np.where(usable, best.scales, here.scales),
+            zeros=np.where(usable, best.zeros, here.zeros),
+        )
