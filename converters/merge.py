@@ -102,7 +102,8 @@ def merge(
     options = limits | {"method": how, "calibration": calibration, "reference": reference}
     if isinstance(source, Checkpoint):
         warn_of_another([given], [numbers(quantize, group_size, asymmetric)])
-    files = [] if chosen == "hf" else source.files  # that merge hashes what it reads
+    made = isinstance(source, Checkpoint) and chosen == "onnx"
+    files = source.files if made else []  # other merges hash what they read
     with new_folder(output, overwrite, needs) as folder, hashing(model, source.folder, files) as base:
         if isinstance(source, onnx_file.OnnxModel):
             modules, more = _into_onnx(source, given, folder, options)
@@ -264,8 +265,7 @@ def _into_onnx(
     from diablo_export.converters.onnx_merge import onnx_merge
     from diablo_export.runtime import session
 
-    onnx_file.copy(source, folder)
-    more: dict[str, Any] = {}
+    more: dict[str, Any] = {"hashes": {}, "read": onnx_file.copy(source, folder)}
     if options["method"] in ("exact", "rtn"):
         modules = onnx_merge(folder / onnx_file.MODEL, adapter)
     else:
@@ -275,7 +275,7 @@ def _into_onnx(
     if (folder / onnx_file.MODEL).read_bytes() != source.file.read_bytes():
         session(folder / onnx_file.MODEL)  # a graph that the runtime refuses is no merge
     reason = f"{source.file.name} is an ONNX model already"
-    return modules, {"hashes": {}, "exporter": "given", "reason": reason, **kind(linears(ir.load(source.file))), **more}
+    return modules, {"exporter": "given", "reason": reason, **kind(linears(ir.load(source.file))), **more}
 
 
 def _to_hf(

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from diablo_export.converters import genai_library
 from diablo_export.errors import InputError
-from diablo_export.manifest import MANIFEST, PARITY, read_manifest
+from diablo_export.manifest import MANIFEST, PARITY, file_xxh3, read_manifest
 
 if TYPE_CHECKING:  # it takes a second to load, and merges of Hugging Face folders have no use for it
     import onnx_ir as ir
@@ -88,13 +88,21 @@ def _data_files(file: Path, graph: ir.Model) -> list[Path]:
     return sorted(ends)
 
 
-def copy(model: OnnxModel, folder: Path) -> None:
-    """Copy the model's files into `folder`, the graph as model.onnx; a library that they name is no longer named."""
+def copy(model: OnnxModel, folder: Path) -> dict[str, str]:
+    """Copy the model's files into `folder`, the graph as model.onnx; a library that they name is no longer named.
+
+    Returns the XXH3-128 of the graph and its data, by name.
+    """
+    hashes = {}
     for path in [*model.files, *model.others]:
         target = folder / (MODEL if path == model.file else path.relative_to(model.folder))
         target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(path, target)
+        if path in model.files:
+            hashes[path.name] = file_xxh3(path, target)
+        else:
+            shutil.copyfile(path, target)
     genai_library.drop(folder)
+    return hashes
 
 
 def refuse_adapted(model: OnnxModel) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.metadata
 import json
@@ -40,12 +41,18 @@ def adapter_entry(name: str, adapter: Adapter) -> dict[str, Any]:
     return {"name": name, "path": str(adapter.path.resolve()), "sha256": files, "task_type": adapter.task_type}
 
 
-def file_xxh3(file: Path) -> str:
-    """XXH3-128 of a file, in hex: the base's gigabytes are told from others' in a tenth of SHA-256's time."""
-    digest, buffer = xxhash.xxh3_128(), bytearray(1 << 20)
-    with file.open("rb", buffering=0) as stream:
+def file_xxh3(file: Path, copy: Path | None = None) -> str:
+    """XXH3-128 of a file, in hex: the base's gigabytes are told from others' in a tenth of SHA-256's time.
+
+    What was read is written to `copy` as well.
+    """
+    # Linux takes writes of 2¹⁸ bytes six times as fast as those of 2²⁰
+    digest, buffer = xxhash.xxh3_128(), memoryview(bytearray(1 << 18))
+    with file.open("rb", buffering=0) as stream, copy.open("wb") if copy else contextlib.nullcontext() as other:
         while count := stream.readinto(buffer):
-            digest.update(memoryview(buffer)[:count])
+            digest.update(buffer[:count])
+            if other is not None:
+                other.write(buffer[:count])
     return digest.hexdigest()
 
 
