@@ -129,6 +129,14 @@ def dense(blocks: Array, in_features: int, out_features: int) -> Array:
     return full
 
 
+def under_blocks(weight: Array, shape: BlockShape) -> Array:
+    """The entries of (out_features, in_features) that each block meets, as blocks; 0 in padding."""
+    found = np.zeros(shape.blocks, weight.dtype)
+    for block, (inputs, outputs) in enumerate(shape.slices()):
+        found[block, : inputs.stop - inputs.start, : outputs.stop - outputs.start] = weight[outputs, inputs].T
+    return found
+
+
 def add_to_weight(weight: Array, blocks: Array, sign: int = 1) -> Array:
     """A copy of weight (out_features, in_features) plus sign · blockdiag(blocks)ᵀ, rounded once to its dtype.
 

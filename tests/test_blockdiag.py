@@ -25,6 +25,16 @@ def test_apply_equals_the_dense_product(inputs: int, outputs: int, num_blocks: i
 
 
 @pytest.mark.parametrize(("inputs", "outputs", "num_blocks"), SIZES)
+def test_under_blocks_undoes_dense(inputs: int, outputs: int, num_blocks: int) -> None:
+    shape = BlockShape.for_linear(inputs, outputs, num_blocks)
+    blocks = np.random.default_rng(0).normal(size=shape.blocks)
+    weight = blockdiag.dense(blocks, inputs, outputs).T
+    cut = blockdiag.under_blocks(weight, shape)
+    assert np.array_equal(blockdiag.dense(cut, inputs, outputs).T, weight) and weight.any()
+    assert np.count_nonzero(cut) == shape.live_parameters
+
+
+@pytest.mark.parametrize(("inputs", "outputs", "num_blocks"), SIZES)
 def test_add_to_weight_is_the_transposed_dense_and_touches_nothing_else(
     inputs: int, outputs: int, num_blocks: int
 ) -> None:

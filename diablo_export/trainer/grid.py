@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from diablo_export.blockdiag import Array, BlockShape
+from diablo_export.blockdiag import Array, BlockShape, under_blocks
 from diablo_export.requantize import Grid
 from diablo_export.trainer.layer import add_branch, features
 
@@ -123,10 +123,7 @@ class GridLinear(nn.Module):
 
     def _under_blocks(self, values: Array) -> Tensor:
         """The entries of (out, columns) that a block meets, as blocks; 0 in padding."""
-        found = np.zeros(self.shape.blocks, np.float32)
-        for block, (inputs, outputs) in enumerate(self.shape.slices()):
-            found[block, : inputs.stop - inputs.start, : outputs.stop - outputs.start] = values[outputs, inputs].T
-        return torch.from_numpy(found).to(self.weight.device)
+        return torch.from_numpy(under_blocks(values, self.shape).astype(np.float32)).to(self.weight.device)
 
     def extra_repr(self) -> str:
         """Blocks and bits, in the model's printed form."""

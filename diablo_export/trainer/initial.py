@@ -10,7 +10,7 @@ from torch import nn
 
 from diablo_export.adapter import AdaptedModule, Adapter, refuse_base
 from diablo_export.base_grid import BaseGrid
-from diablo_export.blockdiag import Array
+from diablo_export.blockdiag import under_blocks
 from diablo_export.checkpoint import Checkpoint
 from diablo_export.quantization import Float32, dequantize
 from diablo_export.trainer.layer import DiabloLinear, diablo_layers
@@ -55,19 +55,11 @@ def begin_at(
         blocks = adapter.modules[name].blocks.astype(np.float32)
         if moved:
             weight = float_weight(checkpoint, name)
-            blocks = blocks + under_blocks(_laid(weight, was) - _laid(weight, grid), layer)
+            blocks = blocks + under_blocks(_laid(weight, was) - _laid(weight, grid), layer.shape)
         layer.blocks.copy_(torch.from_numpy(blocks))
     for name, value in adapter.saved.items():
         if name in parameters:
             parameters[name].copy_(torch.from_numpy(value.astype(np.float32)))
-
-
-def under_blocks(values: Float32, layer: DiabloLinear) -> Array:
-    """The entries of (out, in) that a layer's blocks meet, as blocks; 0 in padding."""
-    found = np.zeros(layer.shape.blocks, np.float32)
-    for block, (inputs, outputs) in enumerate(layer.shape.slices()):
-        found[block, : inputs.stop - inputs.start, : outputs.stop - outputs.start] = values[outputs, inputs].T
-    return found
 
 
 def _laid(weight: Float32, grid: BaseGrid | None) -> Float32:

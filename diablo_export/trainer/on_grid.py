@@ -13,8 +13,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from diablo_export.blockdiag import under_blocks
 from diablo_export.trainer.layer import DiabloLinear, add_branch
 from diablo_export.trainer.loop import Step
+from diablo_export.trainer.model import replace_module
 from diablo_export.trainer.quantized import QuantizedLinear
 
 _HARD = 0.8  # of the steps, after which every entry is fully rounded
@@ -40,8 +42,10 @@ class OnGridLinear(DiabloLinear):
         super().__init__(base, layer.blocks.detach(), layer.shape)
         self.hardness = 1.0
         size = base.codes.shape[-1] * 8 // base.bits
-        codes = self._under_blocks(base.integers().flatten(1).short())
-        steps = self._under_blocks(base.scales.repeat_interleave(size, 1))
+        codes, steps = (
+            torch.from_numpy(under_blocks(values.cpu().numpy(), self.shape)).to(self.blocks.device)
+            for values in (base.integers().flatten(1).short(), base.scales.repeat_interleave(size, 1))
+        )
         top = torch.where(steps == 0, codes, 2**base.bits - 1)  # a group of zeros, or padding: nowhere to go
         self.register_buffer("steps", steps, persistent=False)
         self.register_buffer("lowest", torch.where(steps == 0, 0, -codes).to(torch.int16), persistent=False)
@@ -68,20 +72,12 @@ class OnGridLinear(DiabloLinear):
         ends = self.lowest * self.steps, self.highest * self.steps  # a step may be negative
         self.blocks.clamp_(torch.minimum(*ends), torch.maximum(*ends))
 
-    def _under_blocks(self, values: Tensor) -> Tensor:
-        """The entries of (out, columns) that a block meets, as blocks; 0 in padding."""
-        found = torch.zeros(self.shape.blocks, dtype=values.dtype, device=values.device)
-        for block, (inputs, outputs) in enumerate(self.shape.slices()):
-            found[block, : inputs.stop - inputs.start, : outputs.stop - outputs.start] = values[outputs, inputs].T
-        return found
-
 
 def put_on_grid(network: nn.Module) -> None:
     """Have the blocks of every DiaBlo layer move the codes of its packed base."""
     for name, layer in list(network.named_modules()):
         if isinstance(layer, DiabloLinear):
-            parent, _, leaf = name.rpartition(".")
-            setattr(network.get_submodule(parent), leaf, OnGridLinear(layer))
+            replace_module(network, name, OnGridLinear(layer))
 
 
 def hardening(network: nn.Module, steps: int, start: int, then: Callable[[Step], None]) -> Callable[[Step], None]:

