@@ -7,11 +7,6 @@
 
 namespace {
 
-template <class Simd>
-void widen(const float* from, int64_t count, float, float* to) {
-  memcpy(to, from, static_cast<size_t>(count) * sizeof *to);
-}
-
 // to = scale · from. The last vector overlaps the one before it rather than being ragged.
 template <class Simd, class From>
 void widen(const From* from, int64_t count, float scale, float* to) {

@@ -16,6 +16,7 @@ namespace {
 
 // 64 KiB of a block, in any second-level cache, is used by all rows before the next is touched.
 constexpr int64_t kColumns = 128, kDepth = 128;
+constexpr int64_t kBehindCopy = 64;  // narrow strips are read up to a vector beyond their end
 // Up to so many rows, reading a wide block is what takes time, and copying it never pays. So few that each element of
 // it is used by one tile alone read it in long runs that the prefetcher follows; their sums wait in the first-level
 // cache.
@@ -29,7 +30,7 @@ constexpr int64_t kRun = kSumRows * 128;  // of x and of y at once, where they h
 
 // On the stack of the thread that runs a piece, and taken once: a compiler may touch every page of it at each call.
 struct Scratch {
-  alignas(64) float d[kColumns * kDepth + 64];  // narrow panels are read up to a vector beyond their end
+  alignas(64) float d[kColumns * kDepth + kBehindCopy];
   alignas(64) float x[kRun];
   alignas(64) float y[kRun];
 };
@@ -122,10 +123,42 @@ DIABLO_INLINE void multiply_in_place(Matrix<const float> x, Block<B> block, Matr
   }
 }
 
+// As many of the columns that are left as go through the registers at once; a rest is at least a vector, if it can be.
+template <class Simd>
+constexpr int64_t strip_width(int64_t left) {
+  constexpr int64_t kTile = Simd::tile_vectors * Simd::width;
+  return left <= kTile ? left : left < kTile + Simd::width ? kTile - Simd::width : kTile;
+}
+
+// A strip's columns lie together in the copy, strip behind strip: rows of a whole panel, at strides of a power of two,
+// would fall on the same few sets of the first-level cache.
+template <class Simd, class B>
+DIABLO_INLINE void copy_strips(Matrix<const B> from, int64_t rows, int64_t columns, float scale, float* to) {
+  for (int64_t r = 0; r < rows; ++r)
+    for (int64_t c = 0, width; c < columns; c += width) {
+      width = strip_width<Simd>(columns - c);
+      widen<Simd>(from.data + r * from.stride + c, width, scale, to + c * rows + r * width);
+    }
+}
+
+// y = y0 + x · panel; `copy` as copy_strips made it. Of many rows a tile at a time, by all strips: x is the smaller part.
+template <class Simd>
+DIABLO_INLINE void multiply_strips(Matrix<const float> x, const float* copy, Matrix<const float> y0, Matrix<float> y,
+                                   int64_t rows, int64_t depth, int64_t columns) {
+  const float* end = copy + kColumns * kDepth + kBehindCopy;
+  const int64_t step = rows <= kStreamedRows ? rows : Simd::sums / Simd::tile_vectors;
+  for (int64_t r = 0; r < rows; r += step)
+    for (int64_t c = 0, width; c < columns; c += width) {
+      width = strip_width<Simd>(columns - c);
+      multiply_panel<Simd>(x.from(r, 0), Block<float>{{copy + c * depth, width}, end, 1.0f}, y0.from(r, c),
+                           y.from(r, c), smaller(step, rows - r), depth, width);
+    }
+}
+
 // Panels of the block are copied, to float32; transposed where a vector would be idle in most of its lanes.
 template <class Simd, class B>
-void multiply_copied(Matrix<const float> x, Block<B> block, Matrix<const float> y0, Matrix<float> y, int64_t rows,
-                     int64_t depth, int64_t columns, bool dots, float* copy) {
+DIABLO_INLINE void multiply_copied(Matrix<const float> x, Block<B> block, Matrix<const float> y0, Matrix<float> y,
+                                   int64_t rows, int64_t depth, int64_t columns, bool dots, float* copy) {
   for (int64_t c = 0; c < columns; c += kColumns) {
     const int64_t width = smaller(kColumns, columns - c);
     for (int64_t k = 0; k < depth; k += kDepth) {
@@ -137,9 +170,8 @@ void multiply_copied(Matrix<const float> x, Block<B> block, Matrix<const float> 
                                     y.stride, 0, 0},
                        rows, width);
       } else {
-        widen_rows<Simd>(block.d.from(k, c), height, width, block.scale, Matrix<float>{copy, width});
-        multiply_panel<Simd>(x.from(0, k), Block<float>{{copy, width}, copy + kColumns * kDepth + 64, 1.0f}, before,
-                             y.from(0, c), rows, height, width);
+        copy_strips<Simd>(block.d.from(k, c), height, width, block.scale, copy);
+        multiply_strips<Simd>(x.from(0, k), copy, before, y.from(0, c), rows, height, width);
       }
     }
   }
