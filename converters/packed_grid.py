@@ -19,6 +19,8 @@ from diablo_export.quantization import Codes, Float32
 from diablo_export.requantize import Grid, nearest, refitted
 
 METHODS = ("refit", "rtn")
+_MOST = 0.5  # of a group
+_CUT = 0.51  # of a step: rounding alone is off by a half
 _AT_ONCE = 1 << 21  # weights per step: bounds the temporaries
 
 Index = npt.NDArray[np.int64]
@@ -104,7 +106,7 @@ class PackedGrid:
             under = (columns >= inputs.start) & (columns < inputs.stop)
             delta = np.zeros(old.codes.shape, np.float32)
             delta[:, under] = blocks[:, columns[under] - inputs.start]
-            chosen = self._chosen(old.values() + delta, old, method)
+            chosen = self._chosen(old.values() + delta, old, under.mean(1) > _MOST, method)
             new.codes[rows][:, columns[real]] = chosen.codes[:, real]
             new.scales[rows, groups], new.zeros[rows, groups] = chosen.scales, chosen.zeros
             change.touched += old.scales.size
@@ -142,15 +144,25 @@ class PackedGrid:
         codes = np.where(real, codes, zeros[..., None])
         return Grid(codes, scales, zeros, self.bits, bool((zeros == 2 ** (self.bits - 1)).all()))
 
-    def _chosen(self, target: Float32, old: Grid, method: str) -> Grid:
+    def _chosen(self, target: Float32, old: Grid, most: Array, method: str) -> Grid:
+        """The grid for some groups; `most`: (groups,), those of which blocks meet the larger part.
+
+        Another scale moves every weight of a group, so where blocks meet few of them it is tried only if the old
+        scale cuts a weight off.
+        """
         here = nearest(target, old)
         if method == "rtn":
             return here
-        best = refitted(target, old, self.dtype, positive=True)
-        usable = best.zeros >= self.least_zero
-        return replace(
-            best,
-            codes=np.where(usable[..., None], best.codes, here.codes),
-            scales=np.where(usable, best.scales, here.scales),
-            zeros=np.where(usable, best.zeros, here.zeros),
+        here = replace(here, scales=old.scales.copy(), zeros=old.zeros.copy())
+        cut = np.abs(here.values() - target).max(-1) > _CUT * np.abs(old.scales)
+        tried = np.nonzero(cut | most)  # (tried,) rows and groups
+        part = Grid(
+            old.codes[tried][:, None], old.scales[tried][:, None], old.zeros[tried][:, None], old.bits, old.symmetric
         )
+        best = refitted(target[tried][:, None], part, self.dtype, positive=True)
+        usable = best.zeros[:, 0] >= self.least_zero
+        tried = tried[0][usable], tried[1][usable]
+        here.codes[tried], here.scales[tried], here.zeros[tried] = (
+            best.codes[usable, 0], best.scales[usable, 0], best.zeros[usable, 0],
+        )  # fmt: skip
+        return here
