@@ -120,6 +120,17 @@ def test_patch_commands_run(
     assert (base / data).read_bytes() == Path("base", data).read_bytes() != Path("merged", data).read_bytes()
 
 
+def test_patch_benchmark_runs(
+    workplace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    script = ROOT / "examples" / "benchmarks" / "patch_size.py"
+    given = ["--model", workplace / "model", "--num-blocks", 4, "--scale", 0.02, "--work", tmp_path / "work"]
+    monkeypatch.syspath_prepend(script.parent)
+    monkeypatch.setattr(sys, "argv", [str(script), *map(str, given)])
+    runpy.run_path(str(script), run_name="__main__")
+    assert re.search(r"^\| 4 \| 0.02 \| 0\.\d\d MB \| 0\.\d\d MB \| [\d.]+ \|", capsys.readouterr().out, re.MULTILINE)
+
+
 def test_swap_benchmark_runs(
     workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
