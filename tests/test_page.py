@@ -76,6 +76,7 @@ def test_the_page_says_everything_and_needs_nothing() -> None:
     tips = reader.texts["title"][1:]
     assert tips[:3] == ["<1e-03: 5 positions", "1e-03: 3 positions", "1e-02: 0 positions"]
     assert tips[3] == "model.layers.0.self_attn.q_proj: local_sqnr_db 20"
+    assert reader.texts["text"][-3:] == ["0", "1", "2"]  # the layers under them
     assert [text for text in reader.texts["td"] if text in ("0.000", "0.500", "1.000")] == ["0.000", "0.500", "1.000"]
 
 

@@ -26,10 +26,9 @@ section, header { background: var(--card); border: 1px solid var(--line); border
   margin-bottom: 1rem }
 .verdict { font-weight: 700; font-size: 1.1rem } .pass { color: var(--good) } .fail { color: var(--bad) }
 .soft { color: var(--soft) } .wide { overflow-x: auto }
-@media (max-width: 36rem) { td, th { padding-right: .4rem; font-size: .9em } .texts div { padding: .5rem } }
 table { border-collapse: collapse; width: 100% } th { text-align: left; color: var(--soft); font-weight: 600 }
 td, th { padding: .3rem .7rem .3rem 0; border-bottom: 1px solid var(--line); vertical-align: top }
-td.number { text-align: right; white-space: nowrap; font-variant-numeric: tabular-nums }
+td.number, th.number { text-align: right; white-space: nowrap; font-variant-numeric: tabular-nums }
 code { font-size: .92em; overflow-wrap: anywhere } svg { width: 100%; height: auto; display: block }
 svg text { fill: var(--soft); font: 11px system-ui, sans-serif }
 .texts { display: grid; grid-template-columns: repeat(auto-fit, minmax(15rem, 1fr)); gap: .8rem; margin-bottom: 1.2rem }
@@ -37,6 +36,8 @@ svg text { fill: var(--soft); font: 11px system-ui, sans-serif }
   overflow-wrap: anywhere }
 .texts b { display: block; color: var(--soft); font-size: .85rem; white-space: normal }
 .texts mark { background: var(--mark); color: inherit } .prompt { margin: 0 0 .4rem; white-space: pre-wrap }
+section > p:last-child, header > p:last-child { margin-bottom: 0 } .check > td { border-bottom: 0; padding-bottom: 0 }
+@media (max-width: 36rem) { td, th { padding-right: .4rem; font-size: .9em } .texts div { padding: .5rem } }
 """
 
 
@@ -45,7 +46,7 @@ def page(report: Mapping[str, Any], title: str) -> str:
     parts = [_head(report, title), _checks(report["checks"])]
     distribution = report.get("distribution")
     if distribution:
-        parts.append(_histogram(distribution["kl_histogram"]))
+        parts += [_histogram(distribution["kl_histogram"]), _by_length(distribution.get("by_length") or [])]
     if report["modules"]:
         parts += [_depth(report["modules"], report["first_divergent_module"]), _heat(report["modules"])]
     if report["texts"]:
@@ -80,11 +81,11 @@ def _checks(checks: Sequence[Mapping[str, Any]]) -> str:
         kind, word = ("pass", "pass") if check["pass"] else ("fail", "FAIL")
         limit = f"{sign} {shown(check['limit'])}"
         rows.append(
-            f'<tr><td class="{kind}">{word}</td><td><code>{escape(check["name"])}</code>'
-            f'<div class="soft">{escape(meaning)}</div></td>'
+            f'<tr class="check"><td class="{kind}">{word}</td><td><code>{escape(check["name"])}</code></td>'
             f'<td class="number">{shown(check["value"])}</td><td class="number">{limit}</td></tr>'
+            f'<tr><td></td><td class="soft" colspan="3">{escape(meaning)}</td></tr>'
         )
-    head = "<tr><th></th><th>check</th><th>value</th><th>limit</th></tr>"
+    head = '<tr><th></th><th>check</th><th class="number">value</th><th class="number">limit</th></tr>'
     return f'<section><h2>Checks</h2><div class="wide"><table>{head}{"".join(rows)}</table></div></section>\n'
 
 
@@ -115,6 +116,23 @@ def _histogram(histogram: Mapping[str, Sequence[float]]) -> str:
     )
 
 
+def _by_length(parts: Sequence[Mapping[str, Any]]) -> str:
+    """Mean KL of short and of long sequences; nothing where all are of one kind."""
+    if len(parts) < 2:
+        return ""
+    rows = "".join(
+        f"<tr><td>{'–'.join(map(str, dict.fromkeys(part['tokens'])))}</td>"
+        f'<td class="number">{part["sequences"]}</td><td class="number">{part["positions"]}</td>'
+        f'<td class="number">{shown(part["kl_mean"])}</td></tr>'
+        for part in parts
+    )
+    head = '<tr><th>tokens</th><th class="number">sequences</th><th class="number">positions</th>'
+    head += '<th class="number">mean KL</th></tr>'
+    return (
+        f'<section><h2>KL by length of the sequence</h2><div class="wide"><table>{head}{rows}</table></div></section>\n'
+    )
+
+
 def _depth(modules: Sequence[Mapping[str, Any]], first: str | None) -> str:
     """Local and inherited error of each module, in the order of the network: higher bars are nearer to tuned."""
     pairs = [("local_sqnr_db", "var(--bar)", 1.0), ("inherited_sqnr_db", "var(--soft)", 0.5)]
@@ -122,25 +140,37 @@ def _depth(modules: Sequence[Mapping[str, Any]], first: str | None) -> str:
     finite = [value for value in values if value is not None and math.isfinite(value)]
     if not finite:
         return ""
-    width, base, most = max(720, 9 * len(modules)), 150, max(60.0, *finite)
-    step, shapes = width / len(modules), []
+    width, base, most = 720, 150, max(40.0, *finite)
+    step, shapes = width / len(modules), _layer_names([module["name"] for module in modules], width, base)
     for index, module in enumerate(modules):
         for key, colour, share in pairs:
             value = module.get(key)
             tall = base - 10 if value is None else max(0.0, min(1.0, value / most)) * (base - 10)
             red = module["name"] == first and key == "local_sqnr_db"
             shapes.append(
-                f'<rect x="{index * step + 1:.1f}" y="{base - tall:.1f}" width="{max(1.0, (step - 2) * share):.1f}" '
+                f'<rect x="{(index + 0.1) * step:.1f}" y="{base - tall:.1f}" width="{0.8 * step * share:.1f}" '
                 f'height="{tall:.1f}" fill="{"var(--bad)" if red else colour}" opacity="{1.1 - share / 2:.2f}">'
                 f"<title>{escape(module['name'])}: {escape(key)} {shown(value)}</title></rect>"
             )
-    picture = _svg(width, base + 10, "".join(shapes), "Error of each module")
+    picture = _svg(width, base + 20, "".join(shapes), "Error of each module")
     said = f" The first that diverges is <code>{escape(first)}</code>, in red." if first else ""
     return (
         f'<section><h2>Error by depth</h2><div class="wide">{picture}</div><p class="soft">Signal to noise in '
         f"decibels, up to {most:.0f}: each module on the same input as tuned's (blue), and with what it "
-        f"inherits (grey).{said}</p></section>\n"
+        f"inherits (grey), by layer.{said}</p></section>\n"
     )
+
+
+def _layer_names(names: Sequence[str], width: float, base: float) -> list[str]:
+    """The numbers of the layers under the bars of their first modules, as many as there is room for."""
+    layers = [_split(name)[0] for name in names]
+    starts = [index for index, layer in enumerate(layers) if index == 0 or layers[index - 1] != layer]
+    every = -(-len(starts) * 34 // int(width))  # a number takes up to 34 of the picture's units
+    return [
+        f'<text x="{(index + 0.1) * width / len(names):.1f}" y="{base + 14}">{escape(layers[index])}</text>'
+        for index in starts[::every]
+        if layers[index].isdigit()
+    ]
 
 
 def _heat(modules: Sequence[Mapping[str, Any]]) -> str:
@@ -153,12 +183,14 @@ def _heat(modules: Sequence[Mapping[str, Any]]) -> str:
             cells[layer, kind] = gain
     if not cells:
         return ""
-    layers, kinds = list(dict.fromkeys(a for a, _ in cells)), list(dict.fromkeys(b for _, b in cells))
+    layers = list(dict.fromkeys(layer for layer, _ in cells))
+    kinds = list(dict.fromkeys(kind for _, kind in cells if kind)) or [""]
     rows = []
     for layer in layers:
-        row = "".join(_cell(cells.get((layer, kind))) for kind in kinds)
+        alone = (layer, "") in cells  # a head belongs to no layer, and is in no column
+        row = _cell(cells[layer, ""]) if alone else "".join(_cell(cells.get((layer, kind))) for kind in kinds)
         rows.append(f"<tr><th>{escape(layer)}</th>{row}</tr>")
-    head = "".join(f"<th>{escape(kind)}</th>" for kind in kinds)
+    head = "".join(f'<th class="number">{escape(kind)}</th>' for kind in kinds)
     return (
         '<section><h2>Survival gain of each module</h2><div class="wide"><table>'
         f"<tr><th></th>{head}</tr>{''.join(rows)}</table></div></section>\n"
@@ -202,7 +234,7 @@ def _figures(report: Mapping[str, Any]) -> str:
     rows = []
     for name in (*_FIGURES, "distribution"):
         for key, value in (report.get(name) or {}).items():
-            if key != "kl_histogram":
+            if key not in ("kl_histogram", "by_length"):  # in sections of their own
                 inner = value if isinstance(value, Mapping) else {"": value}
                 rows += [(f"{name}.{key}{'.' if part else ''}{part}", shown(number)) for part, number in inner.items()]
     if report["top1_agreement"] is not None:
