@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from diablo_export.adapter import CONFIG, Adapter, stored_transposed
+from diablo_export.base_grid import BaseGrid
 from diablo_export.blockdiag import BlockShape
 from diablo_export.checkpoint import Checkpoint, read_json, resolve
 from diablo_export.errors import InputError
@@ -63,6 +64,7 @@ def _adapter(folder: Path, model: str | Path | None) -> Report:
         "path": str(folder),
         "task": adapter.task_type,
         "base": adapter.base_model,
+        **({"trained_beside": _beside(adapter.base_grid)} if adapter.base_grid else {}),
         "num_blocks": adapter.num_blocks,
         "target_modules": adapter.target_modules,
         "adapted_modules": len(adapter.modules),
@@ -72,6 +74,10 @@ def _adapter(folder: Path, model: str | Path | None) -> Report:
         "modules": _module_groups(adapter),
     }
     return report | (_fit(lambda: adapter.check_base(Checkpoint.open(model)), model) if model else {})
+
+
+def _beside(grid: BaseGrid) -> str:
+    return f"{grid} weights{', whose codes the blocks move' if grid.on_grid else ''}"
 
 
 def _fit(check: Callable[[], object], other: str | Path) -> Report:

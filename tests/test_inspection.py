@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 
 from diablo_export.adapter import Adapter
+from diablo_export.base_grid import BaseGrid
 from diablo_export.converters.diablo_chkpt import convert
 from diablo_export.converters.export import export
 from diablo_export.converters.inspection import inspect
@@ -50,6 +52,14 @@ def test_adapter(tiny_adapter: Folder, tiny_model: Folder) -> None:
     row = group(report, "modules", "down_proj")
     assert (row["count"], row["in_features"], row["out_features"], row["blocks"]) == (2, 96, 64, "4 × 24 × 16")
     assert (row["covered_outputs"], row["live_parameters"]) == ("100%", 2 * 4 * 24 * 16)
+
+
+def test_adapter_of_a_quantized_base(tiny_adapter: Folder, tmp_path: Path) -> None:
+    adapter = replace(Adapter.load(tiny_adapter("llama")), base_grid=BaseGrid(4, 32, symmetric=False, on_grid=True))
+    adapter.save(tmp_path)
+    said = inspect(tmp_path)["trained_beside"]
+    assert said == "int4 in groups of 32, asymmetric weights, whose codes the blocks move"
+    assert "trained_beside" not in inspect(tiny_adapter("llama"))
 
 
 def test_adapter_beside_its_model_and_beside_another(tiny_adapter: Folder, tiny_model: Folder) -> None:

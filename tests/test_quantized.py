@@ -18,7 +18,7 @@ from transformers.pytorch_utils import Conv1D
 from diablo_export.adapter import Adapter
 from diablo_export.base_grid import BaseGrid
 from diablo_export.converters.export import export
-from diablo_export.errors import AdapterError, InputError
+from diablo_export.errors import AdapterError, CheckpointError, InputError
 from diablo_export.quantization import dequantize, quantize
 from diablo_export.trainer.history import History
 from diablo_export.trainer.initial import begin_at
@@ -216,6 +216,14 @@ def test_bad_options(options: dict[str, Any], message: str, tiny_model: Get, tex
     with pytest.raises(InputError, match=message):
         train(tiny_model("llama"), texts / "text.jsonl", tmp_path / "a", **RUN, **options)
     assert not list(tmp_path.iterdir())
+
+
+def test_an_onnx_base_is_refused(texts: Path, tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model/model.onnx").touch()
+    for place in (tmp_path / "model", tmp_path / "model/model.onnx"):
+        with pytest.raises(CheckpointError, match="an ONNX model, which cannot be trained; give the Hugging Face"):
+            train(place, texts / "text.jsonl", tmp_path / "a", **RUN)
 
 
 def test_a_broken_record_is_refused(tiny_adapter: Get, tmp_path: Path) -> None:

@@ -168,8 +168,8 @@ def _check_loadable(checkpoint: Checkpoint, task: str, dtype: str) -> None:
         raise InputError(f"dtype is {dtype!r}; it must be one of {', '.join(_DTYPES)}")
     if "quantization_config" in checkpoint.config:
         raise CheckpointError(
-            f"{checkpoint.folder}: a quantized checkpoint; blocks are trained beside float weights, "
-            "so give the float model that it was made from"
+            f"{checkpoint.folder}: a quantized checkpoint; blocks are trained beside float weights, or those that "
+            "export makes of them (--base-quantize int4), so give the float model that it was made from"
         )
 
 

@@ -8,9 +8,24 @@ from typing import Any
 
 from diablo_export.checkpoint import Checkpoint
 from diablo_export.console import log, progress
-from diablo_export.errors import DataError, InputError
+from diablo_export.errors import CheckpointError, DataError, InputError
 from diablo_export.trainer.batches import encode_all
 from diablo_export.trainer.data import Encoded, Example, class_names
+
+
+def open_base(model: str | Path) -> Checkpoint:
+    """The Hugging Face checkpoint of a base.
+
+    Raises:
+        CheckpointError: it is none, or cannot be read.
+    """
+    place = Path(model)
+    if place.suffix == ".onnx" or (any(place.glob("*.onnx")) and not any(place.glob("*.safetensors"))):
+        raise CheckpointError(
+            f"{model}: an ONNX model, which cannot be trained; give the Hugging Face model that it was made from, with "
+            "--base-quantize int4 where it is to run in int4"
+        )
+    return Checkpoint.open(model)
 
 
 def known_classes(

@@ -7,6 +7,7 @@ folder appears whole when the run is done.
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import math
 import os
@@ -36,12 +37,14 @@ from diablo_export.trainer.model import checkpoint_activations, head_parameters,
 from diablo_export.trainer.objective import Objective
 from diablo_export.trainer.on_grid import hardening, put_on_grid, settle
 from diablo_export.trainer.options import check_options, check_places, choose_device, use_bfloat16, work_folder
-from diablo_export.trainer.prepare import base_dtype, encode_file, item_length, known_classes
+from diablo_export.trainer.plan import make_plan, memory_advice
+from diablo_export.trainer.prepare import base_dtype, encode_file, item_length, known_classes, open_base
 from diablo_export.trainer.processes import join_processes, whole
 from diablo_export.trainer.quantized import pack_base
 from diablo_export.trainer.repair import begin_repaired
 from diablo_export.trainer.state import CHECKPOINT, STATE, load_state, save_state
 from diablo_export.trainer.targets import ALL, choose_targets, short_names, wrap_targets
+from diablo_export.trainer.tensorboard import event_files
 from diablo_export.trainer.watch import Watch, interrupts, workspace
 
 # options that a resumed run must share with its beginning, beside those that are worked out from several
@@ -60,6 +63,7 @@ class Training:
     parameters: int  # trained
     loss: float  # of the last step
     evaluations: list[dict[str, Any]]  # {"step", "eval_loss"} and a classifier's "eval_accuracy", in order
+    plan: dict[str, Any] | None = None  # of a dry run, which trains nothing: see `make_plan`
 
 
 def train(
@@ -96,6 +100,8 @@ def train(
     seed: int = 0,
     resume: bool = False,
     overwrite: bool = False,
+    tensorboard: str | Path | None = None,
+    dry_run: bool = False,
 ) -> Training:
     """Train DiaBlo blocks on a frozen model and write them as an adapter folder.
 
@@ -134,6 +140,8 @@ def train(
         seed: of the fresh head, the order of the data, dropout, and the lines held out.
         resume: continue an unfinished run of the same settings, to the very weights it would have come to.
         overwrite: replace an existing output, and drop an unfinished run.
+        tensorboard: folder to write TensorBoard's event files to, beside training.jsonl.
+        dry_run: load model and data, work out what the run will take, time two steps, and write nothing.
 
     Raises:
         InputError: bad options, data, model or output, or a loss that became NaN.
@@ -145,12 +153,14 @@ def train(
     processes = join_processes(device, batch_size)
     output, work, place = Path(output), work_folder(Path(output)), choose_device(device)
     autocast = use_bfloat16(dtype, place)
-    if processes.first:
+    if tensorboard:
+        require("tensorboard", "tensorboard")
+    if processes.first and not dry_run:
         check_places(output, work, resume, overwrite)
     processes.wait()
     grid = BaseGrid.chosen(base_quantize, group_size, asymmetric, task == "text-classification", on_grid)
 
-    checkpoint = Checkpoint.open(model)
+    checkpoint = open_base(model)
     given = None if init_adapter is None else Adapter.load(init_adapter)
     if given is not None:
         given.check_base(checkpoint)
@@ -214,11 +224,24 @@ def train(
         f"{size:,}", len(marks), place.type, f"{len(items):,}", steps, batch_size, grad_accumulation,
     )  # fmt: skip
 
+    trained = list(parameters.values())
+    run = functools.partial(
+        train_loop, optimizer, batches=batches, loss=objective.loss, targets=objective.targets,
+        rate=learning_rate(lr, steps, warmup, schedule), clip=clip or None, seed=seed + (processes.rank << 32),
+        culprit=objective.culprit, add_up=processes.add_up,
+    )  # fmt: skip
+    if dry_run:
+        network.train()
+        plan = make_plan(objective, trained, batches, steps=steps, try_steps=run)
+        return Training(output, steps, size, math.nan, [], plan)
+
     with (
         workspace(work) if processes.first else contextlib.nullcontext(),
         _deterministic(place), interrupts(processes.count > 1) as interrupted, training_bar(steps, start) as show,
+        event_files(Path(tensorboard) if tensorboard and processes.first else None, start) as also,
+        memory_advice(objective, trained, batches),
     ):  # fmt: skip
-        history = History(work / LOG if processes.first else Path(os.devnull), records)
+        history = History(work / LOG if processes.first else Path(os.devnull), records, also)
 
         def save(step: int) -> None:
             save_state(
@@ -235,12 +258,8 @@ def train(
         if start == 0:
             watch.evaluate(0)
         network.train()
-        train_loop(
-            optimizer, batches=batches, loss=objective.loss, targets=objective.targets,
-            rate=learning_rate(lr, steps, warmup, schedule), steps=steps, start=start, clip=clip or None,
-            seed=seed + (processes.rank << 32), add_up=processes.add_up,
-            after_step=hardening(network, steps, start, watch) if on_grid else watch,
-        )  # fmt: skip
+        after_step = hardening(network, steps, start, watch) if on_grid else watch
+        run(steps=steps, start=start, after_step=after_step)
         settle(network)
         adapter = Adapter(
             _modules(network, marks), TASKS[task], _base_name(model), num_blocks, names,

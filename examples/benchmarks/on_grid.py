@@ -133,7 +133,7 @@ def float_activations(folder: Path) -> Path:
 
 
 def sst2(data: Path, work: Path, sentences: int, words: int) -> Iterator[dict[str, Any]]:
-    """Accuracy of MiniLM on SST-2's dev and test sentences beside float, int4 and int2 weights, and on the int4 grid."""
+    """Accuracy of MiniLM on SST-2's dev and test sentences: beside float, int4 and int2 weights, on the int4 grid."""
     for name, parts in (("sentences", ["train"]), ("others", ["dev", "test"])):
         lines = [line for part in parts for line in (data / "sst2" / f"{part}.tsv").read_text("utf-8").splitlines()]
         rows, labels = [line.rsplit("\t", 1) for line in lines], ("negative", "positive")
