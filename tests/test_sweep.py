@@ -18,7 +18,7 @@ from click.testing import Result
 from diablo_export.errors import InputError, OutputError
 from diablo_export.trainer import sweep as sweep_module
 from diablo_export.trainer.baselines import METHODS
-from diablo_export.trainer.sweep import RESULTS, cells, read_results, sweep
+from diablo_export.trainer.sweep import RESULTS, SETTINGS, cells, read_results, sweep
 from diablo_export.trainer.sweep_report import draw, lines, table
 from diablo_export.trainer.train import train
 from tests.test_docs import ROOT, blocks
@@ -165,6 +165,14 @@ def test_killed_sweep_goes_on(
     assert ran == [("diablo", 0.01), ("diablo", 0.03)] and len(results) == 7
     assert read_results(output / RESULTS) == results
 
+    work.mkdir()  # killed after the output was in place, before this was removed
+    for name in (RESULTS, SETTINGS):
+        (work / name).write_bytes((output / name).read_bytes())
+    ran.clear()
+    assert sweep(model, file, output, resume=True, **GRID) == results and not ran
+    results = sweep(model, file, output, overwrite=True, **{**GRID, "lr": [0.01], "max_steps": 2})
+    assert len(ran) == len(results) == 3 and {result.get("steps", 2) for result in results} == {2}
+
 
 KILLED = """
 import sys
@@ -269,13 +277,29 @@ def test_a_gap_ends_the_flat_range() -> None:
         ({"lr": []}, "--lr is empty; give one value at least"),
         ({"num_blocks": [0]}, "--num-blocks is 0; it must be at least 1"),
         ({"jobs": 0}, "--jobs is 0; it must be at least 1"),
-        ({"num_blocks": [5], "methods": ["smt"]}, "num_blocks is 5, which does not divide the sizes of 10 of 10"),
+        ({"eval_fraction": 0, "eval_data": "absent.jsonl"}, "absent.jsonl: no such file; give a .jsonl or .txt file"),
+        ({"max_length": 300}, "--max-length is 300, but the model has 256 positions"),
     ],
 )
 def test_refusals(options: dict[str, Any], message: str, tiny_model: Folder, data: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=message):
         sweep(tiny_model("llama"), data / "text.jsonl", tmp_path / "sweep", **{**GRID, **options})
-    assert not (tmp_path / "sweep").exists()
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("jobs", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_what_does_not_fit_is_told_and_the_sweep_can_go_on(
+    jobs: int, tiny_model: Folder, data: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(InputError, match="num_blocks is 5, which does not divide the sizes of 10 of 10"):
+        sweep(
+            tiny_model("llama"), data / "text.jsonl", tmp_path / "sweep", jobs=jobs,
+            **{**GRID, "num_blocks": [5], "methods": ["smt"]},
+        )  # fmt: skip
+    work = tmp_path / "sweep.sweep"
+    assert [result["method"] for result in read_results(work / RESULTS)] == ["base"] if jobs == 1 else True
+    options = {**GRID, "methods": ["smt"], "lr": [0.01]}
+    assert len(sweep(tiny_model("llama"), data / "text.jsonl", tmp_path / "sweep", resume=True, **options)) == 2
 
 
 def test_command_line(run: Callable[..., Result], tiny_model: Folder, data: Path, tmp_path: Path) -> None:

@@ -6,19 +6,20 @@ there, and also widens a finished sweep. The output folder appears whole when al
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import os
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from diablo_export.adapter import file_sha256
 from diablo_export.checkpoint import read_json
 from diablo_export.console import log, progress
-from diablo_export.errors import InputError, OutputError, require
+from diablo_export.errors import DataError, InputError, OutputError, require
 from diablo_export.output import check_output, new_folder
 from diablo_export.trainer.baselines import BASE, METHODS
 from diablo_export.trainer.history import write_log
@@ -97,12 +98,13 @@ def sweep(
     settings = shared | {"model": str(model), "data": file_sha256(Path(data))}
     settings["eval_data"] = file_sha256(Path(eval_data)) if eval_data else None
 
-    finished = _continue(output, work, settings)
+    finished = _so_far([output, work] if resume else [], settings)
     known = {_key(result) for result in finished}
     left = [cell for cell in wanted if _key(cell) not in known]
     if len(left) < len(wanted):
         log.info("%d of %d trials are done already", len(wanted) - len(left), len(wanted))
-    finished += _run(left, {**shared, "place": place}, jobs, work / RESULTS)
+    with _workspace(work, settings):
+        finished += _run(left, {**shared, "place": place}, jobs, work / RESULTS)
     trained = [result for result in finished if result["method"] != BASE]
     if all("diverged" in result for result in trained):
         raise InputError(f"every trial diverged; go on with --resume and a lower --lr. {trained[0]['diverged']}")
@@ -186,6 +188,9 @@ def _check(options: dict[str, Any]) -> None:
     unknown = [name for name in options["methods"] if name not in METHODS]
     if unknown:
         raise InputError(f"--methods has {', '.join(map(repr, unknown))}; known are {', '.join(METHODS)}")
+    for file in filter(None, (options["data"], options["eval_data"])):
+        if not Path(file).is_file():
+            raise DataError(f"{file}: no such file; give a .jsonl or .txt file")
     if not options["eval_data"] and not options["eval_fraction"]:
         raise InputError("a sweep compares on held-out data: give --eval-data or --eval-fraction")
     if options["jobs"] is not None and options["jobs"] < 1:
@@ -201,17 +206,27 @@ def _check_places(output: Path, work: Path, resume: bool, overwrite: bool) -> No
         shutil.rmtree(work)
 
 
-def _continue(output: Path, work: Path, settings: dict[str, Any]) -> list[dict[str, Any]]:
-    """The results so far, of a finished and of an unfinished sweep of the same settings; makes the work folder."""
-    found = []
-    for folder in (output, work):
+def _so_far(folders: Sequence[Path], settings: dict[str, Any]) -> list[dict[str, Any]]:
+    """The results of a finished and of an unfinished sweep of the same settings, each once."""
+    found = {}
+    for folder in folders:
         if (folder / RESULTS).exists():
             check_settings(folder, read_json(folder / SETTINGS), settings)
-            found += read_results(folder / RESULTS)
+            found |= {_key(result): result for result in read_results(folder / RESULTS)}
+    return list(found.values())
+
+
+@contextlib.contextmanager
+def _workspace(work: Path, settings: dict[str, Any]) -> Iterator[None]:
+    """The folder of an unfinished sweep; it stays when that is stopped with results, and goes when it has none."""
     work.mkdir(parents=True, exist_ok=True)
-    if not (work / RESULTS).exists():
-        (work / SETTINGS).write_text(json.dumps(settings), encoding="utf-8")
-    return found
+    (work / SETTINGS).write_text(json.dumps(settings), encoding="utf-8")
+    try:
+        yield
+    except BaseException:
+        if not (work / RESULTS).exists() or not (work / RESULTS).stat().st_size:
+            shutil.rmtree(work, ignore_errors=True)
+        raise
 
 
 def read_results(file: Path) -> list[dict[str, Any]]:
