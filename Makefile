@@ -11,7 +11,7 @@ RUNTIMES := build/runtimes
 NPM := $(RUNTIMES)/node_modules/.ready
 OPTIMUM := $(RUNTIMES)/optimum/.ready
 
-.PHONY: setup demo test test-fast test-runtimes npm optimum lint wheel-check benchmarks clean
+.PHONY: setup demo test test-fast test-runtimes npm optimum lint wheel-check benchmarks gpu clean
 
 demo: $(READY)  ## the whole road on a small model made on the spot
 	$(BIN)/diablo-export demo --output out/demo --overwrite
@@ -52,6 +52,9 @@ wheel-check: $(READY)  ## build the wheel, install it into a clean environment, 
 	rm -rf dist
 	$(BIN)/python -m build --outdir dist .
 	bash tests/wheel_check.sh
+
+gpu:  ## builds, checks and times the CUDA code: needs a GPU, and the CUDA builds of torch and onnxruntime
+	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) kernels/gpu/run.py $(GPU)
 
 setup: $(READY)
 

@@ -7,6 +7,9 @@
 
 #include "diablo/block_diag.h"
 
+#if defined(__GNUC__)
+#pragma GCC visibility push(default)
+#endif
 #ifdef __cplusplus
 extern "C" {
 #endif
@@ -29,5 +32,8 @@ DiabloError diablo_int4_cuda(const DiabloShape* shape, const DiabloInt4* weights
 
 #ifdef __cplusplus
 }
+#endif
+#if defined(__GNUC__)
+#pragma GCC visibility pop
 #endif
 #endif

@@ -1,0 +1,154 @@
+"""Whether the kernels compute the right numbers: random shapes against double, as JSON.
+
+    python kernels/gpu/correctness.py --library kernels/build --calls 2000
+
+Outputs are poisoned with NaN before each call, and so is what lies between rows and the cropped parts of blocks; inputs
+are fresh each time, and begin at odd addresses in a quarter of the calls. A tenth of the calls is captured into a CUDA
+graph and replayed on new inputs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import torch
+from library import NAMES, Kernels
+from torch import Tensor
+
+PAIRS = [
+    (torch.float32, torch.float32), (torch.float32, torch.float16), (torch.float32, torch.int8),
+    (torch.float16, torch.float16), (torch.float16, torch.int8), (torch.bfloat16, torch.bfloat16),
+    (torch.bfloat16, torch.float16), (torch.bfloat16, torch.int8),
+]  # fmt: skip
+# Of the largest output: float32 sums of up to 4096 products in another order; beyond it one rounding to y's type
+SUMS, ROUNDING = 1e-5, {torch.float32: 0.0, torch.float16: 2.0**-10, torch.bfloat16: 2.0**-7}
+SIZES = [1, 2, 7, 14, 16, 32, 43, 64, 76, 86, 96, 172, 224, 344, 1024]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--library", type=Path, required=True)
+    parser.add_argument("--calls", type=int, default=2000)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
+    asked = parser.parse_args()
+    kernels = Kernels(asked.library)
+    random.seed(asked.seed)
+    torch.manual_seed(asked.seed)
+    worst: dict[str, float] = {}
+    for call in range(asked.calls):
+        dtype, stored = PAIRS[call % len(PAIRS)]
+        name, error = branch(kernels, asked.device, dtype, stored, graph=call % 10 == 0)
+        worst[name] = max(worst.get(name, 0.0), error)
+        if asked.device == "cuda" and call % 4 == 0:
+            name, error = int4(kernels, asked.device, (torch.float16, torch.bfloat16)[call // 4 % 2])
+            worst[name] = max(worst.get(name, 0.0), error)
+    # An error of 1 is what is allowed
+    print(json.dumps({"calls": asked.calls, "worst": worst, "held": all(error <= 1 for error in worst.values())}))
+
+
+def sizes() -> tuple[int, int, int, int, int]:
+    """Number of blocks, their sizes, and how many inputs and outputs there are."""
+    count = random.randint(1, 8)
+    size_in, size_out = (random.choice(SIZES) if random.random() < 0.7 else random.randint(1, 300) for _ in "io")
+    inputs, outputs = count * size_in, count * size_out
+    if random.random() < 0.3:
+        inputs, outputs = random.randint(1, inputs), random.randint(1, outputs)
+    return count, size_in, size_out, inputs, outputs
+
+
+def rows_of() -> int:
+    return random.choice([1, 1, 1, 2, 3, 4, 5, 8, 9, 15, 16, 17, 33, 64, 65, 130, 300, 1000])
+
+
+def matrix(rows: int, columns: int, dtype: torch.dtype, device: str, fill: bool = True) -> Tensor:
+    """Rows at a stride of their own, from any address, NaN around them."""
+    stride, skip = columns + random.choice([0, 0, 3, 8]), random.choice([0, 0, 0, 1])
+    flat = torch.full((rows * stride + skip,), float("nan"), dtype=dtype, device=device)
+    view = flat[skip:].view(rows, stride)[:, :columns]
+    return view.normal_() if fill else view
+
+
+def block_values(count: int, size_in: int, size_out: int, inputs: int, outputs: int, stored: torch.dtype, device: str,
+                 ) -> Tensor:  # fmt: skip
+    if stored == torch.int8:
+        return torch.randint(-127, 128, (count, size_in, size_out), device=device).to(stored)
+    blocks = torch.randn(count, size_in, size_out, device=device).to(stored)
+    for block in range(count):
+        blocks[block, max(0, inputs - block * size_in) :] = float("nan")
+        blocks[block, :, max(0, outputs - block * size_out) :] = float("nan")
+    return blocks
+
+
+def wanted_branch(x: Tensor, blocks: Tensor, scales: Tensor | None, y0: Tensor) -> Tensor:
+    y, (count, size_in, size_out) = y0.double().clone(), blocks.shape
+    for block in range(count):
+        i = slice(block * size_in, min((block + 1) * size_in, x.shape[1]))
+        o = slice(block * size_out, min((block + 1) * size_out, y.shape[1]))
+        if i.start < i.stop and o.start < o.stop:
+            weights = blocks[block, : i.stop - i.start, : o.stop - o.start].double()
+            y[:, o] += x[:, i].double() @ weights * (1.0 if scales is None else scales[block].double())
+    return y
+
+
+def error_of(got: Tensor, wanted: Tensor, dtype: torch.dtype) -> float:
+    """The largest error in units of what is allowed; infinite for NaN."""
+    allowed = ROUNDING[dtype] * wanted.abs() + SUMS * wanted.abs().max() + 1e-30
+    worst = float(((got.double() - wanted).abs() / allowed).max())
+    return worst if worst == worst else float("inf")
+
+
+def branch(kernels: Kernels, device: str, dtype: torch.dtype, stored: torch.dtype, graph: bool) -> tuple[str, float]:
+    count, size_in, size_out, inputs, outputs = sizes()
+    rows = rows_of()
+    x, y0 = matrix(rows, inputs, dtype, device), matrix(rows, outputs, dtype, device)
+    blocks = block_values(count, size_in, size_out, inputs, outputs, stored, device)
+    scales = torch.rand(count, device=device) / 64 if stored == torch.int8 else None
+    in_place = random.random() < 0.5
+    y = y0 if in_place else torch.full_like(y0, float("nan"))
+    if y.stride() != y0.stride():
+        y = torch.empty_strided(y0.shape, y0.stride(), dtype=dtype, device=device).fill_(float("nan"))
+    wanted = wanted_branch(x, blocks, scales, y0)
+    if graph and device == "cuda":
+        replayed(lambda: kernels.branch(x, blocks, y0, y, scales), y0 if in_place else None)
+    else:
+        kernels.branch(x, blocks, y0, y, scales)
+    return f"{NAMES[dtype]} x {NAMES[stored]}", error_of(y, wanted, dtype)
+
+
+def replayed(call: Any, changed: Tensor | None) -> None:
+    """The call as a replay of a graph; `changed` is what it works on in place, put back in between."""
+    before = None if changed is None else changed.clone()
+    recorded = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(recorded):
+        call()
+    if changed is not None and before is not None:
+        changed.copy_(before)
+    recorded.replay()
+    torch.cuda.synchronize()
+
+
+def int4(kernels: Kernels, device: str, dtype: torch.dtype) -> tuple[str, float]:
+    count, size_in, size_out, inputs, outputs = sizes()
+    group, rows = random.choice([32, 64, 128]), random.randint(1, 20)
+    groups = -(-inputs // group)
+    codes = torch.randint(0, 256, (outputs, groups, group // 2), dtype=torch.uint8, device=device)
+    scales = (torch.randn(outputs, groups, device=device) / 10).to(dtype)
+    zeros = torch.randint(0, 256, (outputs, -(-groups // 2)), dtype=torch.uint8, device=device)
+    symmetric = random.random() < 0.5
+    blocks = torch.randn(count, size_in, size_out, device=device).to(dtype)
+    x, y = matrix(rows, inputs, dtype, device), matrix(rows, outputs, dtype, device, fill=False)
+    kernels.int4(x, codes, scales, None if symmetric else zeros, group, blocks, y)
+    unpacked = torch.stack([codes & 15, codes >> 4], -1).view(outputs, groups, group).float()
+    zero = torch.stack([zeros & 15, zeros >> 4], -1).view(outputs, -1)[:, :groups, None].float()
+    weight = ((unpacked - (8 if symmetric else zero)) * scales[..., None].float()).to(dtype)  # as the kernel rounds it
+    base = x.double() @ weight.double().view(outputs, -1)[:, :inputs].T
+    return f"int4 {NAMES[dtype]}", error_of(y, wanted_branch(x, blocks, None, base), dtype)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,274 @@
+"""Everything that needs a GPU, in one go and under ten minutes: builds, checks and times the CUDA code.
+
+    python kernels/gpu/run.py [--output build/gpu]            # or: make gpu
+    python kernels/gpu/run.py --prepare build/gpu-kit         # on a machine with nvcc and this project's packages
+    python kernels/gpu/run.py --kit build/gpu-kit             # on a machine with a GPU and neither, nor a network
+
+Writes gpu.json and gpu.md. Each part is a process of its own with a time limit: what one of them breaks, the others
+still show. Exits with 0 when every check held and every limit was met, 1 when one was not, 2 where there is no GPU or
+nothing to run on it. `--device cpu --small` tries the scripts themselves where there is none.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
+LIBRARIES = ("libdiablo_kernels_c.so", "libdiablo_kernels_ort.so")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=ROOT / "build" / "gpu")
+    parser.add_argument("--kit", type=Path, help="what --prepare made; or the environment variable DIABLO_GPU_KIT")
+    parser.add_argument("--prepare", type=Path, metavar="FOLDER", help="make a kit, and run nothing")
+    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
+    parser.add_argument("--small", action="store_true", help="a few small calls, to try the scripts")
+    asked = parser.parse_args()
+    if asked.prepare:
+        return prepare(asked.prepare)
+    machine = describe(asked.device)
+    kit = asked.kit or (Path(os.environ["DIABLO_GPU_KIT"]) if "DIABLO_GPU_KIT" in os.environ else None)
+    library = kit or build(asked.output / "library", "native" if asked.device == "cuda" else None)
+    absent = [name for name in LIBRARIES if not (library / name).is_file()]
+    if absent:
+        stop(f"{library}: has no {' and no '.join(absent)}; `run.py --prepare` makes a kit that does")
+    models = kit / "models" if kit and (kit / "models").is_dir() else None
+    asked.output.mkdir(parents=True, exist_ok=True)
+    report: dict[str, Any] = {"machine": machine, "parts": {}}
+    for name, command, limit in parts(library, models, asked.device, asked.small):
+        report["parts"][name] = run(command, limit)
+        took = report["parts"][name]["seconds"]
+        print(f"{name}: {report['parts'][name].get('failed') or 'done'} in {took:.0f} s", flush=True)
+    report["missed"] = missed(report)
+    (asked.output / "gpu.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    (asked.output / "gpu.md").write_text(markdown(report), encoding="utf-8")
+    print(f"{asked.output / 'gpu.md'}: " + ("; ".join(report["missed"]) or "every check held and every limit was met"))
+    sys.exit(1 if report["missed"] else 0)
+
+
+def stop(why: str) -> None:
+    print(f"make gpu: {why}", file=sys.stderr)
+    sys.exit(2)
+
+
+def describe(device: str) -> dict[str, Any]:
+    """The machine; ends the program where it has no GPU."""
+    try:
+        import torch
+    except ImportError:
+        stop("torch is not installed; it calls the kernels and is what they are compared with")
+    found: dict[str, Any] = {"torch": torch.__version__, "python": sys.version.split()[0]}
+    if device == "cuda":
+        if not torch.cuda.is_available():
+            why = f"was built for CUDA {torch.version.cuda}" if torch.version.cuda else "was built without CUDA"
+            stop(
+                f"no CUDA device: torch {torch.__version__} {why}, and nothing was run; --device cpu tries the scripts"
+            )
+        about = torch.cuda.get_device_properties(0)
+        found |= {"device": about.name, "capability": f"{about.major}.{about.minor}", "memory": about.total_memory}
+        found |= {"cuda": torch.version.cuda, "multiprocessors": about.multi_processor_count}
+    return found
+
+
+def build(folder: Path, architectures: str | None) -> Path:
+    """Both libraries, or with None their CPU half; ends the program where nothing can build them."""
+    needed = ["cmake", "nvcc"] if architectures else ["cmake"]
+    absent = [name for name in needed if shutil.which(name) is None]
+    if absent:
+        stop(f"{' and '.join(absent)}: not on the PATH; give a kit that was made elsewhere: --kit FOLDER")
+    settings = [
+        "-DDIABLO_CUDA=" + ("ON" if architectures else "OFF"),
+        "-DDIABLO_TESTS=ON",
+        "-DCMAKE_BUILD_TYPE=Release",
+    ]
+    if architectures:
+        settings.append(f"-DCMAKE_CUDA_ARCHITECTURES={architectures}")
+    subprocess.run(["cmake", "-S", str(ROOT / "kernels"), "-B", str(folder), *settings], check=True)
+    targets = ["--target", "diablo_kernels_c", "diablo_kernels_ort"]
+    subprocess.run(["cmake", "--build", str(folder), "--parallel", *targets], check=True)
+    return folder
+
+
+def prepare(kit: Path) -> None:
+    """Libraries for every GPU since Ampere, and an int4 export with two adapters, also with fused layers."""
+    sys.path.insert(0, str(ROOT))
+    import onnx
+
+    from diablo_export.converters.export import export
+    from diablo_export.converters.onnx_fuse import fuse_file
+    from tests import tiny
+
+    kit.mkdir(parents=True, exist_ok=True)
+    built = build(kit.parent / f"{kit.name}-library", "80-real;87-real;89-real;90-real;100-real;120")
+    for name in LIBRARIES:
+        shutil.copy2(built / name, kit / name)
+    scratch = kit.parent / f"{kit.name}-models"
+    model = tiny.make_model("llama", scratch / "model")
+    adapters = {"a": tiny.make_adapter(model, scratch / "a"), "b": tiny.make_other_adapter(model, scratch / "b")}
+    folder = kit / "models" / "int4"
+    export(model, adapters, folder, quantize="int4", precision="fp16", overwrite=True)
+    graph = onnx.load(folder / "model.onnx", load_external_data=False)
+    for node in graph.graph.node:  # on the CPU level 4 multiplies in int8, which CUDA does not
+        kept = [attribute for attribute in node.attribute if attribute.name != "accuracy_level"]
+        del node.attribute[:]
+        node.attribute.extend(kept)
+    onnx.save(graph, folder / "model.onnx")
+    fuse_file(folder / "model.onnx", folder / "fused.onnx")
+    print(f"{kit}: {sum(file.stat().st_size for file in kit.rglob('*') if file.is_file()) / 1e6:.0f} MB")
+
+
+def parts(library: Path, models: Path | None, device: str, small: bool) -> list[tuple[str, list[str], int]]:
+    """Name, command and seconds at most of each part."""
+    common = ["--library", str(library), "--device", device]
+    tiny = ["--small"] if small else []
+    correct = [str(HERE / "correctness.py"), *common]
+    made = [("numbers", [sys.executable, *correct, "--calls", "40" if small else "2000"], 120)]
+    sanitizer = shutil.which("compute-sanitizer") if device == "cuda" else None
+    for tool in ("memcheck", "racecheck") if sanitizer else ():
+        watched = [str(sanitizer), "--tool", tool, "--error-exitcode", "99", sys.executable, *correct, "--calls", "40"]
+        made.append((tool, watched, 75))
+    made.append(("speed", [sys.executable, str(HERE / "speed.py"), *common, *tiny], 90))
+    with_models = ["--models", str(models)] if models else []
+    made.append(("sessions", [sys.executable, str(HERE / "sessions.py"), *common, *tiny, *with_models], 150))
+    rounds = ["--rounds", "1"] if small else []
+    training = [sys.executable, str(HERE / "training.py"), "--device", device, *tiny, *rounds]
+    return [*made, ("training", training, 90)]
+
+
+def run(command: list[str], limit: int) -> dict[str, Any]:
+    """What a part printed, or how it failed, and how long it took."""
+    began = time.perf_counter()
+    result: dict[str, Any]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=limit)
+        lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
+        result = json.loads(lines[-1]) if lines else {}
+        if done.returncode or not lines:
+            result["failed"] = f"exit code {done.returncode}"
+            result["output"] = (done.stdout + done.stderr)[-3000:]
+    except subprocess.TimeoutExpired:
+        result = {"failed": f"not done after {limit} s"}
+    return {**result, "seconds": time.perf_counter() - began}
+
+
+def missed(report: dict[str, Any]) -> list[str]:
+    """Every check that did not hold and every limit that was not met, in words."""
+    found = []
+    for name, part in report["parts"].items():
+        if "failed" in part:
+            found.append(f"{name}: {part['failed']}")
+        elif "skipped" in part:
+            found.append(f"{name}: {part['skipped']}")
+        elif part.get("held") is False:
+            found.append(f"{name}: wrong")
+    if "device" not in report["machine"]:  # times of a processor have no limits here
+        return found
+    for one in report["parts"].get("speed", {}).get("branch", []):
+        if one["rows"] == 1 and one["ratio"] > 1.3:
+            found.append(f"branch {one['layer']}: {one['ratio']:.2f} x its floor, wanted 1.3")
+    for one in report["parts"].get("sessions", {}).get("layers", []):
+        limit = 1.05 if one["rows"] == 1 else 1.03
+        if one["ratio"]["fused"] > limit:
+            found.append(
+                f"int4 {one['layer']}, {one['rows']} rows: {one['ratio']['fused']:.2f} x alone, wanted {limit}"
+            )
+        if one["ratio"]["fused"] > one["ratio"]["lora"]:
+            found.append(f"int4 {one['layer']}, {one['rows']} rows: slower than LoRA")
+    return found + slow_training(report["parts"].get("training", {}).get("kinds", {}))
+
+
+def slow_training(kinds: dict[str, dict[str, float]]) -> list[str]:
+    """Limits on tokens per second and on memory, against what is there to be compared with."""
+    found = []
+    lora = "peft lora" if "peft lora" in kinds else "lora"
+    for own, other, factor in (("diablo", lora, 1.1), ("diablo", "einsum", 1.3), ("diablo int4", "qlora nf4", 1.0)):
+        if own not in kinds or other not in kinds:
+            continue
+        ratio = kinds[own]["tokens_per_second"] / kinds[other]["tokens_per_second"]
+        if ratio < factor:
+            found.append(f"training: {own} {ratio:.2f} x {other}, wanted {factor}")
+        if kinds[own]["peak_bytes"] > kinds[other]["peak_bytes"]:
+            found.append(f"training: {own} takes more memory than {other}")
+    return found
+
+
+def markdown(report: dict[str, Any]) -> str:
+    """The report as a section for docs/benchmarks.md."""
+    machine, parts_ = report["machine"], report["parts"]
+    lines = ["## CUDA", "", "```console", "$ make gpu", "```", ""]
+    lines += [", ".join(f"{name} {value}" for name, value in machine.items()), ""]
+    numbers = parts_.get("numbers", {})
+    if "worst" in numbers:
+        worst = ", ".join(f"{name} {error:.2f}" for name, error in numbers["worst"].items())
+        lines += [f"Random calls: {numbers['calls']}; the worst error over what is allowed: {worst}.", ""]
+    for tool in ("memcheck", "racecheck"):
+        if tool in parts_:
+            lines += [f"compute-sanitizer {tool}: {parts_[tool].get('failed') or 'clean'}.", ""]
+    lines += speed_table(parts_.get("speed", {})) + session_tables(parts_.get("sessions", {}))
+    lines += training_table(parts_.get("training", {}))
+    lines += ["Missed:", "", *(f"- {what}" for what in report["missed"] or ["nothing"]), ""]
+    return "\n".join(lines)
+
+
+def speed_table(speed: dict[str, Any]) -> list[str]:
+    if "bandwidth" not in speed:
+        return []
+    empty = speed["empty_call"] * 1e6
+    lines = [f"A large copy moves {speed['bandwidth'] / 1e12:.3f} TB/s; an empty call takes {empty:.2f} us.", ""]
+    lines += ["| kernel | layer | rows | us | floor us | ratio |", "|---|---|---|---|---|---|"]
+    for kernel in ("branch", "int4"):
+        for one in speed[kernel]:
+            row = (kernel, one["layer"], one["rows"], *(f"{one[key]:.2f}" for key in ("us", "floor_us", "ratio")))
+            lines.append("| " + " | ".join(map(str, row)) + " |")
+    return [*lines, ""]
+
+
+def session_tables(sessions: dict[str, Any]) -> list[str]:
+    lines = []
+    if sessions.get("models"):
+        lines += [
+            "| export | adapters | library | largest error / logit | not on the device |",
+            "|---|---|---|---|---|",
+        ]
+        for name, one in sessions["models"].items():
+            for ran in one["runs"]:
+                elsewhere = ", ".join(ran["not_on_device"]) or "–"
+                lines.append(f"| {name} | {one['adapters']} | {ran['library']} | {ran['error']:.2e} | {elsewhere} |")
+        lines.append("")
+    if sessions.get("layers"):
+        lines += ["| layer | rows | MatMulNBits us | branch | LoRA | fused |", "|---|---|---|---|---|---|"]
+        for one in sessions["layers"]:
+            ratios = " | ".join(f"{one['ratio'][kind]:.3f}" for kind in ("branch", "lora", "fused"))
+            lines.append(f"| {one['layer']} | {one['rows']} | {one['base_us']:.1f} | {ratios} |")
+        lines.append("")
+    return lines
+
+
+def training_table(training: dict[str, Any]) -> list[str]:
+    if "kinds" not in training:
+        return []
+    lines = ["| training | parameters | ms a step | tokens/s | peak MB |", "|---|---|---|---|---|"]
+    for kind, one in training["kinds"].items():
+        cells = (
+            one["parameters"],
+            f"{one['ms']:.1f}",
+            f"{one['tokens_per_second']:.0f}",
+            f"{one['peak_bytes'] / 1e6:.0f}",
+        )
+        lines.append(f"| {kind} | " + " | ".join(map(str, cells)) + " |")
+    absent = ", ".join(training["not_installed"])
+    return [*lines, "", *([f"Not installed, so not compared with: {absent}.", ""] if absent else [])]
+
+
+if __name__ == "__main__":
+    main()

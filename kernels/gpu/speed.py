@@ -1,0 +1,154 @@
+"""How fast the kernels are beside what the memory allows: the seven layers of Llama 3 8B, as JSON.
+
+    python kernels/gpu/speed.py --library kernels/build
+
+The floor of a call is the bytes that it has to move over the bandwidth of a large copy, measured here. Calls are
+replayed from a CUDA graph, over so many different layers that none finds its blocks in the cache; what one empty call
+of such a graph takes is measured too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from library import Kernels
+
+LLAMA = {
+    "q": (4096, 4096), "k": (4096, 1024), "v": (4096, 1024), "o": (4096, 4096),
+    "gate": (4096, 14336), "up": (4096, 14336), "down": (14336, 4096),
+}  # fmt: skip
+SMALL = {"q": (256, 256), "down": (896, 256)}
+Call = Callable[[], None]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--library", type=Path, required=True)
+    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
+    parser.add_argument("--small", action="store_true", help="to try the script itself")
+    parser.add_argument("--num-blocks", type=int, default=64)
+    asked = parser.parse_args()
+    kernels, device = Kernels(asked.library), asked.device
+    shapes = SMALL if asked.small else LLAMA
+    rows = [1, 8] if asked.small else [1, 4, 16, 512, 2048]
+    spread = (1 << 20) if asked.small else (256 << 20)  # several times the largest cache
+    bandwidth = copy_bandwidth(device, spread * 4)
+    found: dict[str, Any] = {
+        "bandwidth": bandwidth,
+        "empty_call": empty_call(kernels, device),
+        "branch": [],
+        "int4": [],
+    }
+    for name, (inputs, outputs) in shapes.items():
+        for m in rows:
+            found["branch"].append({
+                "layer": name,
+                "rows": m,
+                **branch(kernels, device, m, inputs, outputs, asked.num_blocks, spread, bandwidth),
+            })
+            if device == "cuda" and m <= 16:
+                found["int4"].append({
+                    "layer": name,
+                    "rows": m,
+                    **int4(kernels, m, inputs, outputs, asked.num_blocks, spread, bandwidth),
+                })
+    print(json.dumps(found))
+
+
+def seconds(calls: list[Call], device: str) -> float:
+    """Of one call: the median of five replays of all in a row."""
+    if device == "cpu":
+        return min(timed(calls) for _ in range(3)) / len(calls)
+    calls[0]()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for call in calls:
+            call()
+    times = []
+    for _ in range(7):
+        start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        graph.replay()
+        stop.record()
+        stop.synchronize()
+        times.append(start.elapsed_time(stop) / 1e3)
+    return statistics.median(times[2:]) / len(calls)
+
+
+def timed(calls: list[Call]) -> float:
+    began = time.perf_counter()
+    for call in calls:
+        call()
+    return time.perf_counter() - began
+
+
+def copy_bandwidth(device: str, size: int) -> float:
+    """Bytes read and written a second."""
+    source = torch.zeros(size, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+
+    def copy() -> None:
+        target.copy_(source)
+
+    return 2 * size / seconds([copy] * 4, device)
+
+
+def empty_call(kernels: Kernels, device: str) -> float:
+    """A launch with next to nothing to do."""
+    x, y = (torch.zeros(1, 8, dtype=torch.float16, device=device) for _ in "xy")
+    blocks = torch.zeros(1, 8, 8, dtype=torch.float16, device=device)
+    return seconds([lambda: kernels.branch(x, blocks, y, y)] * 200, device)
+
+
+def copies_for(size: int, spread: int) -> int:
+    return max(2, min(256, -(-spread // size)))
+
+
+def result(taken: float, moved: int, bandwidth: float) -> dict[str, float]:
+    return {"us": taken * 1e6, "floor_us": moved / bandwidth * 1e6, "ratio": taken * bandwidth / moved}
+
+
+def branch(
+    kernels: Kernels, device: str, rows: int, inputs: int, outputs: int, count: int, spread: int, bandwidth: float
+) -> dict[str, float]:
+    """The branch in fp16, in place."""
+    half: dict[str, Any] = {"dtype": torch.float16, "device": device}
+    shape = (count, -(-inputs // count), -(-outputs // count))
+    moved = 2 * (shape[0] * shape[1] * shape[2] + rows * inputs + 2 * rows * outputs)
+    calls: list[Call] = []
+    for _ in range(copies_for(moved, spread)):
+        x, y, blocks = torch.randn(rows, inputs, **half), torch.zeros(rows, outputs, **half), torch.randn(shape, **half)
+        calls.append(lambda x=x, y=y, blocks=blocks: kernels.branch(x, blocks, y, y))
+    return result(seconds(calls, device), moved, bandwidth)
+
+
+def int4(
+    kernels: Kernels, rows: int, inputs: int, outputs: int, count: int, spread: int, bandwidth: float
+) -> dict[str, float]:
+    """The int4 layer with its branch in fp16, symmetric groups of 32."""
+    half: dict[str, Any] = {"dtype": torch.float16, "device": "cuda"}
+    shape, groups = (count, -(-inputs // count), -(-outputs // count)), -(-inputs // 32)
+    moved = outputs * groups * 18 + 2 * (shape[0] * shape[1] * shape[2] + rows * (inputs + outputs))
+    calls: list[Call] = []
+    for _ in range(copies_for(moved, spread)):
+        codes = torch.randint(0, 256, (outputs, groups, 16), dtype=torch.uint8, device="cuda")
+        scales, blocks = torch.rand(outputs, groups, **half), torch.randn(shape, **half)
+        x, y = torch.randn(rows, inputs, **half), torch.zeros(rows, outputs, **half)
+        calls.append(
+            lambda x=x, y=y, codes=codes, scales=scales, blocks=blocks: kernels.int4(
+                x, codes, scales, None, 32, blocks, y
+            )
+        )
+    return result(seconds(calls, "cuda"), moved, bandwidth)
+
+
+if __name__ == "__main__":
+    main()

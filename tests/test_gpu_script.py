@@ -1,0 +1,94 @@
+"""`make gpu` where there is no GPU: that it says so, and that its scripts run at all, on the CPU and small."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+SCRIPT = Path(__file__).parent.parent / "kernels" / "gpu" / "run.py"
+
+
+def started(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """With one thread: these are tests of scripts, beside others."""
+    variables = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
+    return subprocess.run([sys.executable, SCRIPT, *arguments], capture_output=True, text=True, env=variables)
+
+
+@pytest.fixture(scope="module")
+def script() -> Any:
+    spec = importlib.util.spec_from_file_location("gpu_run", SCRIPT)
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_it_says_so() -> None:
+    done = started(CUDA_VISIBLE_DEVICES="")
+    assert done.returncode == 2
+    assert "make gpu: no CUDA device: torch" in done.stderr and "nothing was run" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_kit_without_libraries_is_refused(tmp_path: Path) -> None:
+    done = started("--device", "cpu", "--kit", str(tmp_path))
+    assert done.returncode == 2
+    assert "has no libdiablo_kernels_c.so and no libdiablo_kernels_ort.so" in done.stderr
+
+
+@pytest.mark.slow
+def test_the_scripts_run_on_the_cpu(tmp_path: Path, library: Path) -> None:
+    plain = library.with_name("libdiablo_kernels_c.so")
+    if not plain.is_file():
+        pytest.skip("a build from before there was a plain library, or one without tests")
+    done = started("--device", "cpu", "--small", "--kit", str(library.parent), "--output", str(tmp_path))
+    report = json.loads((tmp_path / "gpu.json").read_text())
+    assert done.returncode == 0, (done.stdout, report["missed"])
+    parts = report["parts"]
+    assert list(parts) == ["numbers", "speed", "sessions", "training"]
+    assert parts["numbers"]["calls"] == 40 and 0 < max(parts["numbers"]["worst"].values()) <= 1
+    assert {one["rows"] for one in parts["sessions"]["layers"]} == {1, 8}
+    assert {"diablo", "diablo int4", "einsum", "lora"} <= parts["training"]["kinds"].keys()
+    text = (tmp_path / "gpu.md").read_text()
+    assert "| branch | q | 1 |" in text and "| diablo int4 |" in text
+
+
+def test_limits_are_named(script: Any) -> None:
+    kind = {"tokens_per_second": 100.0, "peak_bytes": 10}
+    report = {
+        "machine": {"device": "some GPU"},
+        "parts": {
+            "numbers": {"held": False},
+            "memcheck": {"failed": "exit code 99"},
+            "speed": {"branch": [{"layer": "q", "rows": 1, "ratio": 1.4}, {"layer": "q", "rows": 16, "ratio": 9}]},
+            "sessions": {"layers": [{"layer": "k", "rows": 512, "ratio": {"fused": 1.04, "lora": 1.02}}]},
+            "training": {"kinds": {"diablo": kind, "lora": {**kind, "peak_bytes": 9}, "einsum": kind}},
+        },
+    }
+    assert script.missed(report) == [
+        "numbers: wrong",
+        "memcheck: exit code 99",
+        "branch q: 1.40 x its floor, wanted 1.3",
+        "int4 k, 512 rows: 1.04 x alone, wanted 1.03",
+        "int4 k, 512 rows: slower than LoRA",
+        "training: diablo 1.00 x lora, wanted 1.1",
+        "training: diablo takes more memory than lora",
+        "training: diablo 1.00 x einsum, wanted 1.3",
+    ]
+    report["machine"] = {}
+    assert script.missed(report) == ["numbers: wrong", "memcheck: exit code 99"]
+
+
+def test_a_part_that_hangs_or_dies_is_reported(script: Any) -> None:
+    assert script.run([sys.executable, "-c", "import time; time.sleep(60)"], 1)["failed"] == "not done after 1 s"
+    died = script.run([sys.executable, "-c", "print('{\"a\": 1}'); raise SystemExit(3)"], 60)
+    assert died["a"] == 1 and died["failed"] == "exit code 3"
