@@ -178,7 +178,11 @@ def _move_into_place(work: Path, target: Path) -> None:
         work.rename(target)
     elif not _exchange(work, target):  # now `work` is the old folder; the caller removes it
         old = Path(tempfile.mkdtemp(prefix=f".{target.name}.partial-{os.getpid()}-", dir=target.parent))
-        target.rename(old / "old")
+        try:
+            target.rename(old / "old")
+        except OSError as error:  # a mount point, or a folder that another program holds
+            old.rmdir()
+            raise OutputError(f"{target}: cannot be replaced: {error.strerror}; choose another --output") from error
         work.rename(target)
         shutil.rmtree(old, ignore_errors=True)
 

@@ -75,12 +75,17 @@ def create(base: str | Path, merged: str | Path, output: str | Path, *, overwrit
         zipfile.ZipFile(work, "w", zipfile.ZIP_DEFLATED) as archive,
     ):
         for number, (name, (old, new)) in enumerate(pairs.items()):
-            with _reading(old) as before, _reading(new) as after, archive.open(str(number), "w") as member:
+            with (
+                _reading(old) as before,
+                _reading(new) as after,
+                archive.open(str(number), "w", force_zip64=True) as member,  # may be over 2 GiB
+            ):
                 found = write_difference(before, after, member, advance)
             entries.append(Entry(name, found[0] if old else None, found[1] if new else None, found[2]))
         if all(entry.before == entry.after for entry in entries):
             raise InputError(f"{merged}: is {base}, byte for byte; there is nothing to write a patch of")
-        archive.writestr(_HEADER, json.dumps(_header(entries, total, Path(merged)), indent=1))
+        text = json.dumps(_header(entries, total, Path(merged)), indent=1)
+        archive.writestr(zipfile.ZipInfo(_HEADER), text, zipfile.ZIP_DEFLATED)  # without the time: same in, same out
     return info(output)
 
 
@@ -292,7 +297,7 @@ def _found(file: Path, entry: Entry, advance: Advance) -> Content | None:
 
 def _write(folder: Path, goal: Path, patch: Path, waiting: dict[int, Entry], overwrite: bool, target: Side) -> None:
     """Write the new folder: what waits is made of its difference, all else is linked or copied."""
-    in_place, inside = goal == folder, Path.cwd().is_relative_to(folder)
+    in_place, inside = goal == folder, _is_here(folder)
     if in_place and not os.access(folder, os.W_OK):
         raise OutputError(f"{folder}: is not writable; choose an --output, or change its permissions")
     names = {entry.name for entry in waiting.values()}
@@ -327,6 +332,14 @@ def _write_file(folder: Path, work: Path, entry: Entry, difference: IO[bytes], t
         raise ValueError(f"it does not give the {entry.name} that it names")
     if there:
         shutil.copymode(there, new)
+
+
+def _is_here(folder: Path) -> bool:
+    """Whether this process was started in the folder."""
+    try:
+        return Path.cwd().is_relative_to(folder)
+    except FileNotFoundError:  # in one that is no more
+        return False
 
 
 def _keep(path: Path, to: Path, in_place: bool) -> None:

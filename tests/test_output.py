@@ -48,6 +48,18 @@ def test_overwrite_replaces_all_of_it(exchange: bool, tmp_path: Path, monkeypatc
     assert os.listdir(tmp_path / "out") == ["sub"] and os.listdir(tmp_path) == ["out"]
 
 
+def test_a_folder_that_cannot_be_renamed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def busy(path: Path, to: Path) -> Path:
+        raise OSError(errno.EBUSY, "Device or resource busy")
+
+    write(tmp_path / "out", "one")
+    monkeypatch.setattr(output, "_exchange", lambda first, second: False)
+    monkeypatch.setattr(Path, "rename", busy)  # as of a mount point
+    with pytest.raises(OutputError, match="out: cannot be replaced: Device or resource busy; choose another --output"):
+        write(tmp_path / "out", "two", overwrite=True)
+    assert (tmp_path / "out" / "sub" / "file").read_text() == "one" and os.listdir(tmp_path) == ["out"]
+
+
 def test_an_empty_folder_may_be_used(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     write(tmp_path / "out", "one")

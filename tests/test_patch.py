@@ -150,6 +150,26 @@ def test_a_graph_of_another_name(made: Path, tmp_path: Path, tiny_adapter: Get) 
     assert after["decoder.onnx"] == merged["model.onnx"] and after[DATA] == merged[DATA] and "model.onnx" not in after
 
 
+def test_differences_of_gigabytes(made: Path, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """zipfile must be told beforehand of members over 2 GiB; here that limit is 1 kB."""
+    monkeypatch.setattr(zipfile, "ZIP64_LIMIT", 1000)
+    patch.create(base, made / "merged", tmp_path / "update.patch")
+    patch.apply(base, tmp_path / "update.patch")
+    assert (base / DATA).read_bytes() == (made / "merged" / DATA).read_bytes()
+
+
+def test_in_the_folder_itself(
+    made: Path, base: Path, update: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.chdir(base)
+    patch.apply(".", update)
+    assert f"the folder that you are in was replaced: cd {base}" in caplog.text
+    with pytest.raises(FileNotFoundError):
+        os.getcwd()
+    patch.revert(base, update)
+    assert (base / DATA).read_bytes() == (made / "base" / DATA).read_bytes()
+
+
 def test_hugging_face_folders(tiny_model: Get, tiny_adapter: Get, tmp_path: Path) -> None:
     shutil.copytree(tiny_model("llama"), tmp_path / "base")
     merge(tmp_path / "base", tiny_adapter("llama"), tmp_path / "merged")
@@ -220,7 +240,8 @@ def test_a_truncated_or_damaged_patch(base: Path, update: Path, tmp_path: Path) 
     text = bytearray(update.read_bytes())
     with zipfile.ZipFile(update) as archive:
         largest = max(archive.infolist(), key=lambda info: info.compress_size)
-    for at in np.linspace(largest.header_offset + 40, largest.header_offset + largest.compress_size, 7).astype(int):
+    begin = largest.header_offset + 60  # past the member's own header, which zipfile does not look at
+    for at in np.linspace(begin, largest.header_offset + largest.compress_size, 7).astype(int):
         damaged = bytearray(text)
         damaged[at] ^= 0x10
         (tmp_path / "damaged").write_bytes(damaged)
