@@ -81,6 +81,10 @@ _FILE = click.Path(path_type=Path)
 @click.option("--seed", type=int, default=0)
 @click.option("--resume", is_flag=True, help="Continue an unfinished run of the same settings.")
 @overwrite_option
+@click.option("--tensorboard", type=_FILE, metavar="DIR", help="Also write TensorBoard's event files there.")
+@click.option(
+    "--dry-run", is_flag=True, help="Train nothing: say what the run will take in parameters, memory, steps and time."
+)
 @json_option
 @verbosity_options
 def command(as_json: bool, **options: Any) -> None:
@@ -99,5 +103,11 @@ def command(as_json: bool, **options: Any) -> None:
     from diablo_export.trainer.train import train
 
     done = train(**options)
-    if as_json:
-        click.echo(json.dumps({**vars(done), "output": str(done.output)}))
+    report = vars(done) | {"output": str(done.output)}
+    plan = report.pop("plan")
+    if plan is not None:
+        from diablo_export.trainer.plan import describe
+
+        click.echo(json.dumps(plan) if as_json else describe(plan))
+    elif as_json:
+        click.echo(json.dumps(report))

@@ -38,32 +38,37 @@ class Fold:
 
     Attributes:
         weight: the base's own, (out, in), or (in, out) of a Conv1D.
+        own: what the base has under the blocks.
     """
 
     def __init__(self, base: nn.Module, shape: BlockShape) -> None:
         self.weight, self.bias, self.shape = base.get_parameter("weight"), base.bias, shape
         self.transposed = isinstance(base, Conv1D)
         self._places = _places(self.weight.detach(), shape, self.transposed)
-        self._own = [place.clone() for _, place in self._places]
+        self.own = [place.clone() for _, place in self._places]
         self._holds: tuple[int, int] | None = None  # which values of the blocks the weight holds
 
     def __call__(self, x: Tensor, blocks: Tensor) -> Tensor:
         """(…, in_features) → (…, out_features)."""
-        version = blocks.data_ptr(), blocks._version  # every change in place counts the version up
-        if version != self._holds:
-            with torch.no_grad():
-                for (part, place), own in zip(self._places, self._own, strict=True):
-                    torch.add(own, blocks[part], out=place)
-            self._holds = version
+        self.hold(blocks)
         weight = self.weight.T if self.transposed else self.weight
         y: Tensor = _FoldedLinear.apply(x, weight, self.bias, blocks, self.shape)  # type: ignore[no-untyped-call]
         return y
 
     @torch.no_grad()
+    def hold(self, blocks: Tensor) -> None:
+        """Have the weight hold these blocks, as they are now."""
+        version = blocks.data_ptr(), blocks._version  # every change in place counts the version up
+        if version != self._holds:
+            for (part, place), own in zip(self._places, self.own, strict=True):
+                torch.add(own, blocks[part], out=place)
+            self._holds = version
+
+    @torch.no_grad()
     def lift(self) -> None:
         """Put the base's own values back, bit for bit; the next call folds again."""
         if self._holds is not None:
-            for (_, place), own in zip(self._places, self._own, strict=True):
+            for (_, place), own in zip(self._places, self.own, strict=True):
                 place.copy_(own)
             self._holds = None
 

@@ -24,9 +24,15 @@ class History:
     it: `{"step", "eval_loss"}`, and `eval_accuracy` for a classifier.
     """
 
-    def __init__(self, file: Path, records: list[dict[str, Any]]) -> None:
+    def __init__(
+        self,
+        file: Path,
+        records: list[dict[str, Any]],
+        also: Callable[[dict[str, Any]], None] = lambda record: None,
+    ) -> None:
         self.records = records
         self.file = file
+        self.also = also  # is given each new record, too
         write_log(file, records)  # what a killed run logged after its last checkpoint happens again
 
     def add(self, **record: Any) -> None:
@@ -34,6 +40,7 @@ class History:
         self.records.append(record)
         with self.file.open("a", encoding="utf-8") as stream:
             stream.write(json.dumps(record) + "\n")
+        self.also(record)
 
     def column(self, name: str) -> tuple[list[int], list[float]]:
         """The steps that have a value of this name, and the values."""

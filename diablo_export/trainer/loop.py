@@ -40,6 +40,7 @@ def train_loop(
     start: int = 0,
     clip: float | None = 1.0,
     seed: int = 0,
+    culprit: Callable[[Sequence[Sequence[Encoded]]], str] = lambda parts: "",
     add_up: Callable[[Sequence[nn.Parameter], float], float] = lambda parameters, loss: loss,
     after_step: Callable[[Step], None] = lambda step: None,
 ) -> None:
@@ -55,6 +56,7 @@ def train_loop(
         targets: how many targets one batch has.
         rate: the learning rate of a step.
         clip: largest norm of the gradient, or None.
+        culprit: says where a step's batches broke the numbers, when they did.
         add_up: adds gradients, in place, and loss up over processes that train together.
         after_step: sees each finished step, to log, evaluate and save; what it raises ends the training.
 
@@ -76,7 +78,9 @@ def train_loop(
             total += share.item()
         total = add_up(parameters, total)
         norm = whole(nn.utils.clip_grad_norm_(parameters, clip or math.inf)).item()
-        _check_finite(step, total, norm, rate(step))
+        if not (math.isfinite(total) and math.isfinite(norm)):
+            torch.manual_seed(seed * 1_000_003 + step)  # the same dropout again
+            raise _diverged(step, total, norm, rate(step), culprit(parts))
         optimizer.step()
         optimizer.zero_grad()
         tokens = sum(len(item.ids) for part in parts for item in part)
@@ -95,10 +99,9 @@ def learning_rate(lr: float, steps: int, warmup: int, schedule: str) -> Callable
     return rate
 
 
-def _check_finite(step: int, loss: float, norm: float, lr: float) -> None:
-    if not math.isfinite(loss) or not math.isfinite(norm):
-        what = f"the loss is {loss}" if not math.isfinite(loss) else f"the gradient's norm is {norm}"
-        raise InputError(
-            f"{what} at step {step + 1} (learning rate {lr:.3g}): training diverged and was stopped; "
-            "lower --lr, lengthen --warmup-steps, or use --dtype float32"
-        )
+def _diverged(step: int, loss: float, norm: float, lr: float, where: str) -> InputError:
+    what = f"the loss is {loss}" if not math.isfinite(loss) else f"the gradient's norm is {norm}"
+    return InputError(
+        f"{what} at step {step + 1} (learning rate {lr:.3g}){', ' * bool(where)}{where}: training diverged and was "
+        "stopped; start anew with a lower --lr, more --warmup-steps, or --dtype float32"
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -11,6 +12,7 @@ from torch.nn import functional
 
 from diablo_export.trainer.batches import collate
 from diablo_export.trainer.data import IGNORED, Encoded
+from diablo_export.trainer.nonfinite import first_nonfinite
 from diablo_export.trainer.processes import Processes
 
 
@@ -34,6 +36,14 @@ class Objective:
     def targets(self, batch: Sequence[Encoded]) -> int:
         """How many classes or tokens of a batch are predicted; an item's first token never is."""
         return len(batch) if self.classify else sum(int(item.target[1:].sum()) for item in batch)
+
+    def culprit(self, parts: Sequence[Sequence[Encoded]]) -> str:
+        """Where a step's batches break the numbers: see `first_nonfinite`."""
+        count = sum(self.targets(part) for part in parts)
+        return first_nonfinite(self.model, (functools.partial(self._share, part, count) for part in parts))
+
+    def _share(self, batch: Sequence[Encoded], count: int) -> Tensor:
+        return self.loss(batch) / count
 
     @torch.no_grad()
     def evaluate(self, items: Sequence[Encoded], batch_size: int) -> dict[str, float]:

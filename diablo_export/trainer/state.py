@@ -10,6 +10,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -39,11 +40,19 @@ def save_state(
 
     Raises:
         OutputError: no room, or not writable.
+        InputError: a value that is not finite; nothing was written.
     """
     tensors = {name: whole(parameter.detach()).cpu().numpy() for name, parameter in parameters.items()}
     for name, parameter in parameters.items():
         for moment in _MOMENTS:
             tensors[f"{name}:{moment}"] = whole(optimizer.state[parameter][moment]).cpu().numpy()
+    broken = [name for name, value in tensors.items() if not np.isfinite(value).all()]
+    if broken:
+        kept = f"; {folder} keeps the one before" if folder.exists() else ""
+        raise InputError(
+            f"{broken[0]} holds NaN or infinity after step {step}, so that no checkpoint was written{kept}. "
+            "Start anew with a lower --lr"
+        )
     if not write:
         return
     layout = {name: ("F32", value.shape) for name, value in tensors.items()}

@@ -15,7 +15,7 @@ from diablo_export.trainer.data import Encoded
 from diablo_export.trainer.history import History
 from diablo_export.trainer.loop import Step
 from diablo_export.trainer.objective import Objective
-from diablo_export.trainer.state import CHECKPOINT
+from diablo_export.trainer.state import CHECKPOINT, read_step
 
 
 @dataclass(frozen=True)
@@ -91,8 +91,10 @@ def workspace(folder: Path) -> Iterator[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     try:
         yield folder
-    except BaseException:
+    except BaseException as error:
         if not (folder / CHECKPOINT).exists():
             shutil.rmtree(folder, ignore_errors=True)
+        elif isinstance(error, Exception):
+            log.warning("%s keeps the checkpoint after step %d", folder, read_step(folder / CHECKPOINT))
         raise
     shutil.rmtree(folder, ignore_errors=True)
