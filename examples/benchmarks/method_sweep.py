@@ -51,7 +51,7 @@ def shakespeare(data: Path, output: Path, **shared: Any) -> list[dict[str, Any]]
     write(output / "held-out.jsonl", [{"text": text[cut : cut + HELD_OUT]}])
     return sweep(
         data / "tinystories656k-hf", output / "shakespeare.jsonl", output / "shakespeare-sweep",
-        eval_data=output / "held-out.jsonl", lr=[1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1], num_blocks=[8],
+        eval_data=output / "held-out.jsonl", lr=[1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1], num_blocks=[8],
         max_steps=120, batch_size=8, max_length=128, **shared,
     )  # fmt: skip
 
