@@ -1,7 +1,7 @@
 """Faults planted in exports of a real model: each is caught by the numbers alone, and named at the right module.
 
-The table of docs/benchmarks.md, "Planted faults", is this file's FAULTS. The hashes are announced anew after each
-fault, so that nothing but the comparison can find it.
+The table of docs/benchmarks.md, "Planted faults", is this file's; `python -m tests.test_faults` prints it. The hashes
+are announced anew after each fault, so that nothing but the comparison can find it.
 """
 
 from __future__ import annotations
@@ -154,6 +154,7 @@ FAULTS: list[tuple[str, str, Plant, str, str]] = [
 ]  # fmt: skip
 # adapters that did not arrive as trained: the scale that did, and where the first module says so
 SCALES = [("a dropped adapter", 0.0), ("a doubled adapter", 2.0)]
+EVERYWHERE = ["merge", "merge int4", "branch"]
 KINDS: dict[str, tuple[Callable[..., Path], dict[str, Any]]] = {
     "merge": (exports.merged, {}),
     "merge int4": (exports.merged, {"quantize": "int4", "method": "rtn"}),
@@ -161,6 +162,28 @@ KINDS: dict[str, tuple[Callable[..., Path], dict[str, Any]]] = {
     "branch int4": (exports.branched, {"quantize": "int4"}),
     "branch": (exports.branched, {}),
 }
+
+
+def table() -> str:
+    """The rows of docs/benchmarks.md."""
+    cases = [(name, kind, f"{_short(module)}, {fault}") for name, kind, _, module, fault in FAULTS]
+    first = f"{_short('model.layers.0.self_attn.q_proj')}, the first adapted"
+    cases += [("a weak adapter that was dropped, all of it below one step", "merge int4", f"{first}, adapter")]
+    cases += [(name, ", ".join(EVERYWHERE), first) for name, _ in SCALES]
+    # in tests/test_modules.py
+    cases += [("one code of a fitted group off by one", "merge int4, calibrated", "the module that holds it, weights")]
+    rows = [f"| {name} | {kind} | {named} |" for name, kind, named in cases]
+    return "\n".join(["| fault | in | named |", "|---|---|---|", *rows])
+
+
+def _short(module: str) -> str:
+    return f"`{module.rpartition('.')[2]}` of layer {module.split('.')[2]}"
+
+
+def test_the_table_in_the_docs_is_this_one() -> None:
+    page = (Path(__file__).parent.parent / "docs" / "benchmarks.md").read_text(encoding="utf-8")
+    assert table() in page
+    assert f"None is reported on {len(CLEAN)} sound exports" in page
 
 
 @pytest.fixture(scope="module")
@@ -210,7 +233,7 @@ def test_a_planted_fault_is_caught_and_named(
     assert (report["first_divergent_module"], faults[module]) == (module, fault), faults
 
 
-@pytest.mark.parametrize("kind", ["merge", "merge int4", "branch"])
+@pytest.mark.parametrize("kind", EVERYWHERE)
 @pytest.mark.parametrize(("name", "scale"), SCALES, ids=[name for name, _ in SCALES])
 def test_an_adapter_that_did_not_arrive_is_named_at_its_first_module(
     name: str, scale: float, kind: str, bases: Callable[[str], tuple[Path, Path]], tmp_path: Path
@@ -271,3 +294,7 @@ def test_no_module_of_a_clean_export_is_named(
 def test_two_looks_give_the_same_digits(sound: Callable[[str], Path]) -> None:
     out = sound("branch int4")
     assert parity(out, **BOUNDS)["modules"] == parity(out, **BOUNDS)["modules"]
+
+
+if __name__ == "__main__":
+    print(table())
