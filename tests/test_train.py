@@ -344,6 +344,9 @@ def test_existing_output_is_kept(tiny_model: Callable[[str], Path], folder: Path
 
 
 def test_divergence_stops_with_a_message(tiny_model: Callable[[str], Path], folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"at step 2 \(learning rate 1e\+30\): training diverged"):
+    with pytest.raises(
+        InputError,
+        match=r"at step 2 \(learning rate 1e\+30\), first in the output of model\.layers\.0\..*: training diverged",
+    ):
         train(tiny_model("llama"), folder / "text.jsonl", tmp_path / "a", **{**RUN, "lr": 1e30, "schedule": "constant"})
     assert not list(tmp_path.iterdir()), "no checkpoint was written, so nothing is left"
