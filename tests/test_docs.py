@@ -104,6 +104,18 @@ def test_low_bit_page_runs_from_top_to_bottom(workplace: Path, tmp_path: Path, m
     assert json.loads(Path("moved/adapter_config.json").read_text())["base_quantization"]["on_grid"]
 
 
+def test_training_page_runs_and_leaves_nothing(
+    workplace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("model", "train.jsonl"):
+        (tmp_path / name).symlink_to(workplace / name)
+    monkeypatch.chdir(tmp_path)
+    for language, text in blocks(ROOT / "docs" / "training.md"):
+        assert language == "console"
+        run_console(text)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "train.jsonl"]
+
+
 def test_patch_commands_run(
     genai_graph: Callable[..., Path], tiny_adapter: Folder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -40,9 +40,10 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
+    clock = time.thread_time if options.threads == 1 else time.perf_counter  # the former is deaf to a busy machine
     missed = False
     for name in [options.only] if options.only else sorted(MODELS):
-        figures = measure(name, options.rounds)
+        figures = measure(name, options.rounds, clock)
         missed |= not all(figures["reached"].values())
         print(json.dumps(figures))
     sys.exit(missed)
@@ -68,7 +69,7 @@ def encoder() -> tuple[Any, Tensor, int]:
 MODELS = {"llama": llama, "encoder": encoder}
 
 
-def measure(name: str, rounds: int) -> dict[str, Any]:
+def measure(name: str, rounds: int, clock: Callable[[], float]) -> dict[str, Any]:
     """Time and memory of a step of each kind, and their ratios."""
     torch.manual_seed(0)
     model, ids, num_blocks = MODELS[name]()
@@ -83,10 +84,10 @@ def measure(name: str, rounds: int) -> dict[str, Any]:
     times: dict[str, list[float]] = {kind: [] for kind in kinds}
     for turn in range(rounds + 2):
         for kind in sorted(kinds, key=lambda kind: (list(kinds).index(kind) + turn) % 3):
-            began = time.perf_counter()
+            began = clock()
             steps[kind]()
             if turn > 1:
-                times[kind].append(time.perf_counter() - began)
+                times[kind].append(clock() - began)
 
     def ratio(first: str, second: str) -> float:
         return statistics.median(a / b for a, b in zip(times[first], times[second], strict=True))
@@ -95,7 +96,7 @@ def measure(name: str, rounds: int) -> dict[str, Any]:
         "time / LoRA": ratio("diablo", "lora"),
         "memory / LoRA": memory["diablo"] / memory["lora"],
         "time / base": ratio("diablo", "base"),
-        "LoRA's time / base": ratio("lora", "base"),
+        "LoRA's time / base": ratio("lora", "base"),  # its inverse is what no method can be below of LoRA's time
     }
     return {
         "model": name,
