@@ -344,7 +344,7 @@ def _is_here(folder: Path) -> bool:
 
 def _keep(path: Path, to: Path, in_place: bool) -> None:
     """Have what does not change in the new folder as well."""
-    if path.is_symlink() and (in_place or path.is_dir()):
+    if path.is_symlink() and (in_place or not path.is_file()):
         to.symlink_to(os.readlink(path) if in_place else path.resolve())
     elif path.is_dir():
         to.mkdir()

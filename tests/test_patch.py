@@ -54,6 +54,7 @@ def base(made: Path, tmp_path: Path) -> Path:
     (folder / "notes").mkdir()
     (folder / "notes" / "mine.txt").write_text("mine")
     (folder / "same.txt").symlink_to("notes/mine.txt")
+    (folder / "gone.txt").symlink_to("nowhere")
     return folder
 
 
@@ -68,7 +69,8 @@ def test_there_and_back(made: Path, base: Path, update: Path) -> None:
     assert {name: text for name, text in contents(base).items() if name not in ("notes/mine.txt", "same.txt")} == (
         contents(made / "merged")
     )
-    assert (base / "same.txt").is_symlink() and (base / "notes" / "mine.txt").read_text() == "mine"
+    assert (base / "same.txt").is_symlink() and os.readlink(base / "gone.txt") == "nowhere"
+    assert (base / "notes" / "mine.txt").read_text() == "mine"
     assert set(report["written"]) >= {DATA, "diablo_export.json", "parity.json"}
     assert not (base / "parity.json").exists()
     assert os.listdir(base.parent) == ["base"]
@@ -82,6 +84,7 @@ def test_into_another_folder(made: Path, base: Path, update: Path, tmp_path: Pat
     assert contents(tmp_path / "new") == {
         **contents(made / "merged"), "notes/mine.txt": b"mine", "same.txt": b"mine",
     }  # fmt: skip
+    assert (tmp_path / "new" / "gone.txt").is_symlink() and not (tmp_path / "new" / "same.txt").is_symlink()
     (tmp_path / "new" / "notes" / "mine.txt").write_text("another")  # a copy, no link
     assert contents(base) == before
     with pytest.raises(OutputError, match="new: exists already"):
