@@ -21,11 +21,13 @@ from diablo_export.converters.merge import merge
 from diablo_export.converters.onnx_graph import build_graph
 from diablo_export.converters.onnx_linears import linears, numpy_of
 from diablo_export.quantization import unpack
-from diablo_export.trainer.layer import DiabloLinear
+from diablo_export.trainer.initial import begin_at_float
+from diablo_export.trainer.layer import DiabloLinear, diablo_layers
 from diablo_export.trainer.loop import Step
-from diablo_export.trainer.model import load_tuned
+from diablo_export.trainer.model import load_base, load_tuned
 from diablo_export.trainer.on_grid import OnGridLinear, hardening, put_on_grid, settle
 from diablo_export.trainer.quantized import float_weight, pack_base
+from diablo_export.trainer.targets import choose_targets, wrap_targets
 from diablo_export.trainer.train import train
 from tests.onnx_runs import IDS, LOGITS, runner
 from tests.test_quantized import RUN, exact
@@ -213,6 +215,22 @@ def test_a_float_adapter_goes_onto_the_grid(tiny_model: Get, tiny_adapter: Get, 
         under = np.pad(delta != 0, ((0, 0), (0, -weight.shape[1] % 32))).reshape(nearest.shape)
         # a weight half-way between two codes may go either way in float32
         assert (codes_of(after, base, name) == nearest)[under].mean() > 0.999
+
+
+def test_it_begins_at_the_float_weights_within_their_codes(tiny_model: Get) -> None:
+    """So that small moves change a share of the codes."""
+    base = tiny_model("llama")
+    network, _ = load_base(base, "causal-lm")
+    wrap_targets(network, choose_targets(network), 4)
+    pack_base(network, BaseGrid(4, 32, True))
+    put_on_grid(network)
+    begin_at_float(network, Checkpoint.open(base))
+    for name, layer in diablo_layers(network).items():
+        assert isinstance(layer, OnGridLinear)
+        away = (layer.blocks / torch.where(layer.steps == 0, 1, layer.steps)).detach()
+        assert not layer.whole().any(), f"{name}: a weight began at another code than the base's"
+        # weights spread over a step by 1/√12, 0.29; the largest of a group are on a code or beyond the last
+        assert 0.25 < float(away.std()) < 0.33 and float(away.abs().max()) <= 1.0
 
 
 def test_the_record_says_so(trained: Get) -> None:

@@ -1,4 +1,4 @@
-"""What blocks begin at, where that is not zero: the blocks of another adapter."""
+"""What blocks begin at, where that is not zero: the blocks of another adapter, and the float weights behind a grid."""
 
 from __future__ import annotations
 
@@ -60,6 +60,18 @@ def begin_at(
     for name, value in adapter.saved.items():
         if name in parameters:
             parameters[name].copy_(torch.from_numpy(value.astype(np.float32)))
+
+
+@torch.no_grad()
+def begin_at_float(network: nn.Module, checkpoint: Checkpoint) -> None:
+    """Add to the blocks what the weights under them lost to their grid.
+
+    Blocks that are to be rounded to whole steps then begin spread over their steps, each at its own code still: a move
+    of a tenth of a step changes a tenth of the codes, and small moves are not lost.
+    """
+    for name, layer in diablo_layers(network).items():
+        lost = float_weight(checkpoint, name) - layer.weight.cpu().numpy()
+        layer.blocks.add_(torch.from_numpy(under_blocks(lost, layer.shape)).to(layer.blocks.device))
 
 
 def _laid(weight: Float32, grid: BaseGrid | None) -> Float32:

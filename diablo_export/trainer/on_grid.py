@@ -1,9 +1,10 @@
 """Training on the grid: blocks that move the codes of a quantized base, so that merging them loses nothing.
 
 A block's entries are trained as floats, and the layer computes with the nearest whole steps of the base's grid:
-straight-through, rounded on the way forward, as if not rounded on the way back. Rounding comes in by degrees: over the
-first four fifths of a run the floats harden into steps, and those that still may move make up for the others. What
-is evaluated and what is saved are whole steps; rounding base + blocks onto the base's own grid gives the trained codes.
+straight-through, rounded on the way forward, as if not rounded on the way back. They begin at the float base's own
+weights (`initial.begin_at_float`). Rounding comes in by degrees: over the first four fifths of a run the floats harden
+into steps, and those that still may move make up for the others. What is evaluated and what is saved are whole steps;
+rounding base + blocks onto the base's own grid gives the trained codes.
 """
 
 from __future__ import annotations

@@ -66,7 +66,7 @@ def begin_repaired(
     network: nn.Module, checkpoint: Checkpoint, items: Sequence[Encoded], batch_size: int, pad: int
 ) -> None:
     """Begin a training run at the repair of its base, on text from all over its data."""
-    text = some(items)
+    text = sorted(some(items), key=lambda item: len(item.ids))  # little padding
     log.info("repairing the base on %d items", len(text))
     with progress("repairing", len(diablo_layers(network))) as advance:
         missed = repair(network, checkpoint, text, batch_size=batch_size, pad=pad, advance=advance)

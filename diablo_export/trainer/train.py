@@ -30,7 +30,7 @@ from diablo_export.trainer.batches import Batches, hold_out
 from diablo_export.trainer.data import read_examples
 from diablo_export.trainer.folding import fold_blocks
 from diablo_export.trainer.history import LOG, PICTURE, History, draw, training_bar, write_log
-from diablo_export.trainer.initial import begin_at
+from diablo_export.trainer.initial import begin_at, begin_at_float
 from diablo_export.trainer.layer import diablo_layers
 from diablo_export.trainer.loop import learning_rate, train_loop
 from diablo_export.trainer.model import checkpoint_activations, head_parameters, load_with_fresh
@@ -192,7 +192,9 @@ def train(
         put_on_grid(network)
     parameters = _trainable(network, head)
     if given is not None:
-        begin_at(network, parameters, given, checkpoint, grid)
+        begin_at(network, parameters, given, checkpoint, given.base_grid if on_grid else grid)
+    if on_grid and not repair_base:
+        begin_at_float(network, checkpoint)
     if repair_base and not (resume and (work / CHECKPOINT / STATE).exists()):
         begin_repaired(network, checkpoint, items, batch_size, tokenizer.pad_token_id or 0)
     if processes.sharded:

@@ -92,6 +92,9 @@ def shakespeare(data: Path, work: Path, steps: int) -> Iterator[dict[str, Any]]:
         yield run(f"branch-{size}", **settings, **grid)
         yield run(f"grid-{size}", on_grid=True, **settings, **grid)
         yield exactness(base, work / f"grid-{size}", work / f"merged-{size}", text[cut : cut + 500])
+    weak: dict[str, Any] = {**settings, "lr": 1e-3, "base_quantize": "int4"}
+    yield run("weak-branch-32", 20, **weak)
+    yield run("weak-grid-32", 20, on_grid=True, **weak)
     yield run("from-float-32", steps // 5, lr=2e-3, base_quantize="int4", on_grid=True, init_adapter=work / "float")
 
 
@@ -144,7 +147,6 @@ def sst2(data: Path, work: Path, sentences: int, words: int) -> Iterator[dict[st
         "int4": {"base_quantize": "int4"},
         "int4-on-grid": {"base_quantize": "int4", "on_grid": True},
         "int2": {"base_quantize": "int2"},
-        "int2-repaired": {"base_quantize": "int2", "repair_base": True},
     }
     for name, how in runs.items():
         began = time.process_time()
