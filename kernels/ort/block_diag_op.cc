@@ -1,6 +1,5 @@
 #include "block_diag_op.h"
 
-#include <climits>
 #include <cstdio>
 
 #include "tensor.h"
@@ -16,36 +15,12 @@ size_t y0_index(const BlockDiagOp& op) { return op.scaled() ? 3 : 2; }
 
 const char* ORT_CALL name(const OrtCustomOp* op) { return self(op).name(); }
 
-const char* ORT_CALL provider(const OrtCustomOp* op) {
-  return self(op).device == Device::kCuda ? "CUDAExecutionProvider" : "CPUExecutionProvider";
-}
-
-OrtElementType element_of(DiabloType type) {
-  switch (type) {
-    case DIABLO_F16:
-      return kOrtFloat16;
-    case DIABLO_BF16:
-      return kOrtBFloat16;
-    case DIABLO_I8:
-      return kOrtInt8;
-    default:
-      return kOrtFloat;
-  }
-}
-
 OrtElementType ORT_CALL input_element(const OrtCustomOp* op, size_t index) {
   if (index == kBlocks) return element_of(self(op).block_type);
   return index == kScales && self(op).scaled() ? kOrtFloat : element_of(self(op).type);
 }
 
-OrtElementType ORT_CALL output_element(const OrtCustomOp* op, size_t) { return element_of(self(op).type); }
-
 size_t ORT_CALL input_count(const OrtCustomOp* op) { return y0_index(self(op)) + 1; }
-size_t ORT_CALL output_count(const OrtCustomOp*) { return 1; }
-OrtCharacteristic ORT_CALL required(const OrtCustomOp*, size_t) { return kOrtRequired; }
-OrtMemType ORT_CALL in_default_memory(const OrtCustomOp*, size_t) { return kOrtMemDefault; }
-int ORT_CALL one(const OrtCustomOp*) { return 1; }
-int ORT_CALL any_later(const OrtCustomOp*) { return INT_MAX; }
 
 OrtStatus* ORT_CALL create(const OrtCustomOp* op, const OrtApi*, const OrtKernelInfo*, void** kernel) {
   *kernel = const_cast<OrtCustomOp*>(op);
@@ -150,24 +125,14 @@ OrtStatus* multiply_on_cuda(const BlockDiagOp& op, const OrtKernelContext* conte
 }  // namespace
 
 BlockDiagOp::BlockDiagOp(DiabloType element_type, DiabloType element_of_blocks, Device runs_on, ort::Api table)
-    : OrtCustomOp{}, type(element_type), block_type(element_of_blocks), device(runs_on), api(table) {
-  version = ort::kVersion;
+    : Op(element_type, runs_on, table), block_type(element_of_blocks) {
   GetName = diablo::name;
-  GetExecutionProviderType = provider;
   GetInputType = input_element;
-  GetOutputType = output_element;
   GetInputTypeCount = input_count;
-  GetOutputTypeCount = output_count;
-  GetInputCharacteristic = GetOutputCharacteristic = required;
-  GetInputMemoryType = in_default_memory;
-  GetVariadicInputMinArity = GetVariadicInputHomogeneity = one;
-  GetVariadicOutputMinArity = GetVariadicOutputHomogeneity = one;
   CreateKernelV2 = create;
   KernelComputeV2 = diablo::compute;
   KernelDestroy = destroy;
   InferOutputShape = infer;
-  GetStartVersion = one;
-  GetEndVersion = any_later;
   GetMayInplace = scaled() ? in_place<3> : in_place<2>;
   ReleaseMayInplace = release_in_place;
 }

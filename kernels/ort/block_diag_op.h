@@ -1,18 +1,13 @@
 // The operators ai.diablo::BlockDiagMatMul and BlockDiagMatMulInt8 for ONNX Runtime, one for each pair of types.
 #pragma once
 
-#include "diablo/block_diag.h"
-#include "ort_abi.h"
+#include "op.h"
 
 namespace diablo {
 
-enum class Device { kCpu, kCuda };
-
 // What ONNX Runtime sees of one kernel. It has no state: the same object is the operator and its kernel.
-struct BlockDiagOp : OrtCustomOp {
-  DiabloType type, block_type;  // of X, Y0 and Y; of D, where int8 makes it BlockDiagMatMulInt8
-  Device device;
-  ort::Api api;
+struct BlockDiagOp : Op {
+  DiabloType block_type;  // of D, where int8 makes it BlockDiagMatMulInt8
 
   BlockDiagOp(DiabloType type, DiabloType block_type, Device device, ort::Api api);
   OrtStatus* compute(OrtKernelContext* context) const;

@@ -1,6 +1,5 @@
 #include "int4_op.h"
 
-#include <climits>
 #include <cstdio>
 #include <cstdlib>
 
@@ -17,10 +16,6 @@ constexpr size_t kX = 0, kCodes = 1, kScales = 2, kBlocks = 3, kZeros = 4, kInpu
 
 const Int4Op& self(const OrtCustomOp* op) { return *static_cast<const Int4Op*>(op); }
 
-OrtElementType element_of(DiabloType type) {
-  return type == DIABLO_F16 ? kOrtFloat16 : type == DIABLO_BF16 ? kOrtBFloat16 : kOrtFloat;
-}
-
 // One node: its numbers, and ONNX Runtime's own MatMulNBits, ready to be called.
 struct Node {
   const Int4Op* op;
@@ -30,22 +25,13 @@ struct Node {
 };
 
 const char* ORT_CALL name(const OrtCustomOp*) { return kName; }
-const char* ORT_CALL provider(const OrtCustomOp* op) {
-  return self(op).device == Device::kCuda ? "CUDAExecutionProvider" : "CPUExecutionProvider";
-}
 OrtElementType ORT_CALL input_element(const OrtCustomOp* op, size_t index) {
   return index == kCodes || index == kZeros ? kOrtUint8 : element_of(self(op).type);
 }
-OrtElementType ORT_CALL output_element(const OrtCustomOp* op, size_t) { return element_of(self(op).type); }
 size_t ORT_CALL input_count(const OrtCustomOp*) { return kInputs; }
-size_t ORT_CALL output_count(const OrtCustomOp*) { return 1; }
 OrtCharacteristic ORT_CALL input_kind(const OrtCustomOp*, size_t index) {
   return index == kZeros ? kOrtOptional : kOrtRequired;
 }
-OrtCharacteristic ORT_CALL output_kind(const OrtCustomOp*, size_t) { return kOrtRequired; }
-OrtMemType ORT_CALL in_default_memory(const OrtCustomOp*, size_t) { return kOrtMemDefault; }
-int ORT_CALL one(const OrtCustomOp*) { return 1; }
-int ORT_CALL any_later(const OrtCustomOp*) { return INT_MAX; }
 
 OrtStatus* refuse(const ort::Api& api, const char* why) {
   char text[480];
@@ -204,25 +190,14 @@ OrtStatus* ORT_CALL compute(void* kernel, OrtKernelContext* context) {
 
 }  // namespace
 
-Int4Op::Int4Op(DiabloType element_type, Device runs_on, ort::Api table)
-    : OrtCustomOp{}, type(element_type), device(runs_on), api(table) {
-  version = ort::kVersion;
+Int4Op::Int4Op(DiabloType element_type, Device runs_on, ort::Api table) : Op(element_type, runs_on, table) {
   GetName = diablo::name;
-  GetExecutionProviderType = provider;
   GetInputType = input_element;
-  GetOutputType = output_element;
   GetInputTypeCount = input_count;
-  GetOutputTypeCount = output_count;
   GetInputCharacteristic = input_kind;
-  GetOutputCharacteristic = output_kind;
-  GetInputMemoryType = in_default_memory;
-  GetVariadicInputMinArity = GetVariadicInputHomogeneity = one;
-  GetVariadicOutputMinArity = GetVariadicOutputHomogeneity = one;
   CreateKernelV2 = create;
   KernelComputeV2 = diablo::compute;
   KernelDestroy = destroy;
-  GetStartVersion = one;
-  GetEndVersion = any_later;
 }
 
 }  // namespace diablo
