@@ -6,6 +6,7 @@ The weights before and after are what onnxruntime computes of the unit vectors, 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,12 +23,14 @@ from onnxruntime.quantization import matmul_nbits_quantizer as producers
 from diablo_export.adapter import AdaptedModule, Adapter
 from diablo_export.blockdiag import Array, BlockShape, add_to_weight
 from diablo_export.converters.merge import merge
-from diablo_export.converters.onnx_groups import read
+from diablo_export.converters.onnx_groups import opened, read
 from diablo_export.converters.onnx_linears import Linear, linears, numpy_of
 from diablo_export.converters.onnx_match import match
 from diablo_export.converters.onnx_merge import onnx_merge
 from diablo_export.errors import ExportError
 from diablo_export.fingerprint import fingerprint
+from diablo_export.measure.given_base import foreign
+from diablo_export.measure.parity import parity
 from diablo_export.quantization import pack, unpack
 from diablo_export.requantize import Grid
 from tests import tiny
@@ -224,6 +227,23 @@ def test_initializers_inside_the_model(tmp_path: Path) -> None:
     assert changed.any() and not changed[~np.repeat(touched(one.shape, 16), 16, 1)].any()
 
 
+@pytest.mark.parametrize("producer", ["default-4-sym-16", "hqq-4-float-zeros", "qdq-uint4", "qdq-int4"])
+def test_parity_sees_what_a_merge_should_have_left_alone(producer: str, tmp_path: Path) -> None:
+    given, merged, adapter = tmp_path / "given.onnx", tmp_path / "model.onnx", Adapter({"m.a": module(4)})
+    for file in (given, merged):
+        onnx.save(PRODUCERS[producer](), file)
+    entries = onnx_merge(merged, adapter)
+    assert foreign(given, merged, entries, adapter) == []
+    model = ir.load(merged)
+    stored = opened(next(one for one in linears(model) if one.name.startswith("/m/a/")), tmp_path)
+    last = slice(IN // layer(given).group_size - 1, None)  # the first output's block reads the first inputs
+    old = stored.part(slice(1), last)
+    stored.put(slice(1), last, replace(old, codes=old.codes ^ np.uint8(1)))
+    stored.close()
+    ir.save(model, merged)
+    assert foreign(given, merged, entries, adapter) == ["m.a"]
+
+
 def _edited(**attributes: int) -> onnx.ModelProto:
     """The model with int4 codes and a DequantizeLinear of other attributes."""
     model = PRODUCERS["qdq-int4-matmul"]()
@@ -282,6 +302,10 @@ def test_the_genai_builders_qdq(
         before, after = (each[name] for each in grids)
         met = touched(one.shape, before.codes.shape[-1])
         assert _same(before, after, ~met) and not _same(before, after, met)
+    # survival is what rounding a random model leaves; the rest must be as for any other int4 merge
+    report = parity(tmp_path / "out", limit={"adapter.survival_gain": 0.5, "adapter.survival_cosine": 0.5})
+    assert report["verdict"] == "pass" and report["first_divergent_module"] is None
+    assert {one["name"] for one in report["modules"]} >= modules.keys()
 
 
 def _same(first: Grid, second: Grid, mask: Array) -> bool:

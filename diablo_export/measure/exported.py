@@ -18,6 +18,7 @@ from diablo_export.checkpoint import Checkpoint
 from diablo_export.errors import InputError
 from diablo_export.measure.compare import Runner
 from diablo_export.measure.exported_base import rebuild
+from diablo_export.measure.given_base import foreign, given_base
 from diablo_export.measure.onnx_runner import OnnxRunner, cache_shape
 from diablo_export.measure.sources import is_branch, is_onnx
 from diablo_export.measure.torch_runner import TorchRunner
@@ -79,6 +80,11 @@ def open_exported(
         on, off, zero = states(manifest, session, out, name, shape)
         return Exported(on, off, zero, None, provider, on.has_cache, path)
     on = OnnxRunner(session, cache_shape=shape)
+    given = given_base(manifest, adapter)
+    if given is not None:
+        off = OnnxRunner(runtime.session(given, threads=threads, spin=False), cache_shape=shape)
+        outside = foreign(given, path, list(manifest["modules"]), adapter)
+        return Exported(on, off, None, outside, provider, on.has_cache, path)
     checkpoint = Checkpoint.open(str(base.model.name_or_path))
     rebuilt = rebuild(path, list(manifest["modules"]), checkpoint, adapter)
     if not rebuilt.initializers:

@@ -47,16 +47,15 @@ def rebuild(path: Path, modules: list[dict[str, Any]], checkpoint: Checkpoint, a
     Raises:
         InputError: the manifest names initializers that the model does not have, or of another size.
     """
-    stored = _Stored(path)
+    stored = Stored(path)
     values: dict[str, Array] = {}
     foreign: list[str] = []
-    for entry in _flat(modules):
+    for entry in flat(modules):
         module = adapter.modules.get(entry["name"])
         if module is None:
             raise InputError(f"{path.parent}: holds a merged {entry['name']}, which the adapter {adapter.path} lacks")
         weight = base_weight(checkpoint, entry["name"])
-        reached = _reached(module.shape)
-        for name, value, mask in _parts(entry, weight, reached, module):
+        for name, value, mask in _parts(entry, weight, reached(module.shape), module):
             whole = stored.read(name)
             index = _index(entry, whole, value, path)
             found = whole[index].reshape(value.shape)
@@ -82,7 +81,7 @@ def base_weight(checkpoint: Checkpoint, module: str) -> Float32:
     return weight.T if stored_transposed(checkpoint.config) and not head else weight
 
 
-def _flat(modules: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+def flat(modules: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
     """One entry per merged weight: a module that lies in several nodes has one for each."""
     for entry in modules:
         for part in entry.get("parts") or [entry]:
@@ -90,7 +89,7 @@ def _flat(modules: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
                 yield {**part, "name": entry["name"]}
 
 
-def _reached(shape: BlockShape) -> Mask:
+def reached(shape: BlockShape) -> Mask:
     """Which weights (out_features, in_features) some block meets."""
     mask = np.zeros((shape.out_features, shape.in_features), np.bool_)
     for inputs, outputs in shape.slices():
@@ -102,7 +101,7 @@ def _parts(
     entry: Mapping[str, Any], weight: Float32, reached: Mask, module: AdaptedModule
 ) -> Iterator[tuple[str, Array, Mask]]:
     """(initializer, the base's value for it, where a merge may have changed it), for each initializer of a weight."""
-    if _is_slice(entry, module):
+    if is_slice(entry, module):
         rows = slice(*entry["rows"])
         weight, reached = weight[rows], reached[rows]
     if not entry.get("bits"):
@@ -123,7 +122,7 @@ def _parts(
         yield entry["zero_points"], base.zero_points, bytes_touched
 
 
-def _is_slice(entry: Mapping[str, Any], module: AdaptedModule) -> bool:
+def is_slice(entry: Mapping[str, Any], module: AdaptedModule) -> bool:
     """Whether `rows` are rows of the module that this weight holds, not rows of the weight that hold the module."""
     rows = entry.get("rows")
     return rows is not None and rows[1] - rows[0] < module.out_features
@@ -143,7 +142,7 @@ def _index(entry: Mapping[str, Any], whole: Array, value: Array, path: Path) -> 
     return (slice(None),) * axis + (slice(*rows),)
 
 
-class _Stored:
+class Stored:
     """Initializers of a model, read one at a time."""
 
     def __init__(self, path: Path) -> None:

@@ -23,6 +23,7 @@ from diablo_export.checkpoint import Checkpoint
 from diablo_export.console import log, progress
 from diablo_export.measure import exported, sources
 from diablo_export.measure.exported_base import rebuild
+from diablo_export.measure.given_base import given_base
 from diablo_export.measure.metrics import decibels
 from diablo_export.measure.onnx_runner import OnnxRunner, cache_shape
 from diablo_export.measure.places import Graph
@@ -216,6 +217,11 @@ def _export(
     if sources.is_branch(manifest):
         session = open_session(graph, places, threads)
         on, off, _ = exported.states(manifest, session, out, name, shape)
+        return OnnxTaps(graph, on, places), OnnxTaps(graph, off, places)
+    given = given_base(manifest, adapter)
+    if given is not None:
+        graphs = (graph, Graph(given))
+        on, off = (OnnxRunner(open_session(each, places, threads), cache_shape=shape) for each in graphs)
         return OnnxTaps(graph, on, places), OnnxTaps(graph, off, places)
     rebuilt = rebuild(out / "model.onnx", entries, Checkpoint.open(str(model.name_or_path)), adapter)
     sessions = (open_session(graph, places, threads, values) for values in (None, rebuilt.initializers))

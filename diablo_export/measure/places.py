@@ -178,7 +178,17 @@ class Graph:
             return int(attributes["N"])
         stored = self.stored.get(node.input[1])
         if stored is None or len(stored.dims) != 2:
-            source = next((n for n in self.proto.graph.node if node.input[1] in n.output), None)
-            stored = self.stored.get(source.input[0]) if source is not None and source.op_type == "Transpose" else None
-            return int(stored.dims[0]) if stored is not None and len(stored.dims) == 2 else 0
+            return self._made_width(node.input[1], last=not attributes.get("transB"))
         return int(stored.dims[0] if attributes.get("transB") else stored.dims[1])
+
+    def maker(self, value: str) -> onnx.NodeProto | None:
+        """The node that gives this value; None for what is stored or fed."""
+        return next((node for node in self.proto.graph.node if value in node.output), None)
+
+    def _made_width(self, weight: str, last: bool) -> int:
+        """The last dimension, or the first, of a stored matrix behind a Transpose, a DequantizeLinear, or both."""
+        source = self.maker(weight)
+        if source is None or source.op_type not in ("Transpose", "DequantizeLinear"):
+            stored = self.stored.get(weight)
+            return int(stored.dims[-1 if last else 0]) if stored is not None and len(stored.dims) == 2 else 0
+        return self._made_width(source.input[0], last != (source.op_type == "Transpose"))

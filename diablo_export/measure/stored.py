@@ -7,20 +7,18 @@ weight by weight, a group that rounding alone has moved is within a step of wher
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import onnx
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from diablo_export.adapter import AdaptedModule
 from diablo_export.blockdiag import Array
 from diablo_export.fingerprint import ValuesDigest
-from diablo_export.measure.places import Graph, Part, Place
-from diablo_export.quantization import dequantize, quantize, unpack
-from diablo_export.requantize import Grid
+from diablo_export.measure.coded import Coded, coded
+from diablo_export.measure.places import Graph, Place
+from diablo_export.quantization import fresh_grid
 
 _ROWS = 4096  # of a weight at a time: a large head is never held three times
 
@@ -65,32 +63,32 @@ def audit(
         x: (rows, in_features) inputs.
         fitted: the codes under the blocks were chosen for the outputs, and so may be far from the weights.
     """
-    if any(part.node.op_type != "MatMulNBits" for part in place.parts):
+    found = [coded(graph, part.node) for part in place.parts]
+    grids = [grid for grid in found if grid is not None]
+    if len(grids) < len(found):
         return None
     base = linear.get_parameter("weight").detach().numpy()
     wanted = np.asarray(base.T if isinstance(linear, Conv1D) else base, np.float32)
     delta = _delta(merged) if merged is not None else None
     explained, worst, dot, norm = np.empty((len(x), len(wanted)), np.float32), 0.0, 0.0, 0.0
-    met = _met(merged, _attributes(place.parts[0].node)["block_size"]) if fitted and merged is not None else None
+    met = _met(merged, grids[0].size) if fitted and merged is not None else None
     errors = np.zeros((2, len(wanted)))  # squares over the inputs, of what is stored and of rounding to nearest
     noise = np.empty(len(wanted))
     digest = ValuesDigest()
     first = 0  # the module's row where a part begins
-    for part in place.parts:
+    for part, grid in zip(place.parts, grids, strict=True):
         for start in range(*part.rows, _ROWS):
             stop = min(start + _ROWS, part.rows[1])
             rows = slice(first + start - part.rows[0], first + stop - part.rows[0])
             target = wanted[rows] if delta is None else wanted[rows] + delta[rows]
-            stored = _dequantized(graph, part, start, stop)
+            stored = grid.rows(start, stop)
             digest.add(stored)
             error = stored - target
-            noise[rows] = _noise(x, stored, _attributes(part.node)["block_size"])
+            noise[rows] = _noise(x, stored, grid.size)
             free = error if met is None else np.where(met[rows], 0, error)
-            worst = max(worst, _worst(free, target, part))
+            worst = max(worst, _worst(free, target, grid))
             if met is not None:
-                attributes = _attributes(part.node)
-                grid = attributes.get("bits", 4), attributes["block_size"], not _has_zeros(part)
-                nearest = dequantize(quantize(target, *grid)) - target
+                nearest = _rounded(target, grid) - target
                 for kind, one in enumerate((error, nearest)):
                     errors[kind, rows] = ((x @ np.where(met[rows], one, 0).T).astype(np.float64) ** 2).sum(0)
             explained[:, rows] = x @ error.T
@@ -110,10 +108,6 @@ def _met(module: AdaptedModule, size: int) -> npt.NDArray[np.bool_]:
     return met
 
 
-def _has_zeros(part: Part) -> bool:
-    return len(part.node.input) > 3 and bool(part.node.input[3])
-
-
 def _delta(module: AdaptedModule) -> Float32:
     """blockdiag(D)ᵀ, cropped: (out_features, in_features)."""
     dense = np.zeros((module.out_features, module.in_features), np.float32)
@@ -123,29 +117,21 @@ def _delta(module: AdaptedModule) -> Float32:
     return dense
 
 
-def _dequantized(graph: Graph, part: Part, start: int, stop: int) -> Float32:
-    attributes = _attributes(part.node)
-    codes, scales = (graph.read(name) for name in part.node.input[1:3])
-    out, size = attributes["N"], attributes["block_size"]
-    bits, groups = attributes.get("bits", 4), -(-attributes["K"] // size)
-    scales = scales.reshape(out, groups)[start:stop].astype(np.float32)
-    zeros: Any = np.full(scales.shape, 2 ** (bits - 1), np.uint8)
-    if _has_zeros(part):
-        zeros = graph.read(part.node.input[3]).reshape(out, -1)[start:stop]
-        # of the scales' type they are not rounded to codes
-        zeros = unpack(zeros, bits, groups) if zeros.dtype == np.uint8 else zeros.astype(np.float32)
-    codes = unpack(codes.reshape(out, groups, -1)[start:stop], bits, size)
-    return Grid(codes, scales, zeros, bits, False).values().reshape(len(scales), -1)[:, : attributes["K"]]
+def _rounded(target: Float32, grid: Coded) -> Float32:
+    """The target rounded to the nearest on fresh groups of the same kind."""
+    grouped = np.pad(target, ((0, 0), (0, -target.shape[1] % grid.size))).reshape(len(target), -1, grid.size)
+    codes, scales, zeros = fresh_grid(grouped, grid.bits, not grid.has_zeros)
+    values = (codes.astype(np.float32) - zeros[..., None]) * scales[..., None]
+    return np.asarray(values.reshape(len(target), -1)[:, : target.shape[1]], np.float32)
 
 
-def _worst(error: Float32, target: Float32, part: Part) -> float:
+def _worst(error: Float32, target: Float32, grid: Coded) -> float:
     """The largest root mean square error of a group, in steps of the grid that suits the target."""
-    attributes = _attributes(part.node)
-    size, bits = attributes["block_size"], attributes.get("bits", 4)
+    size, bits = grid.size, grid.bits
     short = -target.shape[1] % size
     grouped, errors = (np.pad(a, ((0, 0), (0, short))).reshape(len(a), -1, size) for a in (target, error))
     spans = np.maximum(grouped.max(-1), 0) - np.minimum(grouped.min(-1), 0)  # (rows, groups)
-    if not _has_zeros(part):
+    if not grid.has_zeros:
         spans = 2 * np.abs(grouped).max(-1)
     steps = spans / (2**bits - 1)
     steps = np.maximum(steps, 1e-3 * steps.mean() + 1e-30)  # an empty group has no grid of its own
@@ -161,9 +147,4 @@ def _noise(x: Array, weight: Float32, size: int) -> Array:
     grouped, weights = (np.pad(a, ((0, 0), (0, short))).reshape(len(a), -1, size) for a in (x, weight))
     steps = np.abs(grouped).max(-1).astype(np.float64) / 127  # (rows, groups)
     found: Array = np.einsum("jgk,jgk->jg", weights, weights) @ ((steps**2).sum(0) / 12)
-    return found
-
-
-def _attributes(node: onnx.NodeProto) -> dict[str, int]:
-    found: dict[str, Any] = {entry.name: entry.i for entry in node.attribute}
     return found
