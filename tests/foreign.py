@@ -8,15 +8,17 @@ import logging
 from pathlib import Path
 from typing import Any
 
+# LoRA options for the tiny BERT
+CLASSIFIER: dict[str, Any] = {"task_type": "SEQ_CLS", "target_modules": ["query", "value", "dense"]}
+
 
 def make_peft(model: Path, folder: Path, seed: int = 1, **options: Any) -> Path:
     """Save a LoRA adapter with random weights for a model; `options` are of LoraConfig."""
     import peft
     import torch
-    import transformers
 
     torch.manual_seed(seed)
-    base = transformers.AutoModelForCausalLM.from_pretrained(model)
+    base = load(model)
     chosen = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj", "down_proj"], "task_type": "CAUSAL_LM"}
     network = peft.get_peft_model(base, peft.LoraConfig(**{**chosen, **options}))
     with torch.no_grad():
@@ -29,22 +31,29 @@ def make_peft(model: Path, folder: Path, seed: int = 1, **options: Any) -> Path:
     return folder
 
 
+def load(model: Path) -> Any:
+    """A folder's model, a classifier where it says that it is one."""
+    import transformers
+
+    (kind,) = transformers.AutoConfig.from_pretrained(model).architectures
+    return getattr(transformers, kind).from_pretrained(model)
+
+
 def merge_peft(model: Path, adapter: Path, folder: Path) -> Path:
     """What `merge_and_unload` makes, with the base's tokenizer."""
     import peft
     import transformers
 
-    base = transformers.AutoModelForCausalLM.from_pretrained(model)
-    peft.PeftModel.from_pretrained(base, adapter).merge_and_unload().save_pretrained(folder)
+    peft.PeftModel.from_pretrained(load(model), adapter).merge_and_unload().save_pretrained(folder)
     transformers.AutoTokenizer.from_pretrained(model).save_pretrained(folder)
     return folder
 
 
-def build(model: Path, folder: Path, precision: str = "fp32", *options: str) -> Path:
+def build(model: Path, folder: Path, precision: str = "fp32", *options: str, provider: str = "cpu") -> Path:
     """Run onnxruntime-genai's builder with extra options, as its users do; returns the folder."""
     from onnxruntime_genai.models import builder
 
-    arguments = (None, str(model), str(folder), precision, "cpu", str(folder / "cache"))
+    arguments = (None, str(model), str(folder), precision, provider, str(folder / "cache"))
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         builder.create_model(*arguments, **builder.parse_extra_options(*arguments, list(options)))
     logging.getLogger().setLevel(logging.WARNING)
@@ -54,9 +63,8 @@ def build(model: Path, folder: Path, precision: str = "fp32", *options: str) -> 
 def export_with_torch(model: Path, file: Path, length: int | None = None) -> Path:
     """`torch.onnx.export(dynamo=True)` of a folder's model: ids in, logits out; fixed to `length` tokens, or free."""
     import torch
-    import transformers
 
-    network = transformers.AutoModelForCausalLM.from_pretrained(model).eval()
+    network = load(model).eval()
     network.config.use_cache = False
 
     class Logits(torch.nn.Module):

@@ -19,6 +19,7 @@ from diablo_export.converters.onnx_adapters import write_onnx_adapter
 from diablo_export.errors import AdapterError, CheckFailed, InputError
 from diablo_export.measure.parity import parity
 from diablo_export.measure.report import require_pass
+from diablo_export.measure.verify import verify
 from tests import exports, foreign, tiny
 from tests.exports import SMALL
 
@@ -57,7 +58,9 @@ def built(model: Path, adapters: dict[str, Path], tmp_path_factory: pytest.TempP
         if (adapter, precision) not in made:
             options = [f"adapter_path={adapters[adapter]}"] if adapter else []
             folder = tmp_path_factory.mktemp("built") / f"{adapter}-{precision}"
-            made[adapter, precision] = foreign.build(model, folder, precision, *options)
+            # its float16 for the CPU fails there when it decodes; the one for CUDA runs on a CPU, too
+            provider = "cuda" if precision == "fp16" else "cpu"
+            made[adapter, precision] = foreign.build(model, folder, precision, *options, provider=provider)
         return made[adapter, precision]
 
     return get
@@ -65,6 +68,20 @@ def built(model: Path, adapters: dict[str, Path], tmp_path_factory: pytest.TempP
 
 def judge(out: Path, model: Path, adapter: Path, **options: Any) -> dict[str, Any]:
     return parity(out, model=model, adapter=[str(adapter)], **{**SMALL, **options})
+
+
+def put_into_a_file(graph: Path, file: Path) -> dict[str, Any]:
+    """LoRA's matrices become inputs of the graph, their values an .onnx_adapter, as Olive makes them."""
+    whole = onnx.load(graph)
+    values = {t.name: onnx.numpy_helper.to_array(t) for t in whole.graph.initializer if "lora" in t.name}
+    kept = [tensor for tensor in whole.graph.initializer if tensor.name not in values]
+    del whole.graph.initializer[:]
+    whole.graph.initializer.extend(kept)
+    for name, value in values.items():
+        whole.graph.input.append(onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, value.shape))
+    onnx.save(whole, graph)
+    write_onnx_adapter(file, values)
+    return values
 
 
 def test_the_builder_s_lora_passes(model: Path, adapters: dict[str, Path], built: Callable[..., Path]) -> None:
@@ -166,19 +183,10 @@ def test_quantized_exports_are_held_against_the_same_program_s_base(
 def test_an_adapter_in_its_own_file_is_fed(
     model: Path, adapters: dict[str, Path], built: Callable[..., Path], tmp_path: Path
 ) -> None:
-    """As Olive makes them: LoRA's matrices are inputs of the graph, their values an .onnx_adapter beside it."""
     out = exports.copy(built("lora"), tmp_path / "out")
     for report in ("parity.json", "model.parity.json"):
         (out / report).unlink(missing_ok=True)
-    whole = onnx.load(out / "model.onnx")
-    values = {t.name: onnx.numpy_helper.to_array(t) for t in whole.graph.initializer if "lora" in t.name}
-    kept = [tensor for tensor in whole.graph.initializer if tensor.name not in values]
-    del whole.graph.initializer[:]
-    whole.graph.initializer.extend(kept)
-    for name, value in values.items():
-        whole.graph.input.append(onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, value.shape))
-    onnx.save(whole, out / "model.onnx")
-    write_onnx_adapter(out / "poems.onnx_adapter", values)
+    values = put_into_a_file(out / "model.onnx", out / "poems.onnx_adapter")
     report = judge(out, model, adapters["lora"])
     assert report["verdict"] == "pass", report["environment"]
     assert report["environment"]["exported_base"] == str(out / "model.onnx")
@@ -221,6 +229,61 @@ def test_plain_torch_exports_with_free_and_with_fixed_length(
         require_pass(judge(base, model, adapters["lora"]), base)
 
 
+def test_float16_exports_are_held_to_float16(
+    model: Path, adapters: dict[str, Path], built: Callable[..., Path]
+) -> None:
+    report = judge(built("lora", "fp16"), model, adapters["lora"])
+    assert report["verdict"] == "pass", exports.failed(report)
+    assert report["environment"]["precision"] == "fp16"
+    assert {"logits.sqnr_db", "adapter.survival_gain.error"} <= set(exports.checks(report))
+    assert report["logits"]["max_abs"] > 1e-4  # it is no float32 under another name
+    lost = judge(built("dora", "fp16"), model, adapters["dora"])
+    assert {"adapter.whole", "logits.sqnr_db"} <= exports.failed(lost)
+    assert "the export is the model without DoRA's magnitudes" in lost["environment"]["fault"]
+
+
+@pytest.mark.slow  # two exports by torch
+def test_a_classifier_with_lora_and_its_own_head(tiny_model: Get, tmp_path: Path) -> None:
+    bert = tiny_model("bert")
+    adapter = foreign.make_peft(bert, tmp_path / "lora", **foreign.CLASSIFIER)
+    merged = foreign.merge_peft(bert, adapter, tmp_path / "merged")
+    data = tmp_path / "data.jsonl"
+    lines = [{"text": f"the dog {'sat ' * i}", "label": str(i % 2)} for i in range(8)]
+    data.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    out = foreign.export_with_torch(merged, tmp_path / "out" / "m.onnx").parent
+    report = judge(out, bert, adapter, data=data)
+    assert report["verdict"] == "pass", exports.failed(report)
+    assert list(report["accuracy"]) == ["tuned", "exported", "base"] and "decode" not in report
+    base = foreign.export_with_torch(bert, tmp_path / "base" / "m.onnx")
+    lost = judge(base, bert, adapter, data=data)
+    assert {"adapter.whole", "logits.max_abs"} <= exports.failed(lost)
+
+
+# certificates
+
+
+@pytest.mark.parametrize("own_file", [False, True], ids=["in the graph", "in a file of its own"])
+def test_another_program_s_export_is_certified_and_verified(
+    own_file: bool, model: Path, adapters: dict[str, Path], built: Callable[..., Path], tmp_path: Path
+) -> None:
+    out = exports.copy(built("lora"), tmp_path / "out")
+    (out / "model.onnx").rename(out / "decoder.onnx")
+    if own_file:
+        put_into_a_file(out / "decoder.onnx", out / "poems.onnx_adapter")
+    report = judge(out, model, adapters["lora"], certificate=True)
+    assert report["verdict"] == "pass", exports.failed(report)
+    name = adapters["lora"].name
+    found = verify(out, threads=1)
+    assert [check["name"] for check in found["checks"]] == ["files", "runs", f"drift@{name}", f"distance@{name}"]
+    assert found["verdict"] == "pass", found
+    changed = "poems.onnx_adapter" if own_file else "decoder.onnx"
+    exports.flip_byte(out / changed, 5000)
+    assert verify(out)["environment"]["changed"] == [changed]
+    judge(out, model, adapters["lora"])  # another look takes the certificate away
+    with pytest.raises(InputError, match=r"has no certificate\.json"):
+        verify(out)
+
+
 @pytest.mark.slow  # a process of its own, which loads torch again
 def test_as_its_users_call_the_builder(
     model: Path, adapters: dict[str, Path], tmp_path: Path, run: Callable[..., Result]
@@ -257,8 +320,8 @@ def test_bad_input_is_named(model: Path, adapters: dict[str, Path], built: Calla
         InputError, match=r"has no diablo_export\.json, .* give --model and one --adapter PATH \(0 given\)"
     ):
         parity(out, model=model)
-    with pytest.raises(InputError, match=r"--certificate .* not for exports of other programs"):
-        judge(out, model, adapters["lora"], certificate=True)
+    with pytest.raises(InputError, match=r"model\.onnx: --certificate is for folders"):
+        judge(out / "model.onnx", model, adapters["lora"], certificate=True)
     with pytest.raises(AdapterError, match=r"nowhere.*adapter_config\.json"):
         judge(out, model, tmp_path / "nowhere")
     two = exports.copy(out, tmp_path / "two")

@@ -35,7 +35,13 @@ _DRIFT = {"fp32": 1e-4, "fp16": 1e-3, "bf16": 1e-2}
 _DRIFT_QUANTIZED = 1e-3
 
 
-def write(folder: Path, cases: Sequence[Golden], precision: str, environment: dict[str, Any]) -> None:
+def write(
+    folder: Path,
+    cases: Sequence[Golden],
+    precision: str,
+    environment: dict[str, Any],
+    graph: dict[str, Any] | None = None,
+) -> None:
     """Certify a folder as it is now; both files appear whole or not at all.
 
     Args:
@@ -43,6 +49,8 @@ def write(folder: Path, cases: Sequence[Golden], precision: str, environment: di
         cases: what its model gave.
         precision: fp32, fp16, bf16, int8 or int4: of its weights.
         environment: what it was checked with.
+        graph: of another program's export, what `verify` must know to run it: `{"file", "output", "length",
+            "cache_shape", "adapter"}`, file names relative to the folder.
     """
     revoke(folder)
     buffer = io.BytesIO()
@@ -55,6 +63,7 @@ def write(folder: Path, cases: Sequence[Golden], precision: str, environment: di
         "cases": [{"adapter": case.adapter, "limits": limits(case, precision)} for case in cases],
         "files": {name: _sha256(folder / name) for name in files(folder)},
         "environment": environment,
+        **({"graph": graph} if graph else {}),
     }
     text = json.dumps(body, indent=1, allow_nan=False) + "\n"
     _write(folder / CERTIFICATE, text.replace(_NO_SEAL, hashlib.sha256(text.encode()).hexdigest(), 1).encode())

@@ -84,8 +84,14 @@ def accuracy(
     return {name: float((np.array(chosen) == wanted).mean()) for name, chosen in choices.items()}
 
 
-def decode(tuned: TorchRunner, exported: Runner, prompts: Sequence[Ids], steps: int) -> Decoded:
-    """Compare KV-cache decoding, step by step on the tokens that tuned chooses.
+def decode(
+    tuned: TorchRunner,
+    exported: Runner,
+    prompts: Sequence[Ids],
+    steps: int,
+    advance: Callable[[float], None] = lambda _: None,
+) -> Decoded:
+    """Compare KV-cache decoding, step by step on the tokens that tuned chooses; `advance` is called with prompts done.
 
     A free greedy run of the export takes those very tokens until its own first choice differs, so one run gives both
     the distance per step and the step at which the texts part.
@@ -103,6 +109,7 @@ def decode(tuned: TorchRunner, exported: Runner, prompts: Sequence[Ids], steps: 
         cache.append(float(np.abs(found - whole).max() / max(float(whole.std()), 1e-12)))
         divergences += _divergence(wanted, found)
         texts.append(tokens)
+        advance(1)
     return Decoded(
         steps=steps,
         first_divergence=min(divergences, default=None),

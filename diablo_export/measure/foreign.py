@@ -66,6 +66,7 @@ def measure(
     bounds |= {"labels": labels, "longest": graph.length, "threads": threads}
     measured = examine(measured, tuned, off, tokenizer, open_both, **bounds)
     if measured.figures["runs"]:
+        measured.graph = _as_run(Path(found["folder"]), graph, opened[0], name)
         in_torch = opened[0].off is off
         measured.environment["exported_base"] = "torch" if in_torch else str(other.file if other else graph.file)
         if in_torch:  # these compare with a base that the export had no part in
@@ -109,6 +110,18 @@ def _runner(graph: Graph, base: TorchRunner, threads: int | None, classifier: bo
     shape = cache_shape(graph.file.parent) or cache_shape(Path(str(base.model.name_or_path)))
     output = graph.logits(config.num_labels if classifier else config.vocab_size)
     return session, OnnxRunner(session, cache_shape=shape, output=output, length=graph.length)
+
+
+def _as_run(folder: Path, graph: Graph, exported: Exported, name: str) -> dict[str, Any]:
+    """What a certificate says of the graph; see `certificate.write`."""
+    runner, swapped = exported.on, adapter_file(graph.file, name)
+    assert isinstance(runner, OnnxRunner)
+    # the files themselves may be links to elsewhere, as in a cache of downloads
+    file, adapter = (
+        path and (path.parent.resolve() / path.name).relative_to(folder).as_posix() for path in (graph.file, swapped)
+    )
+    shape = list(runner.cache_shape) if runner.cache_shape else None
+    return {"file": file, "output": runner.output, "length": runner.length, "cache_shape": shape, "adapter": adapter}
 
 
 def _look_for_loss(

@@ -10,6 +10,7 @@ from diablo_export.adapter import CONFIG, TASKS, WEIGHTS, file_sha256
 from diablo_export.errors import InputError
 from diablo_export.manifest import MANIFEST, PARITY, file_xxh3
 from diablo_export.measure import foreign_graph, peft_config
+from diablo_export.measure.certificate import CERTIFICATE
 
 _ADAPTER_FILE = "*.onnx_adapter"
 
@@ -51,6 +52,7 @@ def manifest(out: Path, given: Iterable[str], exported_base: str | Path | None =
     }
     return {
         "foreign": str(graph.file),
+        "folder": str((out if out.is_dir() else graph.file.parent).resolve()),
         "exported_base": exported_base is not None or adapter_file(graph.file, entry["name"]) is not None,
         "precision": graph.precision,
         "base": {"path": None, "id": adapter.config.get("base_model_name_or_path"), "files": {}},
@@ -68,8 +70,9 @@ def hashes(out: Path, manifest: Mapping[str, Any], base: Path, adapters: Mapping
     """The hashes of what was compared, as `sources.hashes` gives them; there is nothing to hold them against."""
     graph = foreign_graph.read(foreign_graph.find(out))
     files = [graph.file, *graph.data, *graph.file.parent.glob("*.json")]
+    files = [path for path in files if path.is_file() and not path.name.endswith((PARITY, CERTIFICATE))]
     return {
-        "files": {p.name: file_sha256(p) for p in files if p.is_file() and not p.name.endswith(PARITY)},
+        "files": {path.name: file_sha256(path) for path in files},
         "base": {path.name: file_xxh3(path) for path in sorted(base.glob("*.safetensors"))},
         "adapters": {n: {f: file_sha256(p / f) for f in (CONFIG, WEIGHTS)} for n, p in adapters.items()},
         "changed": [],

@@ -46,6 +46,7 @@ FIGURES: Mapping[str, tuple[str, str]] = {
     "decode.diverged": ("<=", "prompts whose greedy text leaves tuned's"),
     "accuracy.drop": ("<=", "accuracy of tuned less that of exported"),
     "adapter.alive": (">=", "1 if scale 0 equals the base and scale 1 does not"),
+    "adapter.bound": (">=", "1 if I/O binding gives the same logits with the adapter as a plain run"),
     "adapter.whole": (">=", "1 if exported is nearest to tuned, and not to the base or to a part of the adapter"),
     "adapter.survival_gain": (">=", "share of the adapter's effect on the logits that is left"),
     "adapter.survival_gain.error": ("<=", "distance of that share from 1"),
@@ -64,6 +65,7 @@ _ALWAYS: Mapping[str, float] = {
     "runs": 1,
     "modules.faulty": 0,  # what is a fault, and why, is told in modules.py
     "adapter.alive": 1,
+    "adapter.bound": 1,  # looked at where adapters are files
     "adapter.whole": 1,  # looked at in exports of other programs
 }
 _MERGED: Mapping[str, float] = {

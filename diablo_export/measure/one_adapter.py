@@ -24,7 +24,7 @@ from diablo_export.measure.golden import Golden, record
 from diablo_export.measure.metrics import Comparison
 from diablo_export.measure.modules import look
 from diablo_export.measure.onnx_runner import OnnxRunner
-from diablo_export.measure.prompts import Sample, collect
+from diablo_export.measure.prompts import Ids, Sample, collect
 from diablo_export.measure.texts import answers, continuations
 from diablo_export.measure.torch_runner import TorchRunner, context_length
 from diablo_export.trainer.model import load_tuned
@@ -51,6 +51,7 @@ class Measured:
         errors: standard errors of figures that are differences of shares.
         environment: the report's environment.
         samples: what was compared.
+        graph: of another program's export, how a certificate has it run.
         golden: rows for a certificate, where asked for: of the adapter, and of the base where it can be left out.
     """
 
@@ -60,6 +61,7 @@ class Measured:
     figures: dict[str, float] = field(default_factory=dict)
     parts: dict[str, Any] = field(default_factory=dict)
     errors: dict[str, float] = field(default_factory=dict)
+    graph: dict[str, Any] = field(default_factory=dict)
     golden: list[Golden] = field(default_factory=list)
     samples: list[Sample] = field(default_factory=list)
 
@@ -178,7 +180,8 @@ def examine(
             found.parts["texts"] = answers(found.name, tokenizer, items, choices, [str(label) for label in classes])
         elif exported.decodes:
             prompts = compare.decoding_prompts(items, tokenizer.eos_token_id, context_length(tuned.model), steps)
-            decoded = compare.decode(tuned, exported.on, prompts, steps)
+            with progress("Decoding", len(prompts)) as advance:
+                decoded = compare.decode(tuned, exported.on, prompts, steps, advance)
             _add_decode(found, decoded)
             found.parts["texts"] = continuations(found.name, tokenizer, off, exported.on, prompts, decoded.texts)
         if certify:
@@ -281,10 +284,21 @@ def _add_adapter(found: Measured, sums: Comparison, exported: Exported, sample: 
     found.parts["adapter"] = {"alive": alive, "survival_gain": gain, "survival_cosine": cosine}
     found.figures |= {"adapter.alive": float(alive), "adapter.survival_gain": gain}
     found.figures |= {"adapter.survival_gain.error": abs(gain - 1), "adapter.survival_cosine": cosine}
+    if isinstance(exported.on, OnnxRunner) and exported.on.adapter is not None:
+        found.figures["adapter.bound"] = float(_binds(exported.on, sample.ids))
     if exported.foreign is not None:
         found.figures["untouched"] = len(exported.foreign)
         for module in exported.foreign:
             log.warning("%s differs from the base also where no block reaches", module)
+
+
+def _binds(runner: OnnxRunner, ids: Ids) -> bool:
+    """Whether an I/O binding gives what a plain run gives: onnxruntime by itself forgets adapters there."""
+    feeds = {**runner.feeds(ids, 0), **runner.empty_cache(), **runner.fixed}
+    binding = runtime.bind(runner.session, feeds, runner.adapter, [runner.output])
+    runner.session.run_with_iobinding(binding)
+    (logits,) = binding.copy_outputs_to_cpu()
+    return np.array_equal(logits.astype(np.float32).reshape(-1, logits.shape[-1]), runner.prefill(ids))
 
 
 def _add_padding(found: Measured, moved: dict[str, Any] | None) -> None:

@@ -80,8 +80,8 @@ def parity(
     base = sources.base_folder(manifest, model, folders)
     strange = bool(manifest.get("foreign"))
     hashes = (foreign_sources if strange else sources).hashes(out, manifest, base, folders)
-    if certificate and (strange or not sources.is_onnx(out) or manifest.get("for") == "web"):
-        raise InputError(f"{out}: --certificate is for what onnxruntime runs from Python, so not for {_other(out)}")
+    if certificate and (fault := _uncertifiable(out, manifest)):
+        raise InputError(f"{out}: --certificate is for {fault}")
     kind = {"branch": sources.is_branch(manifest), "classifier": sources.is_classifier(manifest)}
     kind |= {"exported_base": bool(manifest.get("exported_base", True))}
     defaults = checking.defaults(sources.precision(out, manifest), block_dtype=sources.block_dtype(manifest), **kind)
@@ -104,7 +104,7 @@ def parity(
     result = _report(measured, counts, defaults, kept, chosen, hashes)
     if earlier is not None:
         held.compare(result, earlier, baseline)
-    if not strange:
+    if out.is_dir():
         certificates.revoke(out)  # what is checked anew is not what was certified
     for file in (foreign_sources.report_file(out), json):
         if file is not None:
@@ -117,7 +117,7 @@ def parity(
         report.write(Path(markdown), markdowns.markdown(result, out.resolve().name))
     if certificate and result["verdict"] == "pass":
         cases = [case for one in measured for case in one.golden]
-        certificates.write(out, cases, sources.precision(out, manifest), result["environment"])
+        certificates.write(out, cases, sources.precision(out, manifest), result["environment"], measured[0].graph)
     return result
 
 
@@ -134,10 +134,14 @@ def _manifest(out: Path, adapter: Iterable[str], exported_base: str | Path | Non
     return manifest
 
 
-def _other(out: Path) -> str:
-    if foreign_sources.applies(out):
-        return "exports of other programs"
-    return "exports for web" if sources.is_onnx(out) else "Hugging Face folders"
+def _uncertifiable(out: Path, manifest: Mapping[str, Any]) -> str | None:
+    """Why a folder cannot be certified; None where it can."""
+    if manifest.get("foreign"):
+        return None if out.is_dir() else "folders: every file of one is hashed; put the model into one of its own"
+    if manifest.get("for") == "web" or not sources.is_onnx(out):
+        other = "exports for web" if sources.is_onnx(out) else "Hugging Face folders"
+        return f"what onnxruntime runs from Python, so not for {other}"
+    return None
 
 
 def _report(

@@ -9,6 +9,7 @@ import math
 import platform
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -55,10 +56,13 @@ def verify(out: str | Path, *, provider: str | None = None, threads: int | None 
     if not changed:
         limits = [case["limits"] for case in body["cases"]]
         try:
-            session = runtime.session(folder / "model.onnx", providers=_providers(provider), threads=threads)
+            graph = body.get("graph") or {}
+            session = runtime.session(
+                folder / graph.get("file", "model.onnx"), providers=_providers(provider), threads=threads
+            )
             environment["provider"] = session.get_providers()[0]
             environment["kernels"] = str(runtime.find_library() or "") or None
-            checks += [_check("runs", 1, 1), *_compare(folder, session, cases, limits)]
+            checks += [_check("runs", 1, 1), *_compare(folder, _plain(folder, session, graph), cases, limits)]
         except ExportError as error:
             environment["fault"] = str(error)
             checks.append(_check("runs", 0, 1))
@@ -93,16 +97,23 @@ def lines(report: dict[str, Any]) -> list[str]:
     return [*said, report["verdict"].upper()]
 
 
+def _plain(folder: Path, session: onnxruntime.InferenceSession, graph: dict[str, Any]) -> OnnxRunner:
+    """The model without an adapter of its own, run as the certificate says where another program made it."""
+    if not graph:
+        return OnnxRunner(session, cache_shape=cache_shape(folder))
+    fed = runtime.load_adapter(folder / graph["adapter"]).values() if graph["adapter"] else {}
+    shape = tuple(graph["cache_shape"]) if graph["cache_shape"] else None
+    return OnnxRunner(session, fixed=fed, cache_shape=shape, output=graph["output"], length=graph["length"])
+
+
 def _compare(
-    folder: Path, session: onnxruntime.InferenceSession, cases: Sequence[Golden], limits: Sequence[dict[str, float]]
+    folder: Path, plain: OnnxRunner, cases: Sequence[Golden], limits: Sequence[dict[str, float]]
 ) -> list[dict[str, Any]]:
     """The checks of each adapter: the worst of its golden inputs."""
-    shape = cache_shape(folder)
     worst: dict[str, dict[str, Any]] = {}
     effect: dict[str, float] = {}
-    plain = OnnxRunner(session, cache_shape=shape)
     loaded = {
-        name: OnnxRunner(session, runtime.load_adapter(folder / "adapters" / f"{name}.onnx_adapter"), cache_shape=shape)
+        name: replace(plain, adapter=runtime.load_adapter(folder / "adapters" / f"{name}.onnx_adapter"))
         for name in {case.adapter for case in cases if case.adapter is not None and _is_branch(folder, case.adapter)}
     }
     for case, limit in zip(cases, limits, strict=True):
