@@ -72,12 +72,14 @@ def evaluate(
 
     from diablo_export.measure.harness import language_model
 
+    manager = TaskManager(include_path=options.include_path)
     for name, (path, adapter) in models.items():
         found = lm_eval.simple_evaluate(
             language_model(path, adapter, batch_size=options.batch_size),
             tasks=options.tasks,
-            task_manager=TaskManager(include_path=options.include_path),
+            task_manager=manager,
             limit=options.limit,
+            bootstrap_iters=0,  # no error bars
             confirm_run_unsafe_code=unsafe_code,
         )
         yield name, {task: _numbers(values) for task, values in found["results"].items()}
