@@ -113,6 +113,7 @@ def test_items_are_shared_out() -> None:
         ({}, 1, "--batch-size is 1, which 2 processes share: give 2 or more"),
         ({"ACCELERATE_USE_DEEPSPEED": "true"}, 4, "configured for DeepSpeed.* use FSDP 2"),
         ({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "1"}, 4, "configured for FSDP 1.*set fsdp_version: 2"),
+        (SHARDED, 4, "FSDP 2 does not cut up packed weights: leave out --base-quantize"),
     ],
 )
 def test_what_cannot_be_shared_is_refused(
@@ -122,4 +123,4 @@ def test_what_cannot_be_shared_is_refused(
     for name, value in {"WORLD_SIZE": "2", **environment}.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(InputError, match=message):
-        join_processes("cpu", batch_size)
+        join_processes("cpu", batch_size, packed=True)

@@ -130,7 +130,7 @@ def _activations(objective: Objective, parameters: Sequence[nn.Parameter], batch
             torch.autograd.grad(loss, list(parameters), allow_unused=True)
     finally:
         model.train(training)
-    return tracker.most
+    return int(tracker.most)
 
 
 def _bytes(tensors: Iterable[Tensor]) -> int:

@@ -89,12 +89,13 @@ class Processes:
             self.accelerator.wait_for_everyone()
 
 
-def join_processes(device: str, batch_size: int) -> Processes:
+def join_processes(device: str, batch_size: int, packed: bool = False) -> Processes:
     """Meet the other processes that torchrun or `accelerate launch` started; there are none without them.
 
     Args:
         device: `cpu`, or anything else for this process's own GPU, if there is one.
         batch_size: items that they share.
+        packed: whether the base's weights are quantized, which cannot be cut among them.
 
     Raises:
         InputError: a batch too small to share, or a configuration that blocks cannot be trained by.
@@ -116,6 +117,8 @@ def join_processes(device: str, batch_size: int) -> Processes:
             "accelerate is configured for FSDP 1, which cannot mix frozen and trained weights of several types; "
             "set fsdp_version: 2 (accelerate launch --fsdp_version 2)"
         )
+    if _set("ACCELERATE_USE_FSDP") and packed:
+        raise InputError("FSDP 2 does not cut up packed weights: leave out --base-quantize, or start plain processes")
     accelerator = Accelerator(cpu=device == "cpu" or not torch.cuda.is_available(), mixed_precision="no")
     if accelerator.process_index:
         log.setLevel(logging.ERROR)  # the first one speaks for all

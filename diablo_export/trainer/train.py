@@ -150,7 +150,7 @@ def train(
     options = dict(locals())
     check_options(options)
     require("matplotlib", "train")  # rather now than after hours of training
-    processes = join_processes(device, batch_size)
+    processes = join_processes(device, batch_size, packed=base_quantize != "none")
     output, work, place = Path(output), work_folder(Path(output)), choose_device(device)
     autocast = use_bfloat16(dtype, place)
     if tensorboard:
