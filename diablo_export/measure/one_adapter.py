@@ -298,7 +298,8 @@ def _binds(runner: OnnxRunner, ids: Ids) -> bool:
     binding = runtime.bind(runner.session, feeds, runner.adapter, [runner.output])
     runner.session.run_with_iobinding(binding)
     (logits,) = binding.copy_outputs_to_cpu()
-    return np.array_equal(logits.astype(np.float32).reshape(-1, logits.shape[-1]), runner.prefill(ids))
+    found = logits.astype(np.float32).reshape(-1, logits.shape[-1])
+    return bool(np.abs(found - runner.prefill(ids)).max() <= ALIVE)
 
 
 def _add_padding(found: Measured, moved: dict[str, Any] | None) -> None:
