@@ -93,16 +93,21 @@ inline void run_block(int count, std::mt19937& random, std::function<void()> ker
   std::vector<int> order(static_cast<size_t>(count));
   std::iota(order.begin(), order.end(), 0);
   std::shuffle(order.begin(), order.end(), random);
+  const int every = count / 32;
+  int alone = every;  // a warp that runs on while the others stand still, up to the next barrier of all
   for (bool running = true; running;) {
     running = moved = false;
     if (random() & 1u) std::reverse(order.begin(), order.end());
     std::rotate(order.begin(), order.begin() + random() % order.size(), order.end());
     for (const int i : order) {
       if (fibers[i].done) continue;
-      running = true, current = i, thread_index = {i, 0};
+      running = true;
+      if (alone != every && i / 32 != alone) continue;
+      current = i, thread_index = {i, 0};
       swapcontext(&scheduler, &fibers[i].context);
     }
-    CHECK(moved || !running, "threads wait for a barrier that the others have left behind");
+    CHECK(moved || !running || alone != every, "threads wait for a barrier that the others have left behind");
+    if (!moved || alone == every) alone = moved ? static_cast<int>(random() % (every + 1u)) : every;
   }
 }
 
