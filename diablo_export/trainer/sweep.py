@@ -208,7 +208,7 @@ def _check_places(output: Path, work: Path, resume: bool, overwrite: bool) -> No
 
 def _so_far(folders: Sequence[Path], settings: dict[str, Any]) -> list[dict[str, Any]]:
     """The results of a finished and of an unfinished sweep of the same settings, each once."""
-    found = {}
+    found: dict[str, dict[str, Any]] = {}
     for folder in folders:
         if (folder / RESULTS).exists():
             check_settings(folder, read_json(folder / SETTINGS), settings)
