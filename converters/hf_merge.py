@@ -11,7 +11,7 @@ import math
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,13 @@ from diablo_export.blockdiag import Array
 from diablo_export.checkpoint import DTYPES, Checkpoint, TensorInfo, header_bytes
 from diablo_export.console import log, progress
 from diablo_export.converters.hf_folder import copy_others, write_config, write_index
-from diablo_export.converters.hf_packed import PackedModule, WrongBaseError, packed_module, refuse_unreadable
+from diablo_export.converters.hf_packed import (
+    PackedModule,
+    WrongBaseError,
+    check_base,
+    packed_modules,
+    refuse_unreadable,
+)
 from diablo_export.converters.hf_stream import Part, given, write_parts
 from diablo_export.errors import CheckpointError
 
@@ -54,15 +60,14 @@ def hf_merge(model: str | Path, adapter: Adapter, folder: Path, method: str = "r
     """
     checkpoint = Checkpoint.open(model)
     refuse_unreadable(checkpoint)
-    found = (packed_module(checkpoint, module, method) for module in adapter.modules.values())
-    packed = {one.module.name: one for one in found if one is not None}
+    packed = packed_modules(checkpoint, adapter, method)
     files = _plan(checkpoint, adapter, packed)
     untied = any(part.module and part.name.endswith(HEAD) for parts in files.values() for part in parts)
     write_config(checkpoint, adapter, folder, untied)
     copy_others(checkpoint, folder)
 
     def refuse(part: Part) -> None:
-        _refuse_all(checkpoint, adapter, packed)  # names every module that differs
+        check_base(checkpoint, adapter)  # names every module that differs
         refuse_base(adapter, str(checkpoint.folder), [f"{part.name}: its base weight has other values"])
 
     modules: dict[str, list[dict[str, Any]]] = {name: [] for name in files}
@@ -78,7 +83,7 @@ def hf_merge(model: str | Path, adapter: Adapter, folder: Path, method: str = "r
         with progress("Merging", size) as advance:
             hashes = _side_by_side(write, list(files), advance)
     except WrongBaseError:
-        _refuse_all(checkpoint, adapter, packed)
+        check_base(checkpoint, adapter)
         raise
     entries = [entry for name in files for entry in modules[name]] + [_entry(one) for one in packed.values()]
     write_index(checkpoint, {file: {p.name: _nbytes(p) for p in parts} for file, parts in files.items()}, folder)
@@ -130,14 +135,6 @@ def _entry(one: PackedModule) -> dict[str, Any]:
         "name": one.module.name, "action": "merged", "layout": one.config["quant_method"], "method": one.method,
         "weight": info.name, "transposed": False, "file": info.file.name, **one.change.describe(),
     }  # fmt: skip
-
-
-def _refuse_all(checkpoint: Checkpoint, adapter: Adapter, packed: Mapping[str, PackedModule]) -> None:
-    """Refuse the checkpoint, naming every module that is not the adapter's base."""
-    faults = [f"{name}: {fault}" for name, one in packed.items() if (fault := one.likeness_fault())]
-    refuse_base(adapter, str(checkpoint.folder), faults)
-    floats = {name: module for name, module in adapter.modules.items() if name not in packed}
-    replace(adapter, modules=floats).check_base(checkpoint)
 
 
 def _nbytes(part: Part) -> int:

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import ModuleType
 from typing import Any
 
-from diablo_export.adapter import AdaptedModule
+from diablo_export.adapter import AdaptedModule, Adapter, refuse_base
 from diablo_export.blockdiag import Array
 from diablo_export.checkpoint import Checkpoint, TensorInfo
 from diablo_export.converters import packed_awq, packed_bnb, packed_compressed, packed_gptq
@@ -119,7 +119,28 @@ def refuse_unreadable(checkpoint: Checkpoint) -> None:
         )
 
 
-def packed_module(checkpoint: Checkpoint, module: AdaptedModule, method: str) -> PackedModule | None:
+def check_base(checkpoint: Checkpoint, adapter: Adapter) -> None:
+    """Refuse a checkpoint that is not the adapter's base, in float or quantized, as `Adapter.check_base` does.
+
+    Raises:
+        AdapterError: lists every module that is missing, has other sizes, or other values.
+        CheckpointError: it is quantized in a way that is not known here.
+    """
+    refuse_unreadable(checkpoint)
+    packed = packed_modules(checkpoint, adapter)
+    told = {name: one.size_fault() or one.likeness_fault() for name, one in packed.items()}
+    refuse_base(adapter, str(checkpoint.folder), [f"{name}: {fault}" for name, fault in told.items() if fault])
+    floats = {name: module for name, module in adapter.modules.items() if name not in packed}
+    replace(adapter, modules=floats).check_base(checkpoint)
+
+
+def packed_modules(checkpoint: Checkpoint, adapter: Adapter, method: str = "refit") -> dict[str, PackedModule]:
+    """The adapted modules that are quantized in the checkpoint, by name."""
+    found = {name: _packed_module(checkpoint, module, method) for name, module in adapter.modules.items()}
+    return {name: one for name, one in found.items() if one is not None}
+
+
+def _packed_module(checkpoint: Checkpoint, module: AdaptedModule, method: str) -> PackedModule | None:
     """The module's tensors in a quantized checkpoint; None where it is not quantized."""
     config = checkpoint.config.get("quantization_config")
     codec = FORMATS.get(config.get("quant_method", "")) if isinstance(config, dict) else None

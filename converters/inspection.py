@@ -18,6 +18,7 @@ from diablo_export.adapter import CONFIG, Adapter, stored_transposed
 from diablo_export.base_grid import BaseGrid
 from diablo_export.blockdiag import BlockShape
 from diablo_export.checkpoint import Checkpoint, read_json, resolve
+from diablo_export.converters.hf_packed import check_base, packed_modules
 from diablo_export.errors import InputError
 from diablo_export.manifest import MANIFEST, PARITY, read_manifest
 
@@ -73,7 +74,7 @@ def _adapter(folder: Path, model: str | Path | None) -> Report:
         "labels": adapter.labels,
         "modules": _module_groups(adapter),
     }
-    return report | (_fit(lambda: adapter.check_base(Checkpoint.open(model)), model) if model else {})
+    return report | (_fit(lambda: check_base(Checkpoint.open(model), adapter), model) if model else {})
 
 
 def _beside(grid: BaseGrid) -> str:
@@ -126,10 +127,11 @@ def _checkpoint(folder: Path, adapter: str | Path | None) -> Report:
     if not adapter:
         return report
     loaded = Adapter.load(adapter)
-    named = {f"{name}.weight": checkpoint.find(f"{name}.weight") for name in loaded.modules}
+    packed = packed_modules(checkpoint, loaded)
+    named = {name: checkpoint.find(f"{name}.weight") or packed.get(name) for name in loaded.modules}
     found = sum(info is not None for info in named.values())
     return report | {"adapter_modules_found": f"{found} of {len(named)}"} | _fit(
-        lambda: loaded.check_base(checkpoint), adapter
+        lambda: check_base(checkpoint, loaded), adapter
     )  # fmt: skip
 
 

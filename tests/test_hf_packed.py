@@ -220,6 +220,8 @@ def test_the_command(run: Callable[..., Result], quantized: Get, tiny_adapter: G
         assert refused.exit_code == 2 and "is merged by --method refit or rtn" in refused.stderr
     refused = run(*arguments, "--quantize", "int4")
     assert refused.exit_code == 2 and "its weights are quantized already (awq)" in refused.stderr
+    looked = json.loads(run("inspect", quantized("awq"), "--adapter", tiny_adapter("llama"), "--json").stdout)
+    assert (looked["fits"], looked["adapter_modules_found"]) == (True, "14 of 14")
     result = run(*arguments, "--json")
     assert result.exit_code == 0, result.output
     manifest = json.loads(result.stdout)
