@@ -147,3 +147,17 @@ def test_what_is_out_of_memory_and_what_is_not(tiny_model: Callable[[str], Path]
             far_too_much()
     with pytest.raises(RuntimeError, match="other"), memory_advice(objective, parameters, batches):
         raise RuntimeError("other")
+
+
+def test_packed_weights_count_as_weights(
+    run: Callable[..., Result], tiny_model: Callable[[str], Path], tmp_path: Path
+) -> None:
+    data = tmp_path / "text.jsonl"
+    data.write_text(json.dumps({"text": "the cat sat on the mat and the dog sat on the log. " * 12}) + "\n")
+    command = ["train", "-m", tiny_model("llama"), "-d", data, "-o", tmp_path / "a", "--num-blocks", 4]
+    command += ["--max-length", 16, "--max-steps", 1, "--dry-run", "--json"]
+    plain = json.loads(run(*command).stdout)
+    packed = json.loads(run(*command, "--base-quantize", "int4", "--group-size", 32).stdout)
+    assert packed["parameters"] == plain["parameters"]
+    # the linear layers of the blocks are most of this model; half a byte and a scale per 32 in place of four bytes
+    assert packed["memory"]["weights"] < plain["memory"]["weights"] / 2

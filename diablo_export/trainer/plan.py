@@ -18,6 +18,7 @@ from diablo_export.trainer.loop import Step
 from diablo_export.trainer.memory import estimate, free_memory, per_item
 from diablo_export.trainer.model import checkpoint_activations
 from diablo_export.trainer.objective import Objective
+from diablo_export.trainer.quantized import QuantizedLinear
 
 _TIMED = 2  # steps; the first one warms up
 _SHORTEST = 32  # tokens; nobody wants to train on fewer
@@ -40,18 +41,26 @@ def make_plan(
         steps: of the run.
         try_steps: `train_loop` with all but steps and after_step.
 
+    Raises:
+        InputError: a model whose shapes depend on its numbers.
+
     Returns:
         `parameters` and `trainable` (numbers), `memory` in bytes by kind and as `total`, `free` bytes now (the
         weights are loaded already), `fits`, `steps`, `tokens`, `seconds_per_step` and `seconds` (without
         evaluations), `advice` where it does not fit.
     """
-    weights = {id(parameter): parameter.numel() for parameter in objective.model.parameters()}
     length = max(len(item.ids) for item in batches.items)
     own = -(-batches.batch_size // objective.processes.count)
-    memory, free = estimate(objective, parameters, own, length), free_memory(objective.device)
+    try:
+        memory, free = estimate(objective, parameters, own, length), free_memory(objective.device)
+    except RuntimeError as error:
+        raise InputError(
+            f"what {type(objective.model).__name__} takes cannot be worked out from shapes alone ({error}); train it "
+            "without --dry-run"
+        ) from error
     needed = memory.total - memory.weights - memory.trained
     plan: dict[str, Any] = {
-        "parameters": sum(weights.values()),
+        "parameters": _count(objective.model),
         "trainable": sum(parameter.numel() for parameter in parameters),
         "memory": {**dataclasses.asdict(memory), "total": memory.total},
         "free": free,
@@ -166,13 +175,20 @@ def _out_of_memory(error: Exception) -> bool:
     return "can't allocate memory" in str(error) or "not enough memory" in str(error)
 
 
+def _count(model: nn.Module) -> int:
+    """Weights of a model, packed or not."""
+    packed = [module for module in model.modules() if isinstance(module, QuantizedLinear)]
+    return sum(p.numel() for p in model.parameters()) + sum(m.in_features * m.out_features for m in packed)
+
+
 def _halves(length: int) -> Iterator[int]:
     while (length := length // 2) >= _SHORTEST:
         yield length
 
 
 def _size(count: int) -> str:
-    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
+    unit, name = next((pair for pair in ((1e9, "GB"), (1e6, "MB")) if count >= pair[0]), (1e3, "kB"))
+    return f"{count / unit:.1f} {name}"
 
 
 def _time(seconds: float) -> str:
