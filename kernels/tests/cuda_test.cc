@@ -157,6 +157,16 @@ void test_numbers(int calls, unsigned seed) {
   for (int i = 0; i < calls; ++i) check_types(random, random_shape(random), static_cast<unsigned>(i));
 }
 
+// Loads that end in the row below, where that row is cropped away: 14 x 76 and 32 x 86, read as one run.
+void test_cropped_runs() {
+  std::mt19937 random(6);
+  for (unsigned i = 0; i < 48; ++i) {
+    DiabloShape s{1 + i % 4, 27, 152, 2, 14, 76, 27, 152, DIABLO_F32, DIABLO_F32};
+    if (i % 2) s = {1 + i % 4, 61, 170, 2, 32, 86, 61, 170, DIABLO_F32, DIABLO_F32};
+    check_types(random, s, i / 2);
+  }
+}
+
 // The int4 layer with its branch against both in double, from the weights as they round to T.
 template <class T>
 void check_int4(std::mt19937& random, DiabloType type) {
@@ -274,6 +284,7 @@ int main(int count, char** arguments) {
   const unsigned seed = count > 2 ? static_cast<unsigned>(std::atoi(arguments[2])) : 3;
   test_each_output_is_covered_once();
   test_few_rows_read_each_element_once();
+  test_cropped_runs();
   test_numbers(calls, seed);
   test_int4(calls / 4, seed);
   std::printf("the CUDA kernels agree with the reference in %d random calls\n", calls);
