@@ -5,7 +5,7 @@ same sequences once, and decode the same prompts once. Beside it stand `parity -
 process of its own, in turns. Time begins behind the imports, which all three need; peak is the largest resident memory.
 
 Two models: TinyStories-656K from DATA, and a random Qwen2.5-0.5B (real sizes, made on the spot with adapter and int4
-export of N = 64 blocks; needs 4 GB of disk and 6 GB of memory). Five minutes on two cores, one more to make the second
+export of N = 64 blocks; needs 4 GB of disk and 6 GB of memory). Ten minutes on two cores, one more to make the second
 model, which `--work DIR` keeps. Exits with 1 when a figure is missed.
 """
 
