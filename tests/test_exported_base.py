@@ -14,6 +14,7 @@ from diablo_export.errors import InputError
 from diablo_export.manifest import read_manifest
 from diablo_export.measure.exported_base import base_weight, rebuild
 from diablo_export.measure.onnx_runner import OnnxRunner, cache_shape
+from diablo_export.measure.places import Graph
 from tests import exports, tiny
 
 Get = Callable[[str], Path]
@@ -86,3 +87,13 @@ def test_base_weights_are_out_by_in(tiny_model: Get) -> None:
     assert base_weight(tied, "lm_head").shape == (320, 64)
     with pytest.raises(InputError, match=r"has no weight for model\.layers\.9\.mlp\.up_proj; give the base"):
         base_weight(tied, "model.layers.9.mlp.up_proj")
+
+
+def test_data_that_is_a_link_is_told(tiny_model: Get, tiny_adapter: Get, tmp_path: Path) -> None:
+    """As copying with hard links leaves it: onnxruntime reads it, onnx does not."""
+    out = exports.merged(tiny_model("llama"), tiny_adapter("llama"), tmp_path / "out")
+    (tmp_path / "second").hardlink_to(out / "model.onnx.data")
+    graph = Graph(out / "model.onnx")
+    large = max(graph.stored.values(), key=lambda tensor: np.prod(tensor.dims))
+    with pytest.raises(InputError, match=rf"model\.onnx: the data of {large.name} cannot be read: .*; copy the folder"):
+        graph.read(large.name)

@@ -154,7 +154,16 @@ class Stored:
         """A writable copy of an initializer."""
         if name not in self.tensors:
             raise InputError(f"{self.path}: has no initializer {name}, which the manifest names; make the folder again")
-        try:
-            return np.array(onnx.numpy_helper.to_array(self.tensors[name], str(self.path.parent)))
-        except (OSError, ValueError) as error:
-            raise InputError(f"{self.path}: the data of {name} cannot be read: {error}") from error
+        return read_tensor(self.tensors[name], self.path)
+
+
+def read_tensor(tensor: onnx.TensorProto, path: Path) -> Array:
+    """A writable copy of an initializer of the model at `path`.
+
+    Raises:
+        InputError: its data are not there, too short, or a link, which onnx does not follow.
+    """
+    try:
+        return np.array(onnx.numpy_helper.to_array(tensor, str(path.parent)))
+    except (OSError, ValueError, onnx.checker.ValidationError) as error:
+        raise InputError(f"{path}: the data of {tensor.name} cannot be read: {error}; copy the folder again") from error

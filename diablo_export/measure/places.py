@@ -15,6 +15,7 @@ import numpy as np
 import onnx
 
 from diablo_export import opschema
+from diablo_export.measure.exported_base import read_tensor
 
 _MODULE, _ROWS = "diablo.module", "diablo.rows"  # node metadata that this program's exporters leave
 _LINEAR = ("MatMul", "Gemm", "MatMulNBits")
@@ -52,12 +53,12 @@ class Graph:
     Attributes:
         proto: the model.
         stored: initializers by name; the large ones without their values.
-        folder: where those lie.
+        path: the file; those lie beside it.
     """
 
     def __init__(self, path: Path) -> None:
         self.proto = onnx.load(path, load_external_data=False)
-        self.folder = path.parent
+        self.path = path
         self.stored = {tensor.name: tensor for tensor in self.proto.graph.initializer}
         self.nodes = {node.name: node for node in self.proto.graph.node}
         self._readers: dict[str, list[onnx.NodeProto]] = {}
@@ -99,7 +100,7 @@ class Graph:
 
     def read(self, name: str) -> np.ndarray[Any, Any]:
         """The values of an initializer."""
-        return np.asarray(onnx.numpy_helper.to_array(self.stored[name], str(self.folder)))
+        return read_tensor(self.stored[name], self.path)
 
     def tapped(self, values: Iterable[str]) -> bytes:
         """The model with these values among its outputs."""

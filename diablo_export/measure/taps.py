@@ -147,7 +147,7 @@ def open_session(
         ExportError: onnxruntime refuses the model.
     """
     model = graph.tapped(_wanted(graph, places))
-    path = graph.folder / "model.onnx"
+    path = graph.path
     return runtime.session(path, model=model, initializers=initializers, threads=threads, spin=False)
 
 
