@@ -16,8 +16,9 @@ OPTIMUM := $(RUNTIMES)/optimum/.ready
 demo: $(READY)  ## the whole road on a small model made on the spot
 	$(BIN)/diablo-export demo --output out/demo --overwrite
 
+# A process for each core, and a file's tests in one of them, for what they share; more threads would only fight.
 test: lint  ## everything CI runs on the code
-	$(BIN)/python -m pytest --durations=15
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile --durations=25
 
 test-fast: $(READY)  ## without the tests marked slow
 	$(BIN)/python -m pytest -m "not slow and not runtimes"
