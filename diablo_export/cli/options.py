@@ -59,3 +59,23 @@ def verbosity_options(function: F) -> F:
         "-q", "--quiet", "low", flag_value=logging.ERROR, type=int, expose_value=False, callback=set_level,
         help="Say only what went wrong.",
     )(function)  # fmt: skip
+
+
+_STEP_OPTIONS = (
+    click.option("--epochs", type=float, default=1.0, help="Passes over the data."),
+    click.option("--max-steps", type=int, help="Steps in all; wins over --epochs."),
+    click.option("--batch-size", type=int, default=16),
+    click.option("--grad-accumulation", type=int, default=1, help="Batches per step."),
+    click.option("--max-length", type=int, help="Tokens per item or packed piece.  [default: 512 at most]"),
+    click.option("--schedule", type=click.Choice(["linear", "cosine", "constant"]), default="linear"),
+    click.option("--warmup-steps", type=int, help="Steps of rising learning rate.  [default: a twentieth]"),
+    click.option("--weight-decay", type=float, default=0.0),
+    click.option("--clip", type=float, default=1.0, help="Largest norm of the gradient; 0 for none."),
+)
+
+
+def step_options(function: F) -> F:
+    """What a training run's steps are made of, the same for `train` and `sweep`."""
+    for option in reversed(_STEP_OPTIONS):
+        function = option(function)
+    return function

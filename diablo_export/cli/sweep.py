@@ -9,7 +9,14 @@ from typing import Any
 
 import click
 
-from diablo_export.cli.options import json_option, model_option, output_option, overwrite_option, verbosity_options
+from diablo_export.cli.options import (
+    json_option,
+    model_option,
+    output_option,
+    overwrite_option,
+    step_options,
+    verbosity_options,
+)
 from diablo_export.errors import require
 
 _FILE = click.Path(path_type=Path)
@@ -43,15 +50,7 @@ def _several(kind: Callable[[str], Any], what: str) -> _Callback:
               help="A set of targets, as for train; give it again for each further set.")  # fmt: skip
 @click.option("--seeds", default="0", callback=_several(int, "whole numbers"), metavar="SEEDS", help="A run each.")
 @click.option("--task", type=click.Choice(["causal-lm", "text-classification"]), default="causal-lm")
-@click.option("--epochs", type=float, default=1.0, help="Passes over the data.")
-@click.option("--max-steps", type=int, help="Steps in all; wins over --epochs.")
-@click.option("--batch-size", type=int, default=16)
-@click.option("--grad-accumulation", type=int, default=1, help="Batches per step.")
-@click.option("--max-length", type=int, help="Tokens per item or packed piece.  [default: 512 at most]")
-@click.option("--schedule", type=click.Choice(["linear", "cosine", "constant"]), default="linear")
-@click.option("--warmup-steps", type=int, help="Steps of rising learning rate.  [default: a twentieth]")
-@click.option("--weight-decay", type=float, default=0.0)
-@click.option("--clip", type=float, default=1.0, help="Largest norm of the gradient; 0 for none.")
+@step_options
 @click.option("--dtype", type=click.Choice(["auto", "float32", "bfloat16"]), default="auto",
               help="Of matrix products; what is trained and the optimizer are float32.")  # fmt: skip
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto")

@@ -15,6 +15,7 @@ from diablo_export.cli.options import (
     model_option,
     output_option,
     overwrite_option,
+    step_options,
     verbosity_options,
 )
 from diablo_export.errors import require
@@ -39,15 +40,7 @@ _FILE = click.Path(path_type=Path)
     "[default: q,k,v,up,down_proj where the model has them, else all-linear]",
 )
 @click.option("--lr", type=float, default=5e-4, help="Peak learning rate.")
-@click.option("--epochs", type=float, default=1.0, help="Passes over the data.")
-@click.option("--max-steps", type=int, help="Steps in all; wins over --epochs.")
-@click.option("--batch-size", type=int, default=16)
-@click.option("--grad-accumulation", type=int, default=1, help="Batches per step.")
-@click.option("--max-length", type=int, help="Tokens per item or packed piece.  [default: 512 at most]")
-@click.option("--schedule", type=click.Choice(["linear", "cosine", "constant"]), default="linear")
-@click.option("--warmup-steps", type=int, help="Steps of rising learning rate.  [default: a twentieth]")
-@click.option("--weight-decay", type=float, default=0.0)
-@click.option("--clip", type=float, default=1.0, help="Largest norm of the gradient; 0 for none.")
+@step_options
 @click.option(
     "--dtype",
     type=click.Choice(["auto", "float32", "bfloat16"]),
