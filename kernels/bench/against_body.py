@@ -55,6 +55,7 @@ def session(data: bytes, threads: int, library: bool) -> Any:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 3
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     if library:
         runtime.register(options)
     return onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
