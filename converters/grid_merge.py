@@ -12,7 +12,6 @@ The reference of every figure is the same int4 model with the float branch besid
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -40,7 +39,7 @@ from diablo_export.fingerprint import ValuesDigest
 from diablo_export.measure.exported_base import base_weight
 from diablo_export.measure.metrics import cosine
 from diablo_export.measure.onnx_runner import OnnxRunner, cache_shape
-from diablo_export.measure.survival import Judge, Survival
+from diablo_export.measure.survival import Judge, Survival, of_outputs
 from diablo_export.measure.torch_runner import context_length
 from diablo_export.quantization import Float32
 from diablo_export.requantize import (
@@ -120,21 +119,21 @@ def grid_merge(
     refuse(file, found.values())
     device = "cuda" if torch.cuda.is_available() else "cpu"
     made = grid_network(graph, folder, adapter, found, reference, device)
-    bench = _Bench(made, adapter, folder, reference, calibration, max_seconds, seed, float_base)
+    bench = Bench(made, adapter, folder, reference, calibration, max_seconds, seed, float_base)
     tried: list[Tried] = []
     for one in bench.tries(method, min_survival):
         tried.append(one)
         log.info("%s", _sentence(one))
     held = [one for one in tried if one.survival.holds(min_survival)]
     best = min(held or tried, key=lambda one: one.survival.distance)
-    entries = [_write(one, best, made, folder) for one in found.values()]
+    entries = [write_module(one, best, made, folder) for one in found.values()]
     if not has_head:
         put_head(graph, adapter)
     ir.save(graph, file)
     return entries, bench.report(tried, best, method, min_survival)
 
 
-class _Bench:
+class Bench:
     """A network, its text, and one method after the other."""
 
     def __init__(
@@ -150,7 +149,7 @@ class _Bench:
     ) -> None:
         self.made, self.adapter, self._seed, self._float_base = made, adapter, seed, float_base
         self._seconds, self._reference = max_seconds, reference
-        self._pad = int(made.tokenizer.pad_token_id or 0)
+        self.pad = int(made.tokenizer.pad_token_id or 0)
         self._classifier = adapter.task_type == TASKS["text-classification"]
         self._calibration = calibration
         self._length = min(_LENGTH, context_length(made.network))
@@ -158,10 +157,10 @@ class _Bench:
         self._per_token = self._measured_speed()
         self.text = self._first_text()
         self._alike = self._against_runtime(folder)
-        self._batch = max(1, self._most // self._longest(self.text.judged))
-        self._judge = Judge(made.network, self.text.judged, self._batch, self._pad)
-        self._wanted = {name: self._target(name, made.grids[name]) for name in made.grids}
-        self._layers = grid_layers(made.network)
+        self.batch = max(1, self._most // self._longest(self.text.judged))
+        self.judge = Judge(made.network, self.text.judged, self.batch, self.pad)
+        self.wanted = {name: self._target(name, made.grids[name]) for name in made.grids}
+        self.layers = grid_layers(made.network)
         self.moments = self._moments()
 
     def tries(self, method: str, least: float) -> Iterator[Tried]:
@@ -178,8 +177,8 @@ class _Bench:
             start = time.perf_counter()
             grids = {module: makers[name](module, grid) for module, grid in self.made.grids.items()}
             for module, grid in grids.items():
-                self._layers[module].begin(grid)
-            one = Tried(name, grids, self._judge.measure(), time.perf_counter() - start)
+                self.layers[module].begin(grid)
+            one = Tried(name, grids, self.judge.measure(), time.perf_counter() - start)
             holds = holds or one.survival.holds(least)
             if method != "distilled":
                 yield one
@@ -221,20 +220,12 @@ class _Bench:
         }
 
     def _of_module(self, name: str, grid: Grid) -> dict[str, float]:
-        """Gain and cosine of the module's output on the text's inputs, from their second moments."""
-        base, wanted = self.made.grids[name], self._wanted[name]
-        ee = ew = ww = 0.0
-        for (rows, groups), moments in zip(
-            touched(self._layers[name].shape, base.codes.shape[-1]), self.moments[name], strict=True
-        ):
-            old = base.part(rows, groups).values()
-            count = len(old)
-            effect = (grid.part(rows, groups).values() - old).reshape(count, -1)
-            asked = (wanted[rows, groups] - old).reshape(count, -1)
-            seen = effect @ moments
-            ee, ew = ee + float((seen * effect).sum()), ew + float((seen * asked).sum())
-            ww += float(((asked @ moments) * asked).sum())
-        return {"gain": ew / ww if ww else math.nan, "cosine": ew / math.sqrt(ee * ww) if ee * ww > 0 else math.nan}
+        """Gain and cosine of the module's output on the text's inputs, and the share of its codes that changed."""
+        gain, cosine = of_outputs(
+            self.layers[name].shape, self.made.grids[name], grid, self.wanted[name], self.moments[name]
+        )
+        changed, _ = _changed({name: grid}, self.made.grids)
+        return {"gain": gain, "cosine": cosine, "codes_changed": changed / max(1, grid.codes.size)}
 
     # ------------------------------------------------------------------------------------------------ the methods
 
@@ -242,7 +233,7 @@ class _Bench:
         """Whether the adapter was trained on a grid, and it is this one; says so where it is another."""
         if self.adapter.base_grid is None or not self.adapter.base_grid.on_grid:
             return False
-        strange = [name for name, grid in self.made.grids.items() if not whole_steps(self._wanted[name], grid)]
+        strange = [name for name, grid in self.made.grids.items() if not whole_steps(self.wanted[name], grid)]
         if strange:
             log.warning(
                 "the adapter was trained to move the codes of another grid than that of %s%s: merged as any other is",
@@ -251,20 +242,20 @@ class _Bench:
         return not strange
 
     def _on_grid(self, name: str, grid: Grid) -> Grid:
-        return with_touched(grid, self._wanted[name], self._layers[name].shape, lambda t, g, _: nearest(t, g))
+        return with_touched(grid, self.wanted[name], self.layers[name].shape, lambda t, g, _: nearest(t, g))
 
     def _rtn(self, name: str, grid: Grid) -> Grid:
-        wanted = self._wanted[name]
+        wanted = self.wanted[name]
         if self._float_base is not None:
             module = self.adapter.modules[name]
             weight = add_to_weight(base_weight(self._float_base, name), module.blocks)
             wanted = grouped(np.asarray(weight, np.float32), grid.codes.shape[-1])
-        merged = with_touched(grid, wanted, self._layers[name].shape, lambda t, g, _: rounded(t, g))
+        merged = with_touched(grid, wanted, self.layers[name].shape, lambda t, g, _: rounded(t, g))
         return merged.stored_as(scale_type(self.made.found[name]))
 
     def _refit(self, name: str, grid: Grid) -> Grid:
         dtype = scale_type(self.made.found[name])
-        return with_touched(grid, self._wanted[name], self._layers[name].shape, lambda t, g, _: refitted(t, g, dtype))
+        return with_touched(grid, self.wanted[name], self.layers[name].shape, lambda t, g, _: refitted(t, g, dtype))
 
     def _calibrated(self, name: str, grid: Grid) -> Grid:
         dtype, moments = scale_type(self.made.found[name]), self.moments[name]
@@ -272,14 +263,14 @@ class _Bench:
         def choose(target: Float32, old: Grid, number: int) -> Grid:
             return calibrated(target, [old, refitted(target, old, dtype)], moments[number], dtype)
 
-        return with_touched(grid, self._wanted[name], self._layers[name].shape, choose)
+        return with_touched(grid, self.wanted[name], self.layers[name].shape, choose)
 
     def _sweeping(self) -> float:
         """About how many seconds calibrating takes: two starts, five sweeps of rows · columns² each."""
         operations = 0
         for name, grid in self.made.grids.items():
             size = grid.codes.shape[-1]
-            for rows, groups in touched(self._layers[name].shape, size):
+            for rows, groups in touched(self.layers[name].shape, size):
                 operations += (rows.stop - rows.start) * ((groups.stop - groups.start) * size) ** 2
         return 10 * operations / _SWEEP_SPEED
 
@@ -296,16 +287,16 @@ class _Bench:
         log.info("distilling: %d steps of %d tokens, about %.0f s", steps.steps, steps.batch_tokens, steps.seconds)
         items = [*self.text.fitted, *self._more_text()]
         for name, grid in grids.items():
-            inputs = self._layers[name].shape.in_features
-            self._layers[name].begin(grid, self._wanted[name].reshape(len(grid.scales), -1)[:, :inputs])
+            inputs = self.layers[name].shape.in_features
+            self.layers[name].begin(grid, self.wanted[name].reshape(len(grid.scales), -1)[:, :inputs])
         with progress("Distilling", steps.steps) as advance:
             size = max(1, steps.batch_tokens // self._longest(items))
             distil(
-                self.made.network, items, steps=steps.steps, batch_size=size, pad=self._pad, seed=self._seed,
+                self.made.network, items, steps=steps.steps, batch_size=size, pad=self.pad, seed=self._seed,
                 advance=advance,
             )  # fmt: skip
-        finished = {name: self._layers[name].finish() for name in grids}
-        yield Tried("distilled", finished, self._judge.measure(), time.perf_counter() - start, steps.steps)
+        finished = {name: self.layers[name].finish() for name in grids}
+        yield Tried("distilled", finished, self.judge.measure(), time.perf_counter() - start, steps.steps)
 
     # --------------------------------------------------------------------------------------------------- the text
 
@@ -317,7 +308,7 @@ class _Bench:
         """
         item = max(self.text.judged, key=lambda each: len(each.ids))
         with torch.inference_mode():
-            ours = logits(self.made.network, [item], self._pad, "base").cpu().numpy()
+            ours = logits(self.made.network, [item], self.pad, "base").cpu().numpy()
         runner = OnnxRunner(runtime.session(folder / MODEL, spin=False), cache_shape=cache_shape(folder))
         alike = cosine(ours, runner.prefill(item.ids.astype(np.int64)))
         said = f"{self._reference} with the file's int4 weights and the file in onnxruntime (cosine {alike:.3f})"
@@ -334,7 +325,7 @@ class _Bench:
         ids = np.random.default_rng(self._seed).integers(0, len(self.made.tokenizer), self._length).astype(np.int32)
         vocabulary = int(getattr(self.made.network.config, "vocab_size", ids.max() + 1))
         item = Encoded(ids % vocabulary, np.ones(len(ids), np.bool_))
-        return budget.seconds_per_token(self.made.network, [item], self._pad)
+        return budget.seconds_per_token(self.made.network, [item], self.pad)
 
     def _first_text(self) -> Text:
         # text is written at about the cost of reading it; then base, branch, moments and each method read it
@@ -364,7 +355,7 @@ class _Bench:
     def _moments(self) -> dict[str, list[Float32]]:
         sizes = {name: grid.codes.shape[-1] for name, grid in self.made.grids.items()}
         items = sorted(self.text.fitted[: _MOMENTS * (16 if self._classifier else 1)], key=lambda item: len(item.ids))
-        return input_moments(self.made.network, items, sizes, batch_size=self._batch, pad=self._pad)
+        return input_moments(self.made.network, items, sizes, batch_size=self.batch, pad=self.pad)
 
     def _longest(self, items: list[Encoded]) -> int:
         return max(len(item.ids) for item in items)
@@ -376,7 +367,7 @@ class _Bench:
         return grouped(np.asarray(add_to_weight(values, module.blocks), np.float32), grid.codes.shape[-1])
 
 
-def _write(one: Match, best: Tried, made: GridNetwork, folder: Path) -> dict[str, Any]:
+def write_module(one: Match, best: Tried, made: GridNetwork, folder: Path) -> dict[str, Any]:
     """Write one module, and its manifest entry."""
     name = one.module.name
     if name not in best.grids:

@@ -14,8 +14,10 @@ import numpy as np
 import torch
 from torch import nn
 
-from diablo_export.blockdiag import Array
+from diablo_export.blockdiag import Array, BlockShape
 from diablo_export.measure.metrics import Comparison
+from diablo_export.quantization import Float32
+from diablo_export.requantize import Grid, touched
 from diablo_export.trainer.data import Encoded
 from diablo_export.trainer.distillation import logits
 
@@ -73,3 +75,26 @@ class Judge:
     @torch.inference_mode()
     def _logits(self, state: str) -> list[Array]:
         return [np.asarray(logits(self._network, batch, self._pad, state).cpu()) for batch in self._batches]
+
+
+def of_outputs(
+    shape: BlockShape, base: Grid, grid: Grid, wanted: Float32, moments: Sequence[Float32]
+) -> tuple[float, float]:
+    """Gain and cosine of one module's output, from the second moments of its inputs; nan where nothing was wanted.
+
+    Args:
+        shape: of its blocks.
+        base: its grid without the adapter, (out, groups, size).
+        grid: its grid with it.
+        wanted: what the weight should be, (out, groups, size).
+        moments: E[x xᵀ] of the groups that each block meets, in `requantize.touched`'s order.
+    """
+    ee = ew = ww = 0.0
+    for (rows, groups), seen in zip(touched(shape, base.codes.shape[-1]), moments, strict=True):
+        old = base.part(rows, groups).values()
+        effect = (grid.part(rows, groups).values() - old).reshape(len(old), -1)
+        asked = (wanted[rows, groups] - old).reshape(len(old), -1)
+        moved = effect @ seen
+        ee, ew = ee + float((moved * effect).sum()), ew + float((moved * asked).sum())
+        ww += float(((asked @ seen) * asked).sum())
+    return ew / ww if ww else math.nan, ew / math.sqrt(ee * ww) if ee * ww > 0 else math.nan
