@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -101,6 +101,7 @@ def trial(
     num_blocks: int | None,
     target_modules: Sequence[str] | None,
     seed: int,
+    keep: Callable[[Any], None] = lambda network: None,
 ) -> dict[str, Any]:
     """Train once and say how it went.
 
@@ -111,6 +112,7 @@ def trial(
         num_blocks: one in num_blocks of the targets' weights is trained; nothing to `full`.
         target_modules: see `choose_targets`; nothing to `full`.
         seed: of the fresh head, the order of the data, dropout, and what a method draws.
+        keep: is shown the trained network, for those who want more of it than figures.
 
     Returns:
         `eval_loss` (and `eval_accuracy`) after the last step; `parameters` trained, LoRA's `rank`, `steps`,
@@ -149,6 +151,7 @@ def trial(
             after_step=done.append,
         )  # fmt: skip
         outcome = _outcome(objective.evaluate(ground.held, how["batch_size"]), done)
+        keep(network)
     except InputError as error:  # the loop's own word for a loss that is no number
         outcome = {"diverged": str(error)}
     return {
