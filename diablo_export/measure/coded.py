@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,6 @@ import onnx
 from diablo_export.blockdiag import Array
 from diablo_export.measure.places import Graph
 from diablo_export.quantization import Float32, unpack
-from diablo_export.requantize import Grid
 
 
 @dataclass(frozen=True)
@@ -26,28 +26,47 @@ class Coded:
     flip: bool = False  # a DequantizeLinear's codes are (in, out)
 
     def rows(self, start: int, stop: int) -> Float32:
-        """Some outputs of the weight, (stop − start, in_features)."""
+        """Some outputs of the weight, (stop − start, in_features); what is stored is read once, and kept."""
         return (self._packed if self.node.op_type == "MatMulNBits" else self._plain)(start, stop)
 
     def _packed(self, start: int, stop: int) -> Float32:
+        inputs = _attributes(self.node)["K"]
+        codes, scales, zeros, table = self._bytes
+        values: Any = table.take(codes[start:stop], axis=0, mode="clip")  # (rows, bytes, codes of a byte)
+        values = values.reshape(stop - start, -1, self.size)  # (rows, groups, size)
+        if zeros is not None:
+            values -= zeros[start:stop, :, None]
+        values *= scales[start:stop, :, None]
+        return np.asarray(values.reshape(stop - start, -1)[:, :inputs], np.float32)
+
+    @cached_property
+    def _bytes(self) -> tuple[Array, Float32, Float32 | None, Float32]:
+        """MatMulNBits' codes (out, bytes), scales and zero points (out, groups), and the codes of each byte.
+
+        Without zero points those of the codes are taken off in the table.
+        """
         attributes = _attributes(self.node)
-        codes, scales = (self.graph.read(name) for name in self.node.input[1:3])
         out, groups = attributes["N"], -(-attributes["K"] // self.size)
-        scales = scales.reshape(out, groups)[start:stop].astype(np.float32)
-        zeros: Any = np.full(scales.shape, 2 ** (self.bits - 1), np.uint8)
+        codes, scales = (self.graph.read(name).reshape(out, -1) for name in self.node.input[1:3])
+        table = unpack(np.arange(256, dtype=np.uint8)[:, None], self.bits, 8 // self.bits).astype(np.float32)
+        zeros = None
         if self.has_zeros:
-            zeros = self.graph.read(self.node.input[3]).reshape(out, -1)[start:stop]
+            stored = self.graph.read(self.node.input[3]).reshape(out, -1)
             # of the scales' type they are not rounded to codes
-            zeros = unpack(zeros, self.bits, groups) if zeros.dtype == np.uint8 else zeros.astype(np.float32)
-        codes = unpack(codes.reshape(out, groups, -1)[start:stop], self.bits, self.size)
-        values = Grid(codes, scales, zeros, self.bits, False).values()
-        return values.reshape(len(scales), -1)[:, : attributes["K"]]
+            zeros = (unpack(stored, self.bits, groups) if stored.dtype == np.uint8 else stored).astype(np.float32)
+        else:
+            table -= np.float32(2 ** (self.bits - 1))
+        return codes, scales.astype(np.float32), zeros, table
 
     def _plain(self, start: int, stop: int) -> Float32:
-        codes, scales, *zeros = (self._oriented(self.graph.read(name)) for name in self.node.input if name)
+        codes, scales, *zeros = self._oriented_values
         here = codes[start:stop].astype(np.float32)
         spread = [self._spread(each[start:stop], here.shape[1]) for each in (scales, *zeros)]
         return np.asarray((here - spread[1] if zeros else here) * spread[0], np.float32)
+
+    @cached_property
+    def _oriented_values(self) -> list[Array]:
+        return [self._oriented(self.graph.read(name)) for name in self.node.input if name]
 
     def _oriented(self, stored: Array) -> Array:
         """(out, …) of what is stored by inputs and outputs, or by outputs alone."""

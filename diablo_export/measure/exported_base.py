@@ -63,6 +63,9 @@ def rebuild(path: Path, modules: list[dict[str, Any]], checkpoint: Checkpoint, a
                 foreign.append(entry["name"])
             target = values.setdefault(name, whole)
             target[index] = value.astype(whole.dtype).reshape(target[index].shape)
+    for entry in modules:  # blocks beside the weights: without them the branch adds nothing
+        if entry.get("action") == "kept":
+            values[entry["blocks"]] = np.zeros_like(stored.read(entry["blocks"]))
     return ExportedBase(values, sorted(set(foreign)))
 
 

@@ -9,13 +9,14 @@ export as in a float one, and the first that is not is where the export goes wro
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from diablo_export.adapter import Adapter
 from diablo_export.blockdiag import Array
@@ -29,14 +30,15 @@ from diablo_export.measure.onnx_runner import OnnxRunner, cache_shape
 from diablo_export.measure.places import Graph
 from diablo_export.measure.prompts import Ids, Sample
 from diablo_export.measure.stored import Audit, audit
-from diablo_export.measure.taps import OnnxTaps, Seen, TorchTaps, check, open_session
+from diablo_export.measure.taps import OnnxTaps, Outputs, Seen, TorchTaps, check, open_session
 from diablo_export.trainer.layer import DiabloLinear, is_linear
 from diablo_export.trainer.model import load_base
 
-TOKENS = 256  # looked at, at most
-_STEPS = 4  # of them, one at a time on the cache
+TOKENS, _FEWEST = 256, 64  # looked at: at most so many, and a sixteenth of what was compared, but not fewer than these
+_PART = 16
+_STEPS = 4  # of the first sequence, one at a time on the cache
 _LONGEST, _SHORTEST = 128, 16  # tokens of a sequence
-_SHARE = 0.1  # of the reference's own memory that the values of one sequence may take
+_SHARE = 0.25  # of the reference's own memory that the values of one sequence may take
 _LEAST = 1 << 26  # bytes that they may take in any case
 
 # Decibels that the worst row of an input must reach. Float32 norms and attention are measured at 95 and more; a rotary
@@ -123,7 +125,7 @@ def look(
         model: the tuned model in torch.
         name: of the adapter in the manifest.
         adapter: the adapter.
-        samples: what to run; of the longest, TOKENS tokens.
+        samples: what was compared; of the longest of them up to TOKENS tokens are run.
         threads: of onnxruntime.
         lost: the adapter's effect on the logits is not what it should be: look for it in the weights, too.
 
@@ -135,45 +137,44 @@ def look(
     watched = list(with_adapter.places if isinstance(with_adapter, OnnxTaps) else linear)
     tuned, base = TorchTaps(model, True, watched), TorchTaps(model, False, watched)
     runs = _pieces(samples, _tokens(model, linear, watched), _decodes(with_adapter, adapter))
-    order = tuned.order(runs[0][0])
-    sums = {module: _Sums() for module in order}
+    digests = {entry["name"]: entry.get("values_xxh3") for entry in manifest["modules"]}
+    sums: dict[str, _Sums] = {}
     limits = _limits(out, manifest)
+    merged = None if sources.is_branch(manifest) else sources.merged_part(manifest, adapter)
+    hashed = {module for module, digest in digests.items() if digest}
+    beside = _Beside(sums, linear, with_adapter, merged, limits[1], _is_fitted(manifest), hashed)
     with progress("Looking into modules", 5 * len(runs)) as advance:
-        for index, pieces in enumerate(runs):
-            seen = list(with_adapter.see(pieces))
-            wanted = list(tuned.see(pieces))
-            check(seen[0], wanted[0])
+        for pieces in runs:
+            seen, wanted = list(with_adapter.see(pieces)), list(tuned.outputs(pieces))
+            check(seen[0], wanted[0], {module: _inputs(linear[module]) for module in watched})
+            for module in wanted[0]:  # in the network's order
+                sums.setdefault(module, _Sums())
             advance(2)
-            _add_effects(sums, seen, list(without.see(pieces)), wanted, list(base.see(pieces)))
+            _add_effects(sums, seen, without.outputs(pieces), wanted, base.outputs(pieces))
+            del wanted
             advance(2)
-            merged = None if sources.is_branch(manifest) else adapter
-            beside = _Beside(sums, linear, with_adapter, merged, index == 0, limits[1], _is_fitted(manifest))
             tuned.beside(pieces, seen, beside)
             advance(1)
     judged = not any(".onnx" in file for file in (manifest.get("base") or {}).get("files") or {})
-    digests = {entry["name"]: entry.get("values_xxh3") for entry in manifest["modules"]}
-    rows = [_row(module, sums[module], limits, lost, judged, digests.get(module)) for module in order]
+    rows = [_row(module, one, limits, lost, judged, digests.get(module)) for module, one in sums.items()]
     first = next((row for row in rows if row["fault"]), None)
     if first is not None:
         log.warning("the first module that diverges: %s (%s)", first["name"], FAULTS[first["fault"]])
     return Findings(rows, first["name"] if first else None)
 
 
+@dataclass(frozen=True)
 class _Beside:
     """Called with every module's twin values; adds what they say to the sums."""
 
-    def __init__(
-        self,
-        sums: Mapping[str, _Sums],
-        linear: Mapping[str, nn.Module],
-        taps: OnnxTaps | TorchTaps,
-        merged: Adapter | None,
-        weights: bool,
-        output_db: float,
-        fitted: bool,
-    ) -> None:
-        self.output_db, self.fitted = output_db, fitted
-        self.sums, self.linear, self.taps, self.merged, self.weights = sums, linear, taps, merged, weights
+    sums: Mapping[str, _Sums]
+    linear: Mapping[str, nn.Module]
+    taps: OnnxTaps | TorchTaps
+    merged: Adapter | None
+    output_db: float
+    fitted: bool
+    hashed: Collection[str]  # modules whose stored values have a digest to be held against
+    weighed: set[str] = field(default_factory=set)  # whose weights were looked at
 
     def __call__(self, name: str, own_x: Array, x: Array, own_y: Array, y: Array) -> None:
         sums = self.sums[name]
@@ -182,20 +183,25 @@ class _Beside:
         error, power = y - own_y, _squares(own_y, 0)  # by column
         sums.local += float(_squares(error, 0).sum())
         sums.local_signal += float(power.sum())
-        # on the first piece of the first sequence: it has the most rows, and a large weight takes seconds
-        weights = self.weights and sums.audit is None
-        if weights and isinstance(self.taps, OnnxTaps):
-            module = self.merged.modules.get(name) if self.merged else None
-            looked = audit(self.taps.graph, self.taps.places[name], self.linear[name], module, x, self.fitted)
-            if looked is not None:
-                sums.audit = looked
-                error = error - looked.explained
-        columns = _squares(error, 0)
+        if name not in self.weighed:  # on the first piece of the first sequence: it has the most rows
+            self.weighed.add(name)
+            self._weigh(name, x, error, float(power.mean()))
         if sums.audit is None:
+            columns = _squares(error, 0)
             sums.output_db = min(sums.output_db, _worst(np.full_like(columns, power.mean()), columns))
-        elif weights:
-            rounding = power.mean() * 10 ** (-self.output_db / 10)  # of the float sums
-            sums.kernel = float((columns / (sums.audit.noise + rounding / _KERNEL + 1e-30)).max())
+
+    def _weigh(self, name: str, x: Array, error: Array, power: float) -> None:
+        """Look at the stored weights, and at what of the output's error they do not explain."""
+        if not isinstance(self.taps, OnnxTaps):
+            return
+        place, module = self.taps.places[name], self.merged.modules.get(name) if self.merged else None
+        more = {"fitted": self.fitted, "hashed": name in self.hashed}
+        looked = audit(self.taps.graph, place, self.linear[name], module, x, **more)
+        if looked is not None:
+            self.sums[name].audit, expected = looked
+            columns = _squares(error - expected.error, 0)
+            rounding = power * 10 ** (-self.output_db / 10)  # of the float sums
+            self.sums[name].kernel = float((columns / (expected.noise + rounding / _KERNEL + 1e-30)).max())
 
 
 def _export(
@@ -220,9 +226,11 @@ def _export(
         return OnnxTaps(graph, on, places), OnnxTaps(graph, off, places)
     given = given_base(manifest, adapter)
     if given is not None:
-        graphs = (graph, Graph(given))
-        on, off = (OnnxRunner(open_session(each, places, threads), cache_shape=shape) for each in graphs)
-        return OnnxTaps(graph, on, places), OnnxTaps(graph, off, places)
+        before = Graph(given)  # it has no branches, so its values may have other names
+        there = before.places(entries, biased)
+        pairs = ((graph, places), (before, there))
+        on, off = (OnnxRunner(open_session(*pair, threads), cache_shape=shape) for pair in pairs)
+        return OnnxTaps(graph, on, places), OnnxTaps(before, off, there)
     rebuilt = rebuild(out / "model.onnx", entries, Checkpoint.open(str(model.name_or_path)), adapter)
     sessions = (open_session(graph, places, threads, values) for values in (None, rebuilt.initializers))
     on, off = (OnnxRunner(session, cache_shape=shape) for session in sessions)
@@ -250,35 +258,50 @@ def _decodes(taps: OnnxTaps | TorchTaps, adapter: Adapter) -> bool:
 
 
 def _tokens(model: nn.Module, linear: Mapping[str, nn.Module], watched: Sequence[str]) -> int:
-    """How long a sequence may be: four models' values of it are held at once, a tenth of the reference at most."""
+    """How long a sequence may be: the inputs of one model and the outputs of four are held at once."""
     weights = sum(parameter.nbytes for parameter in model.parameters())
-    per_token = sum(4 * 4 * sum(linear[name].get_parameter("weight").shape) for name in watched)
+    sizes = ((_inputs(linear[name]), linear[name].get_parameter("weight").numel()) for name in watched)
+    per_token = sum(4 * (inputs + 4 * (count // inputs)) for inputs, count in sizes)
     return min(_LONGEST, max(_SHORTEST, int(max(_LEAST, _SHARE * weights)) // max(1, per_token)))
 
 
+def _inputs(layer: nn.Module) -> int:
+    """How many inputs a linear layer has."""
+    return int(layer.get_parameter("weight").shape[0 if isinstance(layer, Conv1D) else 1])
+
+
 def _pieces(samples: Sequence[Sample], longest: int, decodes: bool) -> list[list[Ids]]:
-    """The longest sequences, each as its beginning and, where there is a cache, a few single tokens behind it."""
-    runs, left = [], TOKENS
+    """The longest sequences; the first as its beginning and, where there is a cache, a few single tokens behind it.
+
+    Of a large model a token alone takes as long as a whole sequence, so no more of them than tell of a broken cache.
+    """
+    runs: list[list[Ids]] = []
+    left = min(TOKENS, max(_FEWEST, sum(len(sample.ids) for sample in samples) // _PART))
     for sample in sorted(samples, key=lambda sample: -len(sample.ids)):
         ids = sample.ids[: min(longest, left)]
-        if len(ids) < min(_SHORTEST, len(sample.ids)):
+        if runs and len(ids) < min(_SHORTEST, len(sample.ids)):
             break
         left -= len(ids)
-        cut = len(ids) - _STEPS if decodes and len(ids) > 2 * _STEPS else len(ids)
+        cut = len(ids) - _STEPS if decodes and not runs and len(ids) > 2 * _STEPS else len(ids)
         runs.append([ids[:cut], *(ids[at : at + 1] for at in range(cut, len(ids)))])
     return runs
 
 
 def _add_effects(
-    sums: Mapping[str, _Sums], on: Sequence[Seen], off: Sequence[Seen], tuned: Sequence[Seen], base: Sequence[Seen]
+    sums: Mapping[str, _Sums],
+    on: Sequence[Seen],
+    off: Iterable[Outputs],
+    tuned: Sequence[Outputs],
+    base: Iterable[Outputs],
 ) -> None:
+    """Add what both runs say of the adapter, a piece each; those without it are asked for one piece at a time."""
     for exported_on, exported_off, torch_on, torch_off in zip(on, off, tuned, base, strict=True):
         for name, one in sums.items():
-            found, wanted = exported_on[name][1], torch_on[name][1]
+            found, wanted = exported_on[name][1], torch_on[name]
             one.signal += float(_squares(wanted, 0).sum())
             one.inherited += float(_squares(found - wanted, 0).sum())
-            effect = (found - exported_off[name][1]).astype(np.float64)
-            asked = (wanted - torch_off[name][1]).astype(np.float64)
+            effect = (found - exported_off[name]).astype(np.float64)
+            asked = (wanted - torch_off[name]).astype(np.float64)
             one.effect += float((effect**2).sum())
             one.wanted += float((asked**2).sum())
             one.product += float((effect * asked).sum())

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from diablo_export.adapter import CONFIG, TASKS, file_sha256
+from diablo_export.adapter import CONFIG, TASKS, Adapter, file_sha256
 from diablo_export.checkpoint import Checkpoint, read_json, resolve
 from diablo_export.errors import CheckpointError, InputError
 from diablo_export.manifest import MANIFEST, PARITY, file_xxh3
@@ -134,6 +135,12 @@ def block_dtype(manifest: Mapping[str, Any]) -> str | None:
 def is_branch(manifest: Mapping[str, Any]) -> bool:
     """Whether blocks are kept beside the weights."""
     return any(module.get("action") == "branch" for module in manifest.get("modules") or [])
+
+
+def merged_part(manifest: Mapping[str, Any], adapter: Adapter) -> Adapter:
+    """The adapter without the modules that keep their blocks beside the weights in an otherwise merged model."""
+    kept = {module["name"] for module in manifest.get("modules") or [] if module.get("action") == "kept"}
+    return replace(adapter, modules={name: one for name, one in adapter.modules.items() if name not in kept})
 
 
 def is_classifier(manifest: Mapping[str, Any]) -> bool:

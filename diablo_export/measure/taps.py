@@ -20,6 +20,7 @@ from diablo_export.measure.prompts import Ids
 from diablo_export.trainer.layer import set_enabled
 
 Seen = dict[str, tuple[Array, Array]]  # by module: its input (rows, in_features) and output (rows, out_features)
+Outputs = dict[str, Array]  # by module: its output alone, which is half the memory
 
 EMBEDDINGS = ""  # the module under which embeddings of a rounded table are seen
 
@@ -46,6 +47,11 @@ class OnnxTaps:
             seen = {name: _of(place, values) for name, place in self.places.items()}
             yield seen if table is None else seen | {EMBEDDINGS: (_rows(values[table]), _rows(values[table]))}
 
+    def outputs(self, pieces: Sequence[Ids]) -> Iterator[Outputs]:
+        """As `see`, the outputs alone."""
+        for seen in self.see(pieces):
+            yield {name: y for name, (_, y) in seen.items() if name != EMBEDDINGS}
+
 
 @dataclass(frozen=True)
 class TorchTaps:
@@ -71,9 +77,13 @@ class TorchTaps:
                 yield {name: (inputs[name], outputs[name]) for name in inputs}
                 inputs, outputs = {}, {}
 
-    def order(self, ids: Ids) -> list[str]:
-        """The modules in the order in which the network calls them."""
-        return list(next(self.see([ids])))
+    def outputs(self, pieces: Sequence[Ids]) -> Iterator[Outputs]:
+        """As `see`, the outputs alone, in the order in which the network calls its modules."""
+        found: Outputs = {}
+        with self._hooked(lambda name, x: None, lambda name, y: found.update({name: _numpy(y)})):
+            for _ in self._run(pieces):
+                yield dict(found)
+                found.clear()
 
     def beside(self, pieces: Sequence[Ids], seen: Sequence[Seen], compare: Callable[..., None]) -> None:
         """Run with what every module of another model read and gave put in place of the own.
@@ -151,8 +161,13 @@ def open_session(
     return runtime.session(path, model=model, initializers=initializers, threads=threads, spin=False)
 
 
-def check(seen: Seen, wanted: Seen) -> None:
+def check(seen: Seen, wanted: Outputs, sizes: Mapping[str, int]) -> None:
     """Refuse values of other sizes than torch has.
+
+    Args:
+        seen: what an export showed of one piece.
+        wanted: the outputs that torch has for it.
+        sizes: how many inputs each module has in torch.
 
     Raises:
         ExportError: names the module and both shapes.
@@ -160,7 +175,7 @@ def check(seen: Seen, wanted: Seen) -> None:
     for name, (x, y) in seen.items():
         if name == EMBEDDINGS:
             continue
-        shapes = (x.shape, y.shape), (wanted[name][0].shape, wanted[name][1].shape)
+        shapes = (x.shape, y.shape), ((len(wanted[name]), sizes[name]), wanted[name].shape)
         if shapes[0] != shapes[1]:
             raise ExportError(f"{name}: reads and gives {shapes[0]} in the export, {shapes[1]} in torch")
 
