@@ -1,4 +1,4 @@
-"""What blocks begin at, where that is not zero: the blocks of another adapter, and the float weights behind a grid."""
+"""What blocks begin at, where that is not zero: another adapter's blocks, the float weights behind a grid, a repair."""
 
 from __future__ import annotations
 
@@ -14,7 +14,43 @@ from diablo_export.blockdiag import under_blocks
 from diablo_export.checkpoint import Checkpoint
 from diablo_export.quantization import Float32, dequantize
 from diablo_export.trainer.layer import DiabloLinear, diablo_layers
+from diablo_export.trainer.learner import Learner
+from diablo_export.trainer.prepare import Lesson
 from diablo_export.trainer.quantized import float_weight
+from diablo_export.trainer.repair import begin_repaired
+
+
+def begin(
+    learner: Learner,
+    lesson: Lesson,
+    checkpoint: Checkpoint,
+    *,
+    given: Adapter | None,
+    grid: BaseGrid | None,
+    repair: bool,
+    batch_size: int,
+) -> None:
+    """Give a learner what a run begins at.
+
+    Args:
+        learner: its blocks are zero.
+        lesson: what it is to learn; also the text that a base is repaired on.
+        checkpoint: of the base.
+        given: the adapter to begin at.
+        grid: that the base lies on.
+        repair: begin at the best repair of the base, see `repair`.
+        batch_size: items at once, there.
+
+    Raises:
+        AdapterError: the given adapter has other blocks.
+    """
+    on_grid = grid is not None and grid.on_grid
+    if given is not None:
+        begin_at(learner.network, learner.parameters, given, checkpoint, given.base_grid if on_grid else grid)
+    if repair:
+        begin_repaired(learner.network, checkpoint, lesson.items, batch_size, lesson.pad)
+    elif on_grid:
+        begin_at_float(learner.network, checkpoint)
 
 
 @torch.no_grad()

@@ -9,16 +9,18 @@ rounding base + blocks onto the base's own grid gives the trained codes.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 import torch
 from torch import Tensor, nn
 
+from diablo_export.base_grid import BaseGrid
 from diablo_export.blockdiag import under_blocks
+from diablo_export.console import log
 from diablo_export.trainer.layer import DiabloLinear, add_branch
 from diablo_export.trainer.loop import Step
 from diablo_export.trainer.model import replace_module
-from diablo_export.trainer.quantized import QuantizedLinear
+from diablo_export.trainer.quantized import QuantizedLinear, pack_base
 
 _HARD = 0.8  # of the steps, after which every entry is fully rounded
 
@@ -72,6 +74,20 @@ class OnGridLinear(DiabloLinear):
         """Bring entries that left the grid's range back to its ends: after each step of an optimizer."""
         ends = self.lowest * self.steps, self.highest * self.steps  # a step may be negative
         self.blocks.clamp_(torch.minimum(*ends), torch.maximum(*ends))
+
+
+def lay_base(network: nn.Module, grid: BaseGrid, leave: Collection[str] = ()) -> None:
+    """Put the base of a network with blocks on a grid, packed; the blocks on it as well, where the grid says so.
+
+    Args:
+        network: its float weights go.
+        grid: of all its linear layers.
+        leave: module paths that stay float, such as a head that is trained whole.
+    """
+    size = pack_base(network, grid, leave)
+    log.info("base in %s: %.1f MB", grid, size / 1e6)
+    if grid.on_grid:
+        put_on_grid(network)
 
 
 def put_on_grid(network: nn.Module) -> None:

@@ -14,7 +14,7 @@ from diablo_export.adapter import TASKS
 from diablo_export.errors import InputError, OutputError
 from diablo_export.output import check_output
 from diablo_export.trainer.loop import SCHEDULES
-from diablo_export.trainer.state import CHECKPOINT, STATE, read_step
+from diablo_export.trainer.state import CHECKPOINT, read_step, unfinished
 
 DTYPES = ("auto", "float32", "bfloat16")
 DEVICES = ("auto", "cpu", "cuda")
@@ -102,7 +102,7 @@ def check_places(output: Path, work: Path, resume: bool, overwrite: bool) -> Non
     if resume and not work.exists() and output.exists() and any(output.iterdir()):
         raise InputError(f"{output}: this run is finished already, there is nothing to resume")
     check_output(output, overwrite)
-    if (work / CHECKPOINT / STATE).exists() and not resume:
+    if unfinished(work) and not resume:
         if not overwrite:
             raise OutputError(
                 f"{work}: holds an unfinished run (after step {read_step(work / CHECKPOINT)}); "

@@ -1,16 +1,77 @@
-"""What any training run does before its first step: classes, precision and length, files into encoded items."""
+"""What any training run begins with: a base is loaded, and its data is read and encoded for it."""
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from diablo_export.checkpoint import Checkpoint
 from diablo_export.console import log, progress
 from diablo_export.errors import CheckpointError, DataError, InputError
-from diablo_export.trainer.batches import encode_all
-from diablo_export.trainer.data import Encoded, Example, class_names
+from diablo_export.trainer.batches import encode_all, hold_out
+from diablo_export.trainer.data import Encoded, Example, class_names, read_examples
+from diablo_export.trainer.model import head_parameters, load_with_fresh
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """A frozen base, and what it is to learn."""
+
+    network: Any
+    dtype: str  # that the base was loaded in
+    head: list[str]  # names of the parameters to train whole: a classifier's
+    labels: list[str] | None  # class names in class order; None for a language model
+    pad: int  # the token id that fills short items up
+    max_length: int
+    items: list[Encoded]
+    held: list[Encoded]  # kept out of training
+
+
+def prepare(
+    checkpoint: Checkpoint,
+    data: str | Path,
+    *,
+    task: str,
+    autocast: bool,
+    device: str | torch.device,
+    max_length: int | None,
+    eval_data: str | Path | None,
+    eval_fraction: float,
+    seed: int,
+) -> Lesson:
+    """Load a base and read its data.
+
+    Args:
+        checkpoint: of the base.
+        data: the file, see `data.read_examples`.
+        task: `causal-lm` or `text-classification`.
+        autocast: whether matrix products run in bfloat16.
+        device: where the base is loaded to.
+        max_length: tokens per item; None: see `item_length`.
+        eval_data: held-out file.
+        eval_fraction: the share of `data` that is held out instead.
+        seed: of the lines held out.
+
+    Raises:
+        InputError: bad data, or a model that cannot be loaded.
+    """
+    examples = read_examples(data)
+    classes = known_classes(examples, data, checkpoint, task)
+    labels = None if classes is None else [str(name) for name in classes]
+    dtype = base_dtype(checkpoint, autocast)
+    network, tokenizer, fresh = load_with_fresh(checkpoint.folder, task, dtype=dtype, device=device, labels=labels)
+    max_length = item_length(network, max_length)
+    how = {"tokenizer": tokenizer, "max_length": max_length, "classes": classes}
+    running = classes is None and examples[0].form == "text"
+    items, held = hold_out(encode_file(data, examples, **how), eval_fraction, seed, running)
+    if eval_data:
+        held = encode_file(eval_data, read_examples(eval_data), **how)
+    head = [] if labels is None else head_parameters(network, fresh)
+    return Lesson(network, dtype, head, labels, tokenizer.pad_token_id or 0, max_length, items, held)
 
 
 def open_base(model: str | Path) -> Checkpoint:

@@ -97,6 +97,11 @@ def load_state(
     return int(state["step"]), list(state["log"])
 
 
+def unfinished(work: Path) -> bool:
+    """Whether the folder of a run holds a checkpoint to go on from."""
+    return (work / CHECKPOINT / STATE).exists()
+
+
 def read_step(folder: Path) -> int:
     """How many steps the run of a checkpoint has finished."""
     return int(read_json(folder / STATE).get("step", 0))

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import hashlib
 import math
 import os
 from collections.abc import Iterator, Sequence
@@ -17,40 +16,33 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
-from diablo_export.adapter import TASKS, WEIGHTS, AdaptedModule, Adapter, file_sha256, stored_transposed
+from diablo_export.adapter import WEIGHTS, Adapter, file_sha256
 from diablo_export.base_grid import BaseGrid
-from diablo_export.checkpoint import Checkpoint
 from diablo_export.console import log
-from diablo_export.errors import CheckpointError, InputError, require
-from diablo_export.fingerprint import Fingerprint, fingerprint
+from diablo_export.errors import require
 from diablo_export.output import new_folder
-from diablo_export.trainer.batches import Batches, hold_out
-from diablo_export.trainer.data import read_examples
+from diablo_export.trainer.batches import Batches
 from diablo_export.trainer.folding import fold_blocks
-from diablo_export.trainer.history import LOG, PICTURE, History, draw, training_bar, write_log
-from diablo_export.trainer.initial import begin_at, begin_at_float
+from diablo_export.trainer.history import LOG, PICTURE, History, draw, write_log
+from diablo_export.trainer.initial import begin
 from diablo_export.trainer.layer import diablo_layers
+from diablo_export.trainer.learner import Learner, owners, put_blocks
 from diablo_export.trainer.loop import learning_rate, train_loop
-from diablo_export.trainer.model import checkpoint_activations, head_parameters, load_with_fresh
+from diablo_export.trainer.model import checkpoint_activations
 from diablo_export.trainer.objective import Objective
-from diablo_export.trainer.on_grid import hardening, put_on_grid, settle
+from diablo_export.trainer.on_grid import hardening, lay_base, settle
 from diablo_export.trainer.options import check_options, check_places, choose_device, use_bfloat16, work_folder
 from diablo_export.trainer.plan import make_plan, memory_advice
-from diablo_export.trainer.prepare import base_dtype, encode_file, item_length, known_classes, open_base
-from diablo_export.trainer.processes import join_processes, whole
-from diablo_export.trainer.quantized import pack_base
-from diablo_export.trainer.repair import begin_repaired
-from diablo_export.trainer.state import CHECKPOINT, STATE, load_state, save_state
-from diablo_export.trainer.targets import ALL, choose_targets, short_names, wrap_targets
-from diablo_export.trainer.tensorboard import event_files
-from diablo_export.trainer.watch import Watch, interrupts, workspace
+from diablo_export.trainer.prepare import Lesson, open_base, prepare
+from diablo_export.trainer.processes import join_processes
+from diablo_export.trainer.state import CHECKPOINT, load_state, save_state, unfinished
+from diablo_export.trainer.watch import watching
 
 # options that a resumed run must share with its beginning, beside those that are worked out from several
 _KEPT = (
     "task", "num_blocks", "lr", "batch_size", "grad_accumulation", "schedule", "weight_decay", "clip", "seed",
-    "eval_fraction",
+    "eval_fraction", "steps", "warmup_steps",
 )  # fmt: skip
 
 
@@ -150,83 +142,58 @@ def train(
     options = dict(locals())
     check_options(options)
     require("matplotlib", "train")  # rather now than after hours of training
+    if tensorboard:
+        require("tensorboard", "tensorboard")
     processes = join_processes(device, batch_size, packed=base_quantize != "none")
     output, work, place = Path(output), work_folder(Path(output)), choose_device(device)
     autocast = use_bfloat16(dtype, place)
-    if tensorboard:
-        require("tensorboard", "tensorboard")
     if processes.first and not dry_run:
         check_places(output, work, resume, overwrite)
     processes.wait()
-    grid = BaseGrid.chosen(base_quantize, group_size, asymmetric, task == "text-classification", on_grid)
+    going_on = resume and unfinished(work)
 
-    checkpoint = open_base(model)
-    given = None if init_adapter is None else Adapter.load(init_adapter)
-    if given is not None:
+    grid = BaseGrid.chosen(base_quantize, group_size, asymmetric, task == "text-classification", on_grid)
+    checkpoint, given = open_base(model), None
+    if init_adapter is not None:
+        given = Adapter.load(init_adapter)
         given.check_base(checkpoint)
         target_modules, num_blocks = target_modules or list(given.modules), num_blocks or given.num_blocks
-    options["num_blocks"] = num_blocks = num_blocks or 64
-    examples = read_examples(data)
-    classes = known_classes(examples, data, checkpoint, task)
-    labels = None if classes is None else [str(name) for name in classes]
-    torch.manual_seed(seed)
-    network, tokenizer, fresh = load_with_fresh(
-        model, task, dtype=base_dtype(checkpoint, autocast), device="cpu" if grid else place, labels=labels
-    )
-    max_length = item_length(network, max_length)
-    how = {"tokenizer": tokenizer, "max_length": max_length, "classes": classes}
-    running = classes is None and examples[0].form == "text"
-    items, held = hold_out(encode_file(data, examples, **how), eval_fraction, seed, running)
-    if eval_data:
-        held = encode_file(eval_data, read_examples(eval_data), **how)
-
-    head = [] if classes is None else head_parameters(network, fresh)
-    names, marks = _adapt(network, checkpoint, head, target_modules, num_blocks)
+    torch.manual_seed(seed)  # of a fresh head
+    lesson = prepare(
+        checkpoint, data, task=task, autocast=autocast, device="cpu" if grid else place, max_length=max_length,
+        eval_data=eval_data, eval_fraction=eval_fraction, seed=seed,
+    )  # fmt: skip
+    network = lesson.network
+    learner = put_blocks(network, lesson.head, checkpoint, target_modules, num_blocks or 64)
     if grid is not None:
-        size = pack_base(network, grid, leave={name.rpartition(".")[0] for name in head})
-        log.info("base in %s: %.1f MB", grid, size / 1e6)
+        lay_base(network, grid, leave=owners(lesson.head))
         network.to(place)
-    if on_grid:
-        if processes.sharded:
-            raise InputError("--on-grid does not go with FSDP, which cuts blocks in pieces; start without it")
-        put_on_grid(network)
-    parameters = _trainable(network, head)
-    if given is not None:
-        begin_at(network, parameters, given, checkpoint, given.base_grid if on_grid else grid)
-    if on_grid and not repair_base:
-        begin_at_float(network, checkpoint)
-    if repair_base and not (resume and (work / CHECKPOINT / STATE).exists()):
-        begin_repaired(network, checkpoint, items, batch_size, tokenizer.pad_token_id or 0)
-    if processes.sharded:
-        processes.spread(network)
-        parameters = _trainable(network, head)
-    optimizer = torch.optim.AdamW(parameters.values(), lr=lr, weight_decay=weight_decay)
+    if not going_on:
+        begin(learner, lesson, checkpoint, given=given, grid=grid, repair=repair_base, batch_size=batch_size)
+    processes.spread(network)
     if gradient_checkpointing:
         checkpoint_activations(network)
     if not autocast and not processes.sharded:
         fold_blocks(diablo_layers(network).values())
 
-    batches = Batches(items, batch_size, grad_accumulation, seed)
+    trained = list(learner.parameters.values())
+    optimizer = torch.optim.AdamW(trained, lr=lr, weight_decay=weight_decay)
+    objective = Objective(network, lesson.labels is not None, lesson.pad, place, autocast, processes)
+    batches = Batches(lesson.items, batch_size, grad_accumulation, seed)
     steps = max_steps or math.ceil(epochs * batches.steps_per_epoch)
     warmup = math.ceil(steps / 20) if warmup_steps is None else min(steps, warmup_steps)
-    objective = Objective(network, classes is not None, tokenizer.pad_token_id or 0, place, autocast, processes)
-    settings = {name: options[name] for name in _KEPT} | {
-        "base": _digest(marks), "data": file_sha256(Path(data)), "targets": list(marks), "steps": steps,
-        "warmup_steps": warmup, "max_length": max_length, "labels": labels, "autocast": autocast,
-        "base_quantization": grid and grid.to_json(), "init_adapter": given and _sha256(given),
-    }  # fmt: skip
-    settings |= {"repair_base": True} if repair_base else {}
+    options |= {"num_blocks": learner.num_blocks, "steps": steps, "warmup_steps": warmup}
+    settings = _settings(options, learner, lesson, grid, given, autocast)
     start, records = 0, list[dict[str, Any]]()
-    if resume and (work / CHECKPOINT / STATE).exists():
-        start, records = load_state(work / CHECKPOINT, parameters, optimizer, settings)
+    if going_on:
+        start, records = load_state(work / CHECKPOINT, learner.parameters, optimizer, settings)
         log.info("continuing after step %d of %d", start, steps)
-    size = sum(parameter.numel() for parameter in parameters.values())
+    size = sum(parameter.numel() for parameter in trained)
     log.info(
-        "training %s parameters in %d modules on %s: %s items, %d steps of %d × %d",
-        f"{size:,}", len(marks), place.type, f"{len(items):,}", steps, batch_size, grad_accumulation,
+        "training %s parameters in %d modules on %s: %s items, %d steps of %d × %d", f"{size:,}", len(learner.marks),
+        place.type, f"{len(lesson.items):,}", steps, batch_size, grad_accumulation,
     )  # fmt: skip
 
-    trained = list(parameters.values())
     run = functools.partial(
         train_loop, optimizer, batches=batches, loss=objective.loss, targets=objective.targets,
         rate=learning_rate(lr, steps, warmup, schedule), clip=clip or None, seed=seed + (processes.rank << 32),
@@ -237,41 +204,50 @@ def train(
         plan = make_plan(objective, trained, batches, steps=steps, try_steps=run)
         return Training(output, steps, size, math.nan, [], plan)
 
+    def save(step: int, records: list[dict[str, Any]]) -> None:
+        save_state(
+            work / CHECKPOINT, learner.parameters, optimizer, step=step, settings=settings, log=records,
+            write=processes.first,
+        )  # fmt: skip
+        processes.wait()
+
     with (
-        workspace(work) if processes.first else contextlib.nullcontext(),
-        _deterministic(place), interrupts(processes.count > 1) as interrupted, training_bar(steps, start) as show,
-        event_files(Path(tensorboard) if tensorboard and processes.first else None, start) as also,
+        _deterministic(place),
+        watching(
+            work, objective, lesson.held, save, steps=steps, start=start, records=records, batch_size=batch_size,
+            eval_every=eval_every, save_every=checkpoint_every, tensorboard=Path(tensorboard) if tensorboard else None,
+        ) as watch,
         memory_advice(objective, trained, batches),
     ):  # fmt: skip
-        history = History(work / LOG if processes.first else Path(os.devnull), records, also)
-
-        def save(step: int) -> None:
-            save_state(
-                work / CHECKPOINT, parameters, optimizer, step=step, settings=settings, log=history.records,
-                write=processes.first,
-            )  # fmt: skip
-            processes.wait()
-
-        tenth = math.ceil(steps / 10)
-        watch = Watch(
-            objective, held, batch_size, steps, eval_every or tenth, checkpoint_every or max(25, tenth),
-            history, show, save, lambda: processes.any(interrupted()),
-        )  # fmt: skip
         if start == 0:
             watch.evaluate(0)
         network.train()
-        after_step = hardening(network, steps, start, watch) if on_grid else watch
-        run(steps=steps, start=start, after_step=after_step)
+        run(steps=steps, start=start, after_step=hardening(network, steps, start, watch) if on_grid else watch)
         settle(network)
-        adapter = Adapter(
-            _modules(network, marks), TASKS[task], _base_name(model), num_blocks, names,
-            {name: whole(parameters[name].detach()).cpu().numpy() for name in head}, labels or [], base_grid=grid,
-        )  # fmt: skip
+        adapter, history = learner.adapter(model, task, lesson.labels, grid), watch.history
         if processes.first:
             _write(output, overwrite, adapter, history, f"{Path(model).name} on {Path(data).name}, lr {lr:g}")
         processes.wait()
     evaluations = [record for record in history.records if "eval_loss" in record]
     return Training(output, steps, size, history.column("loss")[1][-1], evaluations)
+
+
+def _settings(
+    options: dict[str, Any],
+    learner: Learner,
+    lesson: Lesson,
+    grid: BaseGrid | None,
+    given: Adapter | None,
+    autocast: bool,
+) -> dict[str, Any]:
+    """What a resumed run must share with its beginning."""
+    return {name: options[name] for name in _KEPT} | {
+        "base": learner.base_digest, "data": file_sha256(Path(options["data"])), "targets": list(learner.marks),
+        "max_length": lesson.max_length, "labels": lesson.labels, "autocast": autocast,
+        "base_quantization": grid and grid.to_json(),
+        "init_adapter": given and given.path and file_sha256(given.path / WEIGHTS),
+        **({"repair_base": True} if options["repair_base"] else {}),
+    }  # fmt: skip
 
 
 def _write(output: Path, overwrite: bool, adapter: Adapter, history: History, title: str) -> None:
@@ -280,76 +256,6 @@ def _write(output: Path, overwrite: bool, adapter: Adapter, history: History, ti
         write_log(folder / LOG, history.records)
         draw(history, folder / PICTURE, f"{title}, {adapter.num_blocks} blocks")
     log.info("wrote %s", output)
-
-
-def _adapt(
-    network: nn.Module,
-    checkpoint: Checkpoint,
-    head: Sequence[str],
-    target_modules: str | Sequence[str] | None,
-    num_blocks: int,
-) -> tuple[list[str], dict[str, Fingerprint]]:
-    """Put zero blocks beside the targets; their names for the adapter's config, and each one's base weight's mark."""
-    wanted = [target_modules] if isinstance(target_modules, str) else list(target_modules or ())
-    targets = choose_targets(network, wanted, exclude={name.rpartition(".")[0] for name in head})
-    marks = _fingerprints(checkpoint, targets)
-    wrap_targets(network, targets, num_blocks)
-    return short_names(network, targets) if not wanted or ALL in wanted else wanted, marks
-
-
-def _base_name(model: str | Path) -> str:
-    return str(Path(model).resolve()) if Path(model).is_dir() else str(model)
-
-
-def _fingerprints(checkpoint: Checkpoint, targets: Sequence[str]) -> dict[str, Fingerprint]:
-    """The fingerprint of each target's weight as the checkpoint stores it, read one at a time."""
-    found, absent = {}, []
-    for name in targets:
-        info = checkpoint.find(f"{name}.weight")
-        if info is None:
-            absent.append(name)
-            continue
-        weight = info.read()
-        found[name] = fingerprint(weight.T if stored_transposed(checkpoint.config) else weight)
-    if absent:
-        raise CheckpointError(
-            f"{checkpoint.folder}: stores these modules under other names than the loaded model has, so that blocks "
-            f"could not be merged into them: {', '.join(absent[:5])}; choose other --target-modules"
-        )
-    return found
-
-
-def _sha256(adapter: Adapter) -> str:
-    assert adapter.path is not None
-    return file_sha256(adapter.path / WEIGHTS)
-
-
-def _digest(marks: dict[str, Fingerprint]) -> str:
-    return hashlib.sha256("".join(mark.xxh3_128 for mark in marks.values()).encode()).hexdigest()
-
-
-def _trainable(network: Any, head: Sequence[str]) -> dict[str, nn.Parameter]:
-    """What is trained, by name: blocks and head, in float32."""
-    network.config.use_cache = False
-    named = dict(network.named_parameters())
-    for name in head:
-        named[name].data = named[name].data.float()
-        named[name].requires_grad_(True)
-    blocks = {f"{name}.diablo_blocks": layer.blocks for name, layer in diablo_layers(network).items()}
-    return blocks | {name: named[name] for name in head}
-
-
-def _modules(network: nn.Module, marks: dict[str, Fingerprint]) -> dict[str, AdaptedModule]:
-    return {
-        name: AdaptedModule(
-            name,
-            whole(layer.blocks.detach()).cpu().numpy(),
-            layer.shape.in_features,
-            layer.shape.out_features,
-            marks[name],
-        )
-        for name, layer in diablo_layers(network).items()
-    }
 
 
 @contextlib.contextmanager

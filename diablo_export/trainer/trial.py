@@ -12,18 +12,18 @@ from typing import Any
 
 import torch
 
-from diablo_export.checkpoint import Checkpoint
 from diablo_export.errors import InputError
 from diablo_export.trainer.baselines import BASE, adapt, equal_rank
-from diablo_export.trainer.batches import Batches, hold_out
-from diablo_export.trainer.data import Encoded, read_examples
+from diablo_export.trainer.batches import Batches
+from diablo_export.trainer.data import Encoded
 from diablo_export.trainer.folding import fold_blocks
 from diablo_export.trainer.layer import diablo_layers
 from diablo_export.trainer.loop import Step, learning_rate, train_loop
 from diablo_export.trainer.model import checkpoint_activations, head_parameters, load_with_fresh
 from diablo_export.trainer.objective import Objective
 from diablo_export.trainer.options import use_bfloat16
-from diablo_export.trainer.prepare import base_dtype, encode_file, item_length, known_classes
+from diablo_export.trainer.prepare import open_base
+from diablo_export.trainer.prepare import prepare as prepare_lesson
 from diablo_export.trainer.targets import choose_targets
 
 _SPLIT = 0  # seed of the lines held out: the same ones in every trial
@@ -76,21 +76,16 @@ def prepare(
     Raises:
         InputError: bad data, or a model that cannot be loaded.
     """
-    checkpoint, autocast = Checkpoint.open(model), use_bfloat16(dtype, place)
-    examples = read_examples(data)
-    classes = known_classes(examples, data, checkpoint, task)
-    labels = None if classes is None else [str(name) for name in classes]
-    stored = base_dtype(checkpoint, autocast)
-    network, tokenizer, _ = load_with_fresh(model, task, dtype=stored, labels=labels)
-    options = {"tokenizer": tokenizer, "max_length": item_length(network, max_length), "classes": classes}
-    running = classes is None and examples[0].form == "text"
-    items, held = hold_out(encode_file(data, examples, **options), eval_fraction, _SPLIT, running)
-    if eval_data:
-        held = encode_file(eval_data, read_examples(eval_data), **options)
-    per_epoch = Batches(items, how["batch_size"], how["grad_accumulation"]).steps_per_epoch
+    autocast = use_bfloat16(dtype, place)
+    lesson = prepare_lesson(
+        open_base(model), data, task=task, autocast=autocast, device="cpu", max_length=max_length, eval_data=eval_data,
+        eval_fraction=eval_fraction, seed=_SPLIT,
+    )  # fmt: skip
+    per_epoch = Batches(lesson.items, how["batch_size"], how["grad_accumulation"]).steps_per_epoch
     steps = max_steps or math.ceil(epochs * per_epoch)
-    pad = tokenizer.pad_token_id or 0
-    return Ground(model, task, labels, stored, autocast, place, pad, items, held, steps, how)
+    return Ground(
+        model, task, lesson.labels, lesson.dtype, autocast, place, lesson.pad, lesson.items, lesson.held, steps, how
+    )
 
 
 def trial(

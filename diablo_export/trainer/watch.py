@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import contextlib
+import math
+import os
 import shutil
 import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from diablo_export.console import log
 from diablo_export.trainer.data import Encoded
-from diablo_export.trainer.history import History
+from diablo_export.trainer.history import LOG, History, training_bar
 from diablo_export.trainer.loop import Step
 from diablo_export.trainer.objective import Objective
 from diablo_export.trainer.state import CHECKPOINT, read_step
+from diablo_export.trainer.tensorboard import event_files
 
 
 @dataclass(frozen=True)
@@ -57,6 +61,51 @@ class Watch:
             self.history.add(step=step, **values)
             accuracy = f", accuracy {values['eval_accuracy']:.4f}" if "eval_accuracy" in values else ""
             log.info("step %d of %d: held-out loss %.4f%s", step, self.steps, values["eval_loss"], accuracy)
+
+
+@contextlib.contextmanager
+def watching(
+    work: Path,
+    objective: Objective,
+    held: Sequence[Encoded],
+    save: Callable[[int, list[dict[str, Any]]], None],
+    *,
+    steps: int,
+    start: int,
+    records: list[dict[str, Any]],
+    batch_size: int,
+    eval_every: int | None,
+    save_every: int | None,
+    tensorboard: Path | None,
+) -> Iterator[Watch]:
+    """Keep the folder of an unfinished run, its log and its bar while a run goes on; yields what each step calls.
+
+    Args:
+        work: the folder; the first process writes there, and clears it away in the end.
+        objective: that is evaluated.
+        held: on these items.
+        save: writes a checkpoint, given the step and the log.
+        steps: of the run, of which `start` are done.
+        start: see there.
+        records: the log so far.
+        batch_size: of an evaluation.
+        eval_every: steps; None: a tenth of the run.
+        save_every: steps; None: a tenth of the run, 25 at least.
+        tensorboard: folder of its event files.
+    """
+    processes, tenth = objective.processes, math.ceil(steps / 10)
+    first = processes.first
+    with (
+        workspace(work) if first else contextlib.nullcontext(),
+        interrupts(processes.count > 1) as interrupted,
+        training_bar(steps, start) as show,
+        event_files(tensorboard if first else None, start) as also,
+    ):
+        history = History(work / LOG if first else Path(os.devnull), records, also)
+        yield Watch(
+            objective, held, batch_size, steps, eval_every or tenth, save_every or max(25, tenth), history, show,
+            lambda step: save(step, history.records), lambda: processes.any(interrupted()),
+        )  # fmt: skip
 
 
 @contextlib.contextmanager
