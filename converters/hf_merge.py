@@ -21,15 +21,10 @@ from diablo_export.blockdiag import Array
 from diablo_export.checkpoint import DTYPES, Checkpoint, TensorInfo, header_bytes
 from diablo_export.console import log, progress
 from diablo_export.converters.hf_folder import copy_others, write_config, write_index
-from diablo_export.converters.hf_packed import (
-    PackedModule,
-    WrongBaseError,
-    check_base,
-    packed_modules,
-    refuse_unreadable,
-)
+from diablo_export.converters.hf_packed import PackedModule, WrongBaseError, packed_modules
 from diablo_export.converters.hf_stream import Part, given, write_parts
 from diablo_export.errors import CheckpointError
+from diablo_export.packed.modules import check_base, refuse_unreadable
 
 HEAD = "lm_head.weight"
 THREADS = 4  # files written side by side: while one waits for the disk another computes
@@ -130,9 +125,9 @@ def _note(modules: list[dict[str, Any]], file: str, part: Part, gain: float) -> 
 def _entry(one: PackedModule) -> dict[str, Any]:
     """The manifest entry of a quantized module."""
     assert one.change is not None
-    info = one.infos[one.codec.MARK]
+    info = one.stored.infos[one.stored.codec.MARK]
     return {
-        "name": one.module.name, "action": "merged", "layout": one.config["quant_method"], "method": one.method,
+        "name": one.module.name, "action": "merged", "layout": one.stored.config["quant_method"], "method": one.method,
         "weight": info.name, "transposed": False, "file": info.file.name, **one.change.describe(),
     }  # fmt: skip
 
@@ -189,7 +184,7 @@ def _match(
     faults: list[str] = []
     for module in adapter.modules.values():
         if module.name in packed:
-            fault = packed[module.name].size_fault()
+            fault = packed[module.name].stored.size_fault(module)
             faults += [f"{module.name}: {fault}"] if fault else []
             continue
         info = checkpoint.find(f"{module.name}.weight")

@@ -18,9 +18,10 @@ from diablo_export.adapter import CONFIG, Adapter, stored_transposed
 from diablo_export.base_grid import BaseGrid
 from diablo_export.blockdiag import BlockShape
 from diablo_export.checkpoint import Checkpoint, read_json, resolve
-from diablo_export.converters.hf_packed import check_base, packed_modules
+from diablo_export.converters.hf_packed import packed_modules
 from diablo_export.errors import InputError
 from diablo_export.manifest import MANIFEST, PARITY, read_manifest
+from diablo_export.packed.modules import check_base
 
 Report = dict[str, Any]
 PAPER_TARGETS = ("q_proj", "k_proj", "v_proj", "up_proj", "down_proj")

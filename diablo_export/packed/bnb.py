@@ -24,7 +24,7 @@ import numpy.typing as npt
 from diablo_export.adapter import AdaptedModule
 from diablo_export.blockdiag import Array
 from diablo_export.checkpoint import TensorInfo
-from diablo_export.converters.packed_grid import Change, Index
+from diablo_export.packed.grid import Change, Index
 from diablo_export.quantization import Codes, Float32, pack, unpack
 
 MARK = "weight.quant_map"
@@ -78,6 +78,11 @@ class LookedUp:
     absmax: Scales
     table: Float32  # (16,)
     shape: tuple[int, int]  # (out_features, in_features)
+
+    def values(self) -> Float32:
+        """The whole weight, (out_features, in_features)."""
+        scaled = self.table[self.codes] * self.absmax.values(np.arange(len(self.codes)))[:, None]
+        return np.asarray(scaled.reshape(-1)[: math.prod(self.shape)].reshape(self.shape), np.float32)
 
     def values_at(self, rows: Index, columns: Index) -> Float32:
         """The weights at these positions."""

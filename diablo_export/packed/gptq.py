@@ -17,8 +17,8 @@ import numpy as np
 
 from diablo_export.blockdiag import Array
 from diablo_export.checkpoint import TensorInfo
-from diablo_export.converters.packed_grid import PackedGrid
 from diablo_export.errors import CheckpointError
+from diablo_export.packed.grid import PackedGrid
 from diablo_export.quantization import BITS, pack, unpack
 
 MARK = "qweight"  # the tensor by which a module of this format is known

@@ -81,6 +81,21 @@ class PackedGrid:
         """(out_features, in_features)."""
         return self.codes.shape[0], self.codes.shape[1]
 
+    def values(self) -> Float32:
+        """The whole weight, (out_features, in_features)."""
+        steps = self.codes.astype(np.float32) - self.zeros[:, self.group_of]
+        return np.asarray(steps * self.scales[:, self.group_of], np.float32)
+
+    def members(self) -> Index:
+        """(groups, size): the inputs of each group; in_features where a group has fewer."""
+        groups, inputs = self.scales.shape[1], self.shape[1]
+        order = np.argsort(self.group_of, kind="stable")
+        counts = np.bincount(self.group_of, minlength=groups)
+        found = np.full((groups, max(1, int(counts.max(initial=0)))), inputs, np.int64)
+        within = np.arange(inputs) - np.repeat(np.cumsum(counts) - counts, counts)
+        found[self.group_of[order], within] = order
+        return found
+
     def values_at(self, rows: Index, columns: Index) -> Float32:
         """The weights at these positions."""
         group = self.group_of[columns]
@@ -97,7 +112,7 @@ class PackedGrid:
         """
         new = replace(self, codes=self.codes.copy(), scales=self.scales.copy(), zeros=self.zeros.copy())
         change = Change(self.bits, groups=self.scales.size, codes=self.codes.size)
-        members = self._members()
+        members = self.members()
         for blocks, inputs, rows in self._steps(module):
             groups = np.unique(self.group_of[inputs])
             columns = members[groups]  # (groups, size)
@@ -126,16 +141,6 @@ class PackedGrid:
                 rows = slice(start, min(start + step, outputs.stop))
                 here = slice(rows.start - outputs.start, rows.stop - outputs.start)
                 yield module.blocks[block, :width, here].T.astype(np.float32), inputs, rows
-
-    def _members(self) -> Index:
-        """(groups, size): the inputs of each group; in_features where a group has fewer."""
-        groups, inputs = self.scales.shape[1], self.shape[1]
-        order = np.argsort(self.group_of, kind="stable")
-        counts = np.bincount(self.group_of, minlength=groups)
-        found = np.full((groups, max(1, int(counts.max(initial=0)))), inputs, np.int64)
-        within = np.arange(inputs) - np.repeat(np.cumsum(counts) - counts, counts)
-        found[self.group_of[order], within] = order
-        return found
 
     def _part(self, rows: slice, groups: Index, columns: Index, real: Array) -> Grid:
         """Some groups of some rows, (rows, groups, size); what pads a short group is worth 0."""

@@ -16,7 +16,7 @@ import numpy as np
 
 from diablo_export.blockdiag import Array
 from diablo_export.checkpoint import TensorInfo
-from diablo_export.converters.packed_grid import PackedGrid
+from diablo_export.packed.grid import PackedGrid
 from diablo_export.quantization import Codes, pack, unpack
 
 MARK = "qweight"

@@ -18,8 +18,8 @@ import numpy as np
 
 from diablo_export.blockdiag import Array
 from diablo_export.checkpoint import TensorInfo
-from diablo_export.converters.packed_grid import Index, PackedGrid
 from diablo_export.errors import CheckpointError
+from diablo_export.packed.grid import Index, PackedGrid
 from diablo_export.quantization import BITS, Codes, pack, unpack
 
 MARK = "weight_packed"

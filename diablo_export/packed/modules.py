@@ -1,0 +1,125 @@
+"""The quantized modules of a Hugging Face checkpoint: which they are, and the codes and scales of each."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from types import ModuleType
+from typing import Any
+
+from diablo_export.adapter import AdaptedModule, Adapter, refuse_base
+from diablo_export.blockdiag import Array
+from diablo_export.checkpoint import Checkpoint, TensorInfo
+from diablo_export.errors import CheckpointError
+from diablo_export.fingerprint import SAME_WEIGHT, positions
+from diablo_export.packed import awq, bnb, compressed, gptq
+from diablo_export.packed.bnb import LookedUp
+from diablo_export.packed.grid import PackedGrid
+
+FORMATS: Mapping[str, ModuleType] = {
+    "gptq": gptq,
+    "awq": awq,
+    "compressed-tensors": compressed,
+    "bitsandbytes": bnb,
+}
+
+
+@dataclass(frozen=True)
+class Stored:
+    """One quantized weight of a checkpoint."""
+
+    name: str  # module path
+    prefix: str  # of its tensors in the checkpoint
+    infos: dict[str, TensorInfo]  # by what follows the prefix
+    codec: ModuleType
+    config: Mapping[str, Any]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out_features, in_features)."""
+        outputs, inputs = self.codec.sizes(self.infos, self.config)
+        return outputs, inputs
+
+    def read(self) -> dict[str, Array]:
+        """Its tensors, by what follows the prefix."""
+        return {suffix: info.read() for suffix, info in self.infos.items()}
+
+    def unpacked(self, tensors: Mapping[str, Array] | None = None) -> PackedGrid | LookedUp:
+        """Codes, scales and all else that makes the weight, of these tensors or of those that are stored.
+
+        Raises:
+            CheckpointError: what the format does not say; names the module.
+        """
+        try:
+            found: PackedGrid | LookedUp = self.codec.unpacked(self.read() if tensors is None else tensors, self.config)
+        except CheckpointError as error:
+            raise CheckpointError(f"{self.name}: {error}") from error
+        return found
+
+    def size_fault(self, module: AdaptedModule) -> str | None:
+        """Why this is no weight of the module's sizes, or None."""
+        wanted = module.out_features, module.in_features
+        if self.shape == wanted:
+            return None
+        return f"the model's weight is {list(self.shape)}, the adapter's is {list(wanted)} (out, in)"
+
+
+def stored(checkpoint: Checkpoint, module: str) -> Stored | None:
+    """The weight of the module at this path; None where it is not quantized."""
+    config = checkpoint.config.get("quantization_config")
+    codec = FORMATS.get(config.get("quant_method", "")) if isinstance(config, dict) else None
+    mark = codec and checkpoint.find(f"{module}.{codec.MARK}")
+    if codec is None or mark is None or not isinstance(config, dict):
+        return None
+    prefix = mark.name.removesuffix(codec.MARK)
+    names = {suffix: checkpoint.tensors.get(prefix + suffix) for suffix in (*codec.CHANGED, *codec.KEPT)}
+    infos = {suffix: info for suffix, info in names.items() if info is not None}
+    return Stored(module, prefix, infos, codec, config)
+
+
+def likeness_fault(module: AdaptedModule, weight: PackedGrid | LookedUp) -> str | None:
+    """Why these values are not those of the adapter's base, or None."""
+    if module.fingerprint is None:
+        return None
+    likeness = module.fingerprint.similarity(weight.values_at(*positions(*weight.shape)))
+    if likeness >= SAME_WEIGHT:
+        return None
+    return f"has other values than the base weight (cosine of 64 samples {likeness:.2f})"
+
+
+def refuse_unreadable(checkpoint: Checkpoint) -> None:
+    """Refuse a quantized checkpoint in a format that is not known here; a float one passes.
+
+    Raises:
+        CheckpointError: names the format and the ones that are.
+    """
+    config = checkpoint.config.get("quantization_config")
+    if not config:
+        return
+    method = config.get("quant_method", "an unnamed method") if isinstance(config, dict) else "?"
+    codec = FORMATS.get(method)
+    fault = codec.fault(config) if codec else f"quantized with {method}, where {', '.join(FORMATS)} can be merged into"
+    if fault:
+        raise CheckpointError(
+            f"{checkpoint.folder / 'config.json'}: {fault}; give the float model it was made from "
+            "(merge --quantize int4 then quantizes base and blocks together)"
+        )
+
+
+def check_base(checkpoint: Checkpoint, adapter: Adapter) -> None:
+    """Refuse a checkpoint that is not the adapter's base, in float or quantized, as `Adapter.check_base` does.
+
+    Raises:
+        AdapterError: lists every module that is missing, has other sizes, or other values.
+        CheckpointError: it is quantized in a way that is not known here.
+    """
+    refuse_unreadable(checkpoint)
+    found = {name: stored(checkpoint, name) for name in adapter.modules}
+    packed = {name: one for name, one in found.items() if one is not None}
+    told = {
+        name: one.size_fault(adapter.modules[name]) or likeness_fault(adapter.modules[name], one.unpacked())
+        for name, one in packed.items()
+    }
+    refuse_base(adapter, str(checkpoint.folder), [f"{name}: {fault}" for name, fault in told.items() if fault])
+    floats = {name: module for name, module in adapter.modules.items() if name not in packed}
+    replace(adapter, modules=floats).check_base(checkpoint)
