@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from diablo_export.adapter import TASKS, Adapter
-from diablo_export.base_grid import BITS
 from diablo_export.checkpoint import Checkpoint
-from diablo_export.console import log
-from diablo_export.converters import onnx_file
+from diablo_export.converters import merge_method, onnx_file
 from diablo_export.converters.base import hashing
 from diablo_export.converters.sizes import check_options, checkpoint_bytes, onnx_bytes
-from diablo_export.converters.trained_grid import grids, numbers, output_grid, warn_of_another
-from diablo_export.errors import AdapterError, CheckpointError, ExportError, InputError
+from diablo_export.converters.trained_grid import numbers, output_grid, warn_of_another
+from diablo_export.errors import AdapterError, ExportError, InputError
 from diablo_export.manifest import adapter_entry, write_manifest
 from diablo_export.output import check_output, new_folder
 
+if TYPE_CHECKING:
+    from diablo_export.converters.onnx_graph import Graph
+    from diablo_export.converters.planned_merge import Rebuild
+
 FORMATS = ("onnx", "hf")
-METHODS = ("auto", "rtn", "refit", "calibrated", "distilled")
 MIN_SURVIVAL = 0.97
 MAX_SECONDS = 900.0
 
@@ -38,6 +40,8 @@ def merge(
     reference: str | Path | None = None,
     min_survival: float = MIN_SURVIVAL,
     max_seconds: float = MAX_SECONDS,
+    plan: str | Path | None = None,
+    max_bytes: int | None = None,
     seed: int = 0,
     overwrite: bool = False,
 ) -> dict[str, Any]:
@@ -63,6 +67,9 @@ def merge(
         min_survival: least cosine of what the adapter does to the logits with what it should do; its gain may be
             as far from 1.
         max_seconds: about what a method other than rtn may take.
+        plan: auto: decide module by module between a merge at the bits asked for, a merge at 8 bits and a branch, for
+            the least size and time that keep `min_survival`; or the plan.toml of an earlier merge, to be done again.
+        max_bytes: of the ONNX model and its data, at most; for `auto`.
         seed: of the text and its order.
         overwrite: replace `output` if it exists.
 
@@ -76,75 +83,58 @@ def merge(
         OutputError: `output` exists, is not writable, or there is no room.
     """
     check_output(output, overwrite)
-    _check_method(method, calibration, min_survival, max_seconds)
+    merge_method.check_values(method, calibration, min_survival, max_seconds, plan, max_bytes)
     check_options(quantize, group_size, precision)
     chosen = _format(format, quantize, precision)
-    given = Adapter.load(adapter)
-    if given.task_type not in TASKS.values():
-        raise AdapterError(f"{adapter}: task_type is {given.task_type!r}; known are {', '.join(TASKS.values())}")
+    given = _loaded(adapter)
     group_size, asymmetric = output_grid([given], quantize, group_size, asymmetric)
     source = onnx_file.find(model) or Checkpoint.open(model)
     if isinstance(source, onnx_file.OnnxModel):
-        onnx_file.refuse_adapted(source)
-        chosen, needs = _as_it_is(source, format, quantize, precision), source.size
-        how, reference = _for_onnx(source, given, method, calibration, reference)
-    elif chosen == "onnx":
-        _refuse_packed(source)
-        needs = onnx_bytes(source, quantize, group_size, precision)
-        how, reference = _for_checkpoint(source, quantize, method, calibration, reference), model
-        _load(how)
+        chosen = _as_it_is(source, format, quantize, precision)
+        how, reference = merge_method.for_onnx(source, given, method, calibration, reference, plan)
+        needs = source.size
     else:
-        needs, how = checkpoint_bytes(source), _for_checkpoint(source, quantize, method, calibration, reference)
-    said: dict[str, Any] = {"model": str(model), "adapter": str(adapter), "quantize": quantize, "format": chosen}
-    said |= {"group_size": group_size, "asymmetric": asymmetric, "precision": precision, "method": how}
-    limits: dict[str, Any] = {"min_survival": min_survival, "max_seconds": max_seconds, "seed": seed}
-    said |= limits | {"calibration": calibration and str(calibration), "reference": reference and str(reference)}
-    options = limits | {"method": how, "calibration": calibration, "reference": reference}
-    if isinstance(source, Checkpoint):
+        how = merge_method.for_checkpoint(source, quantize, method, calibration, reference, plan)
+        needs, reference = _room(source, chosen, quantize, group_size, precision), model if chosen == "onnx" else None
         warn_of_another([given], [numbers(quantize, group_size, asymmetric)])
     made = isinstance(source, Checkpoint) and chosen == "onnx"
+    if chosen == "onnx" and (made or how not in ("exact", "rtn") or plan is not None):
+        merge_method.load(how if plan is None else "auto")
+    laid: dict[str, Any] = {"quantize": quantize, "group_size": group_size, "asymmetric": asymmetric}
+    laid |= {"precision": precision}
+    options: dict[str, Any] = {"method": how, "min_survival": min_survival, "max_seconds": max_seconds, "seed": seed}
+    options |= {"plan": plan, "max_bytes": max_bytes, "calibration": calibration, "reference": reference}
+    said = {"model": str(model), "adapter": str(adapter), "format": chosen, **laid, **options}
+    said |= {name: said[name] and str(said[name]) for name in ("plan", "calibration", "reference")}
     files = source.files if made else []  # other merges hash what they read
     with new_folder(output, overwrite, needs) as folder, hashing(model, source.folder, files) as base:
         if isinstance(source, onnx_file.OnnxModel):
             modules, more = _into_onnx(source, given, folder, options)
         elif chosen == "onnx":
             given.check_base(source)
-            modules, more = _to_onnx(model, given, folder, quantize, group_size, asymmetric, precision, options)
+            modules, more = _to_onnx(source, given, folder, laid, options)
         else:
             modules, more = _to_hf(model, given, folder, how)
-        hashes = more.pop("hashes")
+        hashes, read = more.pop("hashes"), base(more.pop("read", {}))
         more = {"task": _task(given), "format": chosen, "quantize": quantize, "precision": precision} | more
         entries = [adapter_entry(Path(adapter).resolve().name, given)]
-        read = base(more.pop("read", {}))
         return write_manifest(folder, "merge", said, read, entries, modules, hashes, **more)
 
 
-def _check_method(method: str | None, calibration: object, min_survival: float, max_seconds: float) -> None:
-    """Refuse values that the options do not have."""
-    faults = []
-    if method is not None and method not in METHODS:
-        faults.append(f"method is {method!r}; choose one of {', '.join(METHODS)}")
-    if not 0 < min_survival < 1:
-        faults.append(f"min_survival is {min_survival}; it must be between 0 and 1, such as 0.97")
-    if not max_seconds > 0:
-        faults.append(f"max_seconds is {max_seconds}; it must be above 0")
-    if calibration is not None and method in ("rtn", "refit"):
-        faults.append(f"--calibration is not looked at by --method {method}; leave one of them out")
-    if faults:
-        raise InputError("; ".join(faults))
+def _loaded(adapter: str | Path) -> Adapter:
+    """The adapter, which must be of a task that is known here."""
+    given = Adapter.load(adapter)
+    if given.task_type not in TASKS.values():
+        raise AdapterError(f"{adapter}: task_type is {given.task_type!r}; known are {', '.join(TASKS.values())}")
+    return given
 
 
-def _for_checkpoint(source: Checkpoint, quantize: str, method: str | None, calibration: Any, reference: Any) -> str:
-    """The method for a Hugging Face model."""
-    if reference is not None:
-        raise InputError("--reference is for an ONNX --model; a Hugging Face model is its own reference")
-    if quantize == "none" and source.config.get("quantization_config"):
-        return _for_packed(method, calibration)
-    if quantize == "none":
-        _refuse_unused(method, calibration, "--quantize none rounds nothing")
-        return "exact"
-    chosen = method or ("auto" if BITS[quantize] <= 4 else "rtn")
-    return _if_it_fits(source, chosen, given=method is not None)
+def _room(source: Checkpoint, chosen: str, quantize: str, group_size: int, precision: str) -> int:
+    """Bytes that the output will take."""
+    if chosen == "hf":
+        return checkpoint_bytes(source)
+    _refuse_packed(source)
+    return onnx_bytes(source, quantize, group_size, precision)
 
 
 def _refuse_packed(source: Checkpoint) -> None:
@@ -152,82 +142,6 @@ def _refuse_packed(source: Checkpoint) -> None:
     from diablo_export.converters.onnx_graph import check_float
 
     check_float(source)
-
-
-def _for_packed(method: str | None, calibration: Any) -> str:
-    """The method for a Hugging Face checkpoint that is quantized."""
-    if calibration is not None or method not in (None, "refit", "rtn"):
-        raise InputError(
-            "a quantized Hugging Face checkpoint is merged by --method refit or rtn, which look at no text; the others "
-            "run the float model: give that, and --quantize int4"
-        )
-    return method or "refit"
-
-
-def _for_onnx(
-    source: onnx_file.OnnxModel, adapter: Adapter, method: str | None, calibration: Any, reference: str | Path | None
-) -> tuple[str, str | Path | None]:
-    """The method for an ONNX model, and its reference in torch."""
-    import onnx_ir as ir
-
-    from diablo_export.converters.onnx_linears import linears
-
-    layers = linears(ir.load(source.file))
-    warn_of_another([adapter], grids(layers))
-    bits = {layer.bits for layer in layers if layer.bits}
-    if not bits:
-        _refuse_unused(method, calibration, f"{source.file} holds no quantized weights")
-        return "exact", None
-    chosen = method or ("auto" if min(bits) <= 4 else "rtn")
-    if chosen == "rtn":
-        return "rtn", None
-    named = reference or adapter.base_model
-    try:
-        if named is None:
-            raise CheckpointError("the adapter does not name its base")
-        checkpoint = Checkpoint.open(named)
-        adapter.check_base(checkpoint)
-        chosen = _if_it_fits(checkpoint, chosen, given=method is not None)
-        _load(chosen)
-    except InputError as error:
-        if method is not None or reference is not None:
-            raise InputError(
-                f"--method {chosen} runs the float model that {source.file.name} was made from, which cannot be used: "
-                f"{error}. Give it as --reference, or choose --method rtn"
-            ) from error
-        log.warning(
-            "rounded to the nearest, and what is left of the fine-tune not measured: the float model cannot be used "
-            "(%s). Give it as --reference to keep the fine-tune", error,
-        )  # fmt: skip
-        chosen = "rtn"
-    return chosen, None if chosen == "rtn" else named
-
-
-def _refuse_unused(method: str | None, calibration: Any, why: str) -> None:
-    """Nothing is rounded, so nothing needs a method."""
-    if method is not None or calibration is not None:
-        raise InputError(f"--method and --calibration are for quantized weights, and {why}; leave them out")
-
-
-def _if_it_fits(source: Checkpoint, method: str, given: bool) -> str:
-    """The method, or rtn where the model does not fit in memory in torch and nobody asked for another."""
-    from diablo_export.converters.sizes import memory_fault
-
-    fault = None if method == "rtn" else memory_fault(source)
-    if fault and given:
-        raise InputError(f"--method {method}: {fault}; use a machine with more memory, or --method rtn")
-    if fault:
-        log.warning("rounded to the nearest, and what is left of the fine-tune not measured: %s", fault)
-    return "rtn" if fault else method
-
-
-def _load(method: str) -> None:
-    """Import the C++ libraries that the work ahead needs: before an output folder is begun."""
-    from diablo_export.converters.onnx_graph import load_exporters
-
-    load_exporters()
-    if method != "rtn":
-        import diablo_export.converters.grid_merge  # noqa: F401
 
 
 def _format(format: str | None, quantize: str, precision: str) -> str:
@@ -247,6 +161,7 @@ def _format(format: str | None, quantize: str, precision: str) -> str:
 
 def _as_it_is(source: onnx_file.OnnxModel, format: str | None, quantize: str, precision: str) -> str:
     """An ONNX model stays the ONNX model that it is."""
+    onnx_file.refuse_adapted(source)
     if format == "hf" or (quantize, precision) != ("none", "fp32"):
         raise InputError(
             f"{source.file}: is ONNX already and keeps its weights' types; leave out --quantize, --precision and "
@@ -266,16 +181,28 @@ def _into_onnx(
     from diablo_export.runtime import session
 
     more: dict[str, Any] = {"hashes": {}, "read": onnx_file.copy(source, folder)}
-    if options["method"] in ("exact", "rtn"):
+    if options["method"] in ("exact", "rtn") and options["plan"] is None:
         modules = onnx_merge(folder / onnx_file.MODEL, adapter)
     else:
-        from diablo_export.converters.grid_merge import grid_merge
-
-        modules, more["survival"] = grid_merge(folder, adapter, **options)
+        modules, more["survival"] = _measured(folder, adapter, options)
     if (folder / onnx_file.MODEL).read_bytes() != source.file.read_bytes():
         session(folder / onnx_file.MODEL)  # a graph that the runtime refuses is no merge
     reason = f"{source.file.name} is an ONNX model already"
     return modules, {"exporter": "given", "reason": reason, **kind(linears(ir.load(source.file))), **more}
+
+
+def _measured(
+    folder: Path, adapter: Adapter, options: dict[str, Any], rebuild: Rebuild | None = None, **how: Any
+) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Merge into the model in `folder` by a method that measures, or by a plan; the entries, and the survival."""
+    rest = {name: value for name, value in options.items() if name not in ("plan", "max_bytes")}
+    if options["plan"] is None:
+        from diablo_export.converters.grid_merge import grid_merge
+
+        return grid_merge(folder, adapter, **rest, **how)
+    from diablo_export.converters.planned_merge import planned_merge
+
+    return planned_merge(folder, adapter, rebuild=rebuild, **options, **how)
 
 
 def _to_hf(
@@ -292,47 +219,49 @@ def _to_hf(
 
 
 def _to_onnx(
-    model: str | Path,
-    adapter: Adapter,
-    folder: Path,
-    quantize: str,
-    group_size: int,
-    asymmetric: bool,
-    precision: str,
-    options: dict[str, Any],
+    source: Checkpoint, adapter: Adapter, folder: Path, laid: dict[str, Any], options: dict[str, Any]
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """Build the graph, the blocks added on the way or merged after; the modules' entries, and the manifest's rest."""
-    from diablo_export.converters.onnx_graph import build_graph
-
-    on_grid = adapter.base_grid is not None and adapter.base_grid.on_grid and quantize != "none"
-    at_once = options["method"] in ("exact", "rtn") and not on_grid
-    built = build_graph(
-        model, folder, task=_task(adapter), quantize=quantize, group_size=group_size, symmetric=not asymmetric,
-        precision=precision, merged=adapter if at_once else None, head=adapter,
-    )  # fmt: skip
-    lost = [name for name in adapter.modules if name not in built.modules]
-    if lost:
-        raise ExportError(
-            f"{model}: the {built.exporter} exporter's graph has no node for {len(lost)} adapted modules, so their "
-            f"blocks would be lost: {', '.join(lost)}. Merge to Hugging Face (--format hf) instead"
-        )
+    on_grid = adapter.base_grid is not None and adapter.base_grid.on_grid and laid["quantize"] != "none"
+    plain = options["method"] in ("exact", "rtn") and options["plan"] is None
+    built = _built(source, adapter, folder, laid, merged=adapter if plain and not on_grid else None)
     more: dict[str, Any] = {"hashes": built.hashes, "exporter": built.exporter, "reason": built.reason}
-    if at_once:
-        return [
-            {"name": name, **built.modules[name], "action": "merged", "why": _why(quantize)} for name in adapter.modules
-        ], more
+    if plain and not on_grid:
+        entry = {"action": "merged", "why": _why(laid["quantize"])}
+        return [{"name": name, **built.modules[name], **entry} for name in adapter.modules], more
     more["hashes"] = {}
-    if options["method"] == "rtn":
+    if plain:
         from diablo_export.converters.onnx_merge import onnx_merge
 
         done = onnx_merge(folder / onnx_file.MODEL, adapter)
     else:
-        from diablo_export.converters.grid_merge import grid_merge
+
+        def rebuild(merged: Adapter, wide: Collection[str]) -> Mapping[str, Mapping[str, Any]]:
+            for path in folder.iterdir():
+                path.unlink()  # and not overwritten: what is mapped stays as it is
+            return _built(source, adapter, folder, laid, merged=merged, wide=wide).modules
 
         # an adapter that was trained on the grid was so beside its float head
-        how = {"float_base": Checkpoint.open(model), "has_head": not on_grid, **options}
-        done, more["survival"] = grid_merge(folder, adapter, **how)
+        how: dict[str, Any] = {"float_base": source, "has_head": not on_grid, "rebuild": rebuild}
+        done, more["survival"] = _measured(folder, adapter, options, **how)
     return [{**built.modules[entry["name"]], **entry} for entry in done], more
+
+
+def _built(source: Checkpoint, adapter: Adapter, folder: Path, laid: dict[str, Any], **what: Any) -> Graph:
+    """The model's graph in `folder`, with the adapter's head; every adapted module must be in it."""
+    from diablo_export.converters.onnx_graph import build_graph
+
+    grid = {"quantize": laid["quantize"], "group_size": laid["group_size"], "symmetric": not laid["asymmetric"]}
+    built = build_graph(
+        source.folder, folder, task=_task(adapter), precision=laid["precision"], head=adapter, **grid, **what
+    )
+    lost = [name for name in adapter.modules if name not in built.modules]
+    if lost:
+        raise ExportError(
+            f"{source.folder}: the {built.exporter} exporter's graph has no node for {len(lost)} adapted modules, so "
+            f"their blocks would be lost: {', '.join(lost)}. Merge to Hugging Face (--format hf) instead"
+        )
+    return built
 
 
 def _why(quantize: str) -> str:

@@ -10,6 +10,7 @@ import contextlib
 import importlib
 import json
 import shutil
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -69,6 +70,7 @@ def build_graph(
     accuracy_level: int = 4,
     merged: Adapter | None = None,
     head: Adapter | None = None,
+    wide: Collection[str] = (),
 ) -> Graph:
     """Write model.onnx, model.onnx.data, config and tokenizer files into `folder`.
 
@@ -84,6 +86,7 @@ def build_graph(
             onnxruntime-genai builds), 1 in float32 (exact, faster for long prompts).
         merged: its blocks are added to the weights on their way, and its saved head replaces the model's.
         head: only its saved head replaces the model's.
+        wide: modules that are quantized to 8 bits, when quantizing.
 
     Raises:
         InputError: an option's value. CheckpointError: the model cannot be read.
@@ -101,6 +104,7 @@ def build_graph(
     share = quantize == "none" and not (merged and "lm_head" in merged.modules)
     how: Any = {
         "quantize": quantize, "group_size": group_size, "symmetric": symmetric, "accuracy_level": accuracy_level,
+        "wide": wide,
     }  # fmt: skip
 
     def take(road: Any, **more: Any) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:

@@ -5,7 +5,7 @@ Both roads end here. A road hands over the graph and, for each initializer that 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -90,8 +90,9 @@ def finish(
     group_size: int = 32,
     symmetric: bool = True,
     accuracy_level: int = 4,
+    wide: Collection[str] = (),
 ) -> tuple[dict[str, dict[str, Any]], str]:
-    """Mark the modules' nodes, quantize them where asked, stream the weights and write model.onnx.
+    """Mark the modules' nodes, quantize them where asked (`wide` ones to 8 bits), stream the weights, write model.onnx.
 
     Returns:
         Per module how its weight lies in the graph, and the SHA-256 of the data file.
@@ -114,7 +115,8 @@ def finish(
         if origin.rows:
             node.metadata_props[ROWS] = f"{origin.rows[0]}:{origin.rows[1]}"
         if quantize != "none" and len(weight.consumers()) == 1 and node.op_type == "MatMul":
-            entry, job = _quantize(layout.model.graph, node, weight, source, BITS[quantize], group_size, symmetric)
+            bits = 8 if origin.module in wide else BITS[quantize]
+            entry, job = _quantize(layout.model.graph, node, weight, source, bits, group_size, symmetric)
             node.attributes.add(ir.AttrInt64("accuracy_level", accuracy_level))
         else:
             entry = _plain(node, weight, origin)

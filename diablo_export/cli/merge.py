@@ -20,6 +20,7 @@ from diablo_export.cli.options import (
     overwrite_option,
     precision_option,
     quantize_option,
+    size,
     verbosity_options,
 )
 from diablo_export.cli.summary import print_summary
@@ -60,6 +61,17 @@ from diablo_export.errors import CheckFailed
     "--max-seconds", type=click.FloatRange(0, min_open=True), default=900, show_default=True,
     help="About what methods other than rtn may take.",
 )  # fmt: skip
+@click.option(
+    "--plan", metavar="auto|FILE",
+    help="auto: decide module by module between a merge at the bits asked for, one at int8 and a branch, for the least "
+    "size and time that keep --min-survival. FILE: the plan.toml of an earlier merge, edited or not.",
+)  # fmt: skip
+@click.option(
+    "--max-bytes",
+    metavar="SIZE",
+    callback=size,
+    help="With --plan auto, what the ONNX model and its data may take: a number, with kB, MB or GB behind it.",
+)
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the text and its order.")
 @overwrite_option
 @json_option
@@ -73,6 +85,7 @@ def command(model: str, adapter: Path, output: Path, as_json: bool, **options: A
     \b
     Example:
       diablo-export merge --model M --adapter adapter --quantize int4 --output int4
+      diablo-export merge --model M --adapter adapter --quantize int4 --plan auto --max-bytes 300MB --output planned
     """
     from diablo_export.converters.merge import merge
 
@@ -99,14 +112,36 @@ def print_survival(manifest: Mapping[str, Any]) -> None:
             f"{mark} {row['method']:<10}  gain {row['gain']:.3f}  cosine {row['cosine']:.3f}  KL {row['kl']:.2g} of "
             f"{row['base_kl']:.2g}  {row['codes_changed']:.1%} of codes changed  {row['seconds']:.1f} s"
         )
+    plan = survival.get("plan")
+    if plan is not None:
+        said = ", ".join(f"{count} {choice}" for choice, count in plan["choices"].items())
+        click.echo(
+            f"plan ({plan['file']}): {said}; gain {plan['gain']:.3f}  cosine {plan['cosine']:.3f}  "
+            f"KL {plan['kl']:.2g}  {plan['bytes']:,} bytes"
+        )
 
 
 def _missed(survival: Mapping[str, Any], output: Path) -> str:
-    best = next(row for row in survival["tried"] if row["method"] == survival["method"])
+    plan = survival.get("plan")
+    best = plan or next(row for row in survival["tried"] if row["method"] == survival["method"])
     least = survival["min_survival"]
-    return (
+    said = (
         f"{output}: written, but the fine-tune does not survive as asked: gain {best['gain']:.3f} (asked: within "
-        f"{1 - least:.2f} of 1), cosine {best['cosine']:.3f} (asked: {least:.2f}) with {best['method']}. Give "
+        f"{1 - least:.2f} of 1), cosine {best['cosine']:.3f} (asked: {least:.2f})"
+    )
+    if plan is not None:
+        return f"{said} with the plan that comes nearest, {plan['file']}. {_more_room(plan)}"
+    return (
+        f"{said} with {best['method']}. Give "
         "--calibration with text of the fine-tune's kind, a smaller --group-size, --asymmetric or --quantize int8, "
         "lower --min-survival, or keep the blocks as a branch: diablo-export export"
     )
+
+
+def _more_room(plan: Mapping[str, Any]) -> str:
+    if plan["needs_bytes"] is not None:
+        needs = f"A plan that keeps it takes up to {plan['needs_bytes']:,} bytes"
+        return f"{needs}; raise --max-bytes, or lower --min-survival"
+    if plan["max_bytes"] is not None:
+        return "Raise --max-bytes, or lower --min-survival"
+    return "Give more modules int8 or branch in it, or have it made anew with --plan auto"

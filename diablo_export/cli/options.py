@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,17 @@ precision_option = click.option(
 )  # fmt: skip
 overwrite_option = click.option("--overwrite", is_flag=True, help="Replace the output folder if it exists.")
 json_option = click.option("--json", "as_json", is_flag=True, help="Print the report as JSON on standard output.")
+
+
+_UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9}
+
+
+def size(ctx: click.Context, param: click.Parameter, text: str | None) -> int | None:
+    """Callback of an option: bytes, from a number with kB, MB or GB behind it."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-zA-Z]*)", text or "0")
+    if found is None or found[2].lower() not in _UNITS:
+        raise click.BadParameter(f"{text!r} is no size; write bytes, or a number with kB, MB or GB, such as 300MB")
+    return None if text is None else int(float(found[1]) * _UNITS[found[2].lower()])
 
 
 def verbosity_options(function: F) -> F:

@@ -13,7 +13,7 @@ import click
 from diablo_export.console import log
 
 _MOST_FILES = 12
-_SAID = {"branch": "with a branch", "merged": "merged"}
+_SAID = {"branch": "with a branch", "merged": "merged", "kept": "kept as branches"}
 
 
 def print_summary(manifest: Mapping[str, Any], output: Path) -> None:
