@@ -12,7 +12,7 @@ import torch
 from diablo_export.adapter import Adapter
 from diablo_export.converters.onnx_adapters import write_onnx_adapter
 from diablo_export.manifest import read_manifest
-from diablo_export.measure import modules
+from diablo_export.measure import twins
 from diablo_export.measure.parity import parity
 from diablo_export.measure.places import Graph
 from diablo_export.measure.prompts import Sample
@@ -159,18 +159,18 @@ def test_sequences_are_cut_to_what_memory_allows() -> None:
     def sample(length: int) -> Sample:
         return Sample(np.arange(length), np.ones(length, np.bool_))
 
-    runs = modules._pieces([sample(3), sample(300), sample(2000), sample(40)], 100, decodes=True)
+    runs = twins._pieces([sample(3), sample(300), sample(2000), sample(40)], 100, decodes=True)
     # a sixteenth of 2343 tokens, 146: the first of the longest as far as memory goes, the rest of the next
     assert [[len(piece) for piece in pieces] for pieces in runs] == [[96, 1, 1, 1, 1], [46]]
-    assert [sum(map(len, pieces)) for pieces in modules._pieces([sample(30)] * 9, 100, decodes=False)] == [30, 30]
-    assert [len(piece) for piece in modules._pieces([sample(3)], 100, decodes=True)[0]] == [3]
-    assert sum(sum(map(len, pieces)) for pieces in modules._pieces([sample(1000)] * 9, 100, decodes=False)) == 256
+    assert [sum(map(len, pieces)) for pieces in twins._pieces([sample(30)] * 9, 100, decodes=False)] == [30, 30]
+    assert [len(piece) for piece in twins._pieces([sample(3)], 100, decodes=True)[0]] == [3]
+    assert sum(sum(map(len, pieces)) for pieces in twins._pieces([sample(1000)] * 9, 100, decodes=False)) == 256
     wide = torch.nn.Linear(4096, 1 << 17, device="meta")
     network = torch.nn.Sequential(wide)
     # a reference of 2 GiB may hold a quarter of it: 255 tokens' inputs of 16 KB and outputs of 0.5 MB in four models
-    assert modules._tokens(network, {"0": wide}, ["0"]) == min(128, (1 << 29) // (4 * (4096 + 4 * (1 << 17))))
+    assert twins._tokens(network, {"0": wide}) == min(128, (1 << 29) // (4 * (4096 + 4 * (1 << 17))))
     narrow = torch.nn.Linear(64, 1 << 21, device="meta")
-    assert modules._tokens(torch.nn.Sequential(narrow), {"0": narrow}, ["0"]) == 16  # never fewer
+    assert twins._tokens(torch.nn.Sequential(narrow), {"0": narrow}) == 16  # never fewer
 
 
 def test_taps_show_what_the_graph_and_torch_give(

@@ -64,7 +64,7 @@ def audit(
     graph: Graph,
     place: Place,
     linear: nn.Module,
-    merged: AdaptedModule | None,
+    merged: AdaptedModule | Array | None,
     x: Array,
     *,
     fitted: bool,
@@ -76,7 +76,8 @@ def audit(
         graph: the exported model.
         place: of the module in it.
         linear: the base's layer in torch.
-        merged: the blocks that should be in the stored weight; None: none.
+        merged: what should be in the stored weight beside the base's: blocks, or a dense (out_features, in_features);
+            None: nothing.
         x: (rows, in_features) inputs.
         fitted: the codes under the blocks were chosen for the outputs, and so may be far from the weights.
         hashed: whether to give the digest of the values.
@@ -97,9 +98,9 @@ def audit(
 class _Sums:
     """Running figures of one module, part by part."""
 
-    def __init__(self, wanted: Float32, merged: AdaptedModule | None, x: Array, hashed: bool) -> None:
+    def __init__(self, wanted: Float32, merged: AdaptedModule | Array | None, x: Array, hashed: bool) -> None:
         self.wanted, self.merged, self.x = wanted, merged, x
-        self.delta = _delta(merged) if merged is not None else None
+        self.delta = _delta(merged) if isinstance(merged, AdaptedModule) else merged
         self.error = np.empty((len(x), len(wanted)), np.float32)
         self.noise = np.empty(len(wanted), np.float32)
         self.squares = np.zeros(2)  # of the fitted groups' error over the inputs: as stored, and rounded to nearest
@@ -109,7 +110,7 @@ class _Sums:
     def add(self, first: int, rows: tuple[int, int], grid: Coded, fitted: bool) -> None:
         """Go on with the rows of a node, which begin at the module's row `first`."""
         count, step = rows[1] - rows[0], max(1, _AT_ONCE // self.wanted.shape[1])
-        met = _met(self.merged, grid.size) if fitted and self.merged is not None else None
+        met = _met(self.merged, grid.size) if fitted and isinstance(self.merged, AdaptedModule) else None
         groups = (count, -(-self.wanted.shape[1] // grid.size))
         rms, steps = np.empty(groups, np.float32), np.empty(groups, np.float32)
         variance = _variance(self.x, grid.size)
