@@ -20,8 +20,9 @@ constexpr int64_t kBehindCopy = 64;  // narrow strips are read up to a vector be
 // Up to so many rows, reading a wide block is what takes time, and copying it never pays. So few that each element of
 // it is used by one tile alone read it in long runs that the prefetcher follows; their sums wait in the first-level
 // cache.
-constexpr int64_t kFewRows = 48, kFewDepth = 32, kOnceColumns = 4096, kOnceDepth = 8;
-constexpr int64_t kCrowded = 2048, kFewestCopied = 16;  // rows at such a stride, in bytes, share a few sets of a cache
+constexpr int64_t kFewRows = 48, kFewDepth = 32, kFewestDeep = 17, kDeepDepth = 64;
+constexpr int64_t kOnceColumns = 4096, kOnceDepth = 8;
+constexpr int64_t kCrowded = 2048;  // rows at such a stride, in bytes, share a few sets of a cache
 constexpr int64_t kRowsForDots = 4;  // that make up for transposing the block
 // Blocks that together stay in the second-level cache are read by so few rows at a time that whole rows pass through
 // the cache as streams, not one line of each. More of them are read by more rows.
@@ -109,7 +110,8 @@ DIABLO_INLINE void multiply_in_place(Matrix<const float> x, Block<B> block, Matr
   constexpr int64_t kTile = Simd::tile_vectors * Simd::width;
   const bool wide = columns > kColumns, once = rows <= kMostStoredRows, few = wide && !once;
   const int64_t panel_columns = few ? kTile : wide ? kOnceColumns : columns;
-  const int64_t panel_depth = few ? kFewDepth : wide ? kOnceDepth : once ? depth : kDepth;
+  const int64_t few_depth = rows < kFewestDeep ? kFewDepth : kDeepDepth;  // more rows give more time to fetch the next
+  const int64_t panel_depth = few ? few_depth : wide ? kOnceDepth : once ? depth : kDepth;
   for (int64_t k = 0; k < depth; k += panel_depth) {
     const int64_t height = smaller(panel_depth, depth - k);
     for (int64_t c = 0, width; c < columns; c += width) {
@@ -184,7 +186,7 @@ DIABLO_INLINE void multiply_block(Matrix<const float> x, Block<B> block, Matrix<
   constexpr bool kStored = !std::is_same<B, float>::value;
   const bool dots = 4 * columns <= Simd::width && rows >= kRowsForDots;
   const bool crowded = block.d.stride * static_cast<int64_t>(sizeof(B)) % kCrowded == 0;
-  const int64_t few = crowded ? kFewestCopied : kFewRows;
+  const int64_t few = crowded ? kMostStoredRows : kFewRows;
   const int64_t most_in_place = kStored ? kMostStoredRows : columns <= kColumns ? rows : few;
   if (dots || rows > most_in_place) {
     multiply_copied<Simd>(x, block, y0, y, rows, depth, columns, dots, copy);
