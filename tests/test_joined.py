@@ -14,7 +14,7 @@ from diablo_export.blockdiag import BlockShape
 from diablo_export.quantization import dequantize, quantize
 from diablo_export.trainer import joined
 from diablo_export.trainer.layer import DiabloLinear, add_branch
-from diablo_export.trainer.quantized import QuantizedLinear
+from diablo_export.trainer.packed_layer import QuantizedLinear
 from tests.test_layer import SIZES
 
 LEADING: list[tuple[int, ...]] = [(), (3,), (2, 3), (2, 0)]

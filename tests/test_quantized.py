@@ -23,7 +23,8 @@ from diablo_export.quantization import dequantize, quantize
 from diablo_export.trainer.history import History
 from diablo_export.trainer.initial import begin_at
 from diablo_export.trainer.model import attach, load_base, load_tuned
-from diablo_export.trainer.quantized import QuantizedLinear, pack_base
+from diablo_export.trainer.packed_layer import QuantizedLinear
+from diablo_export.trainer.quantized import pack_base
 from diablo_export.trainer.train import train
 from tests.onnx_runs import IDS, LOGITS, runner
 

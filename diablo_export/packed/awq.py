@@ -27,13 +27,11 @@ _BITS = 4
 
 
 def fault(config: Mapping[str, Any]) -> str | None:
-    """Why a checkpoint of this quantization_config cannot be merged into, or None."""
+    """Why a checkpoint of this quantization_config cannot be read, or None."""
     bits = config.get("bits", config.get("w_bit"))
     version = str(config.get("version") or config.get("format") or "gemm").lower()
     if bits != _BITS or version != "gemm":
-        return (
-            f'quantized with AWQ in {bits} bits, version "{version}", where 4 bits of version "gemm" can be merged into'
-        )
+        return f'quantized with AWQ in {bits} bits, version "{version}", where 4 bits of version "gemm" can be read'
     return None
 
 

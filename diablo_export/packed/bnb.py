@@ -156,8 +156,8 @@ class LookedUp:
 
 
 def fault(config: Mapping[str, Any]) -> str | None:
-    """Why a checkpoint of this quantization_config cannot be merged into, or None."""
-    return None if config.get("load_in_4bit") else "quantized with bitsandbytes in 8 bits, where 4 can be merged into"
+    """Why a checkpoint of this quantization_config cannot be read, or None."""
+    return None if config.get("load_in_4bit") else "quantized with bitsandbytes in 8 bits, where 4 can be read"
 
 
 def sizes(infos: Mapping[str, TensorInfo], config: Mapping[str, Any]) -> tuple[int, int]:

@@ -28,7 +28,7 @@ KEPT = ("weight_shape", "weight_g_idx")
 
 
 def fault(config: Mapping[str, Any]) -> str | None:
-    """Why a checkpoint of this quantization_config cannot be merged into, or None."""
+    """Why a checkpoint of this quantization_config cannot be read, or None."""
     groups = config.get("config_groups") or {}
     formats = {group.get("format") or config.get("format") for group in groups.values()}
     bits = {(group.get("weights") or {}).get("num_bits") for group in groups.values()}
@@ -36,7 +36,7 @@ def fault(config: Mapping[str, Any]) -> str | None:
         found = ", ".join(sorted(map(str, formats))), ", ".join(sorted(map(str, bits)))
         return (
             "quantized with compressed-tensors in the format {} of {} bits, where pack-quantized of 2, 4 or 8 bits "
-            "can be merged into".format(*found)
+            "can be read".format(*found)
         )
     return None
 

@@ -28,13 +28,13 @@ _FORMATS = {"gptq": 1, "gptq_v2": 0}  # checkpoint_format → what is taken off 
 
 
 def fault(config: Mapping[str, Any]) -> str | None:
-    """Why a checkpoint of this quantization_config cannot be merged into, or None."""
+    """Why a checkpoint of this quantization_config cannot be read, or None."""
     if config.get("bits") not in BITS:
-        return f"quantized with GPTQ in {config.get('bits')} bits, where 2, 4 and 8 can be merged into"
+        return f"quantized with GPTQ in {config.get('bits')} bits, where 2, 4 and 8 can be read"
     stored = config.get("checkpoint_format") or config.get("format") or "gptq"
     if stored not in _FORMATS:
         known = " and ".join(_FORMATS)
-        return f"quantized with GPTQ in the checkpoint_format {stored!r}, where {known} can be merged into"
+        return f"quantized with GPTQ in the checkpoint_format {stored!r}, where {known} can be read"
     return None
 
 

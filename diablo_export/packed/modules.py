@@ -66,15 +66,28 @@ class Stored:
 
 def stored(checkpoint: Checkpoint, module: str) -> Stored | None:
     """The weight of the module at this path; None where it is not quantized."""
-    config = checkpoint.config.get("quantization_config")
-    codec = FORMATS.get(config.get("quant_method", "")) if isinstance(config, dict) else None
+    codec = _codec(checkpoint)
     mark = codec and checkpoint.find(f"{module}.{codec.MARK}")
-    if codec is None or mark is None or not isinstance(config, dict):
-        return None
-    prefix = mark.name.removesuffix(codec.MARK)
+    return _stored(checkpoint, codec, module, mark.name.removesuffix(codec.MARK)) if codec and mark else None
+
+
+def all_stored(checkpoint: Checkpoint) -> list[Stored]:
+    """Every quantized weight of a checkpoint, named as it is stored."""
+    codec = _codec(checkpoint)
+    marks = [name for name in checkpoint.tensors if codec and name.endswith(f".{codec.MARK}")]
+    prefixes = [name.removesuffix(codec.MARK) for name in marks] if codec else []
+    return [_stored(checkpoint, codec, prefix.rstrip("."), prefix) for prefix in prefixes if codec]
+
+
+def _codec(checkpoint: Checkpoint) -> ModuleType | None:
+    config = checkpoint.config.get("quantization_config")
+    return FORMATS.get(config.get("quant_method", "")) if isinstance(config, dict) else None
+
+
+def _stored(checkpoint: Checkpoint, codec: ModuleType, module: str, prefix: str) -> Stored:
     names = {suffix: checkpoint.tensors.get(prefix + suffix) for suffix in (*codec.CHANGED, *codec.KEPT)}
     infos = {suffix: info for suffix, info in names.items() if info is not None}
-    return Stored(module, prefix, infos, codec, config)
+    return Stored(module, prefix, infos, codec, checkpoint.config["quantization_config"])
 
 
 def likeness_fault(module: AdaptedModule, weight: PackedGrid | LookedUp) -> str | None:
@@ -98,7 +111,7 @@ def refuse_unreadable(checkpoint: Checkpoint) -> None:
         return
     method = config.get("quant_method", "an unnamed method") if isinstance(config, dict) else "?"
     codec = FORMATS.get(method)
-    fault = codec.fault(config) if codec else f"quantized with {method}, where {', '.join(FORMATS)} can be merged into"
+    fault = codec.fault(config) if codec else f"quantized with {method}, where {', '.join(FORMATS)} can be read"
     if fault:
         raise CheckpointError(
             f"{checkpoint.folder / 'config.json'}: {fault}; give the float model it was made from "

@@ -31,7 +31,8 @@ def beside(base: nn.Module, x: Tensor, blocks: Tensor) -> Tensor | None:
     if type(base) is nn.Linear and not base.weight.requires_grad:
         return linear(x, base.weight, bias, blocks)
     codes, scales, zeros, bits = (getattr(base, name, None) for name in ("codes", "scales", "zeros", "bits"))
-    if isinstance(codes, Tensor) and isinstance(scales, Tensor) and isinstance(bits, int):
+    in_order = getattr(base, "order", None) is None  # else the base's own product puts the inputs right
+    if in_order and isinstance(codes, Tensor) and isinstance(scales, Tensor) and isinstance(bits, int):
         return packed_linear(x, codes, scales, zeros, bias, blocks, bits)
     return None
 

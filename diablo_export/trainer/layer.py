@@ -15,13 +15,14 @@ from diablo_export.blockdiag import BlockShape
 from diablo_export.errors import InputError
 from diablo_export.trainer.folding import Fold
 from diablo_export.trainer.joined import beside
+from diablo_export.trainer.packed_layer import LookedUpLinear, QuantizedLinear
 
 
 class DiabloLinear(nn.Module):
     """A frozen linear layer with diagonal blocks beside it.
 
     Attributes:
-        base: the wrapped nn.Linear or Conv1D; its parameters do not require gradients.
+        base: the wrapped nn.Linear or Conv1D, frozen, or a packed layer.
         blocks: (num_blocks, block_size_in, block_size_out), float32 (float64 beside a float64 base).
         shape: the sizes of the layer and of its blocks.
         enabled: False gives the base alone.
@@ -45,7 +46,7 @@ class DiabloLinear(nn.Module):
         """Wrap `linear`, freezing it, with the given blocks or with `num_blocks` zero blocks.
 
         Args:
-            linear: an nn.Linear, weight (out, in), or transformers' Conv1D, weight (in, out).
+            linear: an nn.Linear, weight (out, in), transformers' Conv1D, weight (in, out), or a packed layer.
             blocks: (num_blocks, block_size_in, block_size_out).
             num_blocks: how many zero blocks to make, when `blocks` is None.
 
@@ -53,7 +54,6 @@ class DiabloLinear(nn.Module):
             InputError: another kind of layer, or blocks that do not fit it.
         """
         in_features, out_features = features(linear)
-        weight = linear.get_parameter("weight")
         if blocks is None:
             if num_blocks is None:
                 raise InputError("give either blocks or num_blocks")
@@ -66,8 +66,12 @@ class DiabloLinear(nn.Module):
         else:
             shape = BlockShape(in_features, out_features, *blocks.shape)
         linear.requires_grad_(False)
-        wide = torch.promote_types(weight.dtype, torch.float32)  # small updates vanish in 16 bits
-        return cls(linear, blocks.detach().to(weight.device, wide, copy=True), shape)
+        if isinstance(linear, QuantizedLinear | LookedUpLinear):
+            device, dtype = linear.codes.device, torch.float32
+        else:
+            weight = linear.get_parameter("weight")
+            device, dtype = weight.device, torch.promote_types(weight.dtype, torch.float32)  # 16 bits lose updates
+        return cls(linear, blocks.detach().to(device, dtype, copy=True), shape)
 
     @property
     def weight(self) -> Tensor:
@@ -149,11 +153,13 @@ def touched(linear: nn.Module, blocks: Tensor, shape: BlockShape) -> list[tuple[
 
 
 def features(linear: nn.Module) -> tuple[int, int]:
-    """(in_features, out_features) of an nn.Linear or Conv1D with a float weight.
+    """(in_features, out_features) of a layer that blocks can be put beside.
 
     Raises:
         InputError: another kind of layer.
     """
+    if isinstance(linear, QuantizedLinear | LookedUpLinear):
+        return linear.in_features, linear.out_features
     if not is_linear(linear):
         kind = type(linear).__name__
         raise InputError(f"blocks go beside nn.Linear and Conv1D layers with float weights, not beside {kind}")
@@ -161,8 +167,13 @@ def features(linear: nn.Module) -> tuple[int, int]:
     return (rows, columns) if isinstance(linear, Conv1D) else (columns, rows)
 
 
+def takes_blocks(module: nn.Module) -> bool:
+    """Whether blocks can be put beside `module`: a linear layer, float or packed."""
+    return isinstance(module, QuantizedLinear | LookedUpLinear) or is_linear(module)
+
+
 def is_linear(module: nn.Module) -> bool:
-    """Whether `module` is a linear layer that blocks can be put beside."""
+    """Whether `module` is a linear layer with a float weight."""
     if not isinstance(module, nn.Linear | Conv1D):
         return False
     return module.weight.ndim == 2 and module.weight.is_floating_point()  # not a packed 4-bit weight

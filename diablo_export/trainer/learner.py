@@ -15,6 +15,7 @@ from diablo_export.base_grid import BaseGrid
 from diablo_export.checkpoint import Checkpoint
 from diablo_export.errors import CheckpointError
 from diablo_export.fingerprint import Fingerprint, fingerprint
+from diablo_export.packed.modules import stored
 from diablo_export.trainer.layer import diablo_layers
 from diablo_export.trainer.processes import whole
 from diablo_export.trainer.targets import ALL, choose_targets, short_names, wrap_targets
@@ -102,15 +103,17 @@ def owners(parameters: Sequence[str]) -> set[str]:
 
 
 def _fingerprints(checkpoint: Checkpoint, targets: Sequence[str]) -> dict[str, Fingerprint]:
-    """The fingerprint of each target's weight as the checkpoint stores it, read one at a time."""
+    """The fingerprint of each target's weight as the checkpoint stores it, or stands for; read one at a time."""
     found, absent = {}, []
     for name in targets:
-        info = checkpoint.find(f"{name}.weight")
-        if info is None:
+        info, packed = checkpoint.find(f"{name}.weight"), stored(checkpoint, name)
+        if packed is not None:
+            found[name] = fingerprint(packed.unpacked().values())
+        elif info is None:
             absent.append(name)
-            continue
-        weight = info.read()
-        found[name] = fingerprint(weight.T if stored_transposed(checkpoint.config) else weight)
+        else:
+            weight = info.read()
+            found[name] = fingerprint(weight.T if stored_transposed(checkpoint.config) else weight)
     if absent:
         raise CheckpointError(
             f"{checkpoint.folder}: stores these modules under other names than the loaded model has, so that blocks "

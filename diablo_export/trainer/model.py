@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import accelerate
 import numpy as np
 import torch
 import transformers
@@ -15,7 +16,9 @@ from torch import Tensor, nn
 from diablo_export.adapter import TASKS, Adapter, refuse_base
 from diablo_export.checkpoint import Checkpoint
 from diablo_export.errors import AdapterError, CheckpointError, InputError
-from diablo_export.trainer.layer import DiabloLinear, features, is_linear
+from diablo_export.packed.modules import check_base, refuse_unreadable
+from diablo_export.trainer.layer import DiabloLinear, features, takes_blocks
+from diablo_export.trainer.packed_base import is_packed, load_packed
 from diablo_export.trainer.quantized import round_base
 
 _AUTO = {
@@ -70,12 +73,16 @@ def load_with_fresh(
     if task == "text-classification" and labels is not None:
         names = dict(enumerate(labels))
         more = {"id2label": names, "label2id": {name: index for index, name in names.items()}}
-        more |= {"num_labels": len(labels), "ignore_mismatched_sizes": True}
+        more["num_labels"] = len(labels)
     try:
         with _quiet():
-            network, info = _AUTO[task].from_pretrained(
-                checkpoint.folder, dtype=_DTYPES[dtype], output_loading_info=True, **more
-            )
+            if is_packed(checkpoint):
+                network, info = load_packed(checkpoint, task, _DTYPES[dtype], **more)
+            else:
+                network, info = _AUTO[task].from_pretrained(
+                    checkpoint.folder, dtype=_DTYPES[dtype], output_loading_info=True,
+                    ignore_mismatched_sizes=bool(more), **more,
+                )  # fmt: skip
             tokenizer = transformers.AutoTokenizer.from_pretrained(checkpoint.folder)
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, ImportError) as error:
         raise CheckpointError(
@@ -86,6 +93,55 @@ def load_with_fresh(
         raise CheckpointError(f"{model}: lacks weights that a {task} model needs: {', '.join(fresh[:5])}")
     _set_padding(network, tokenizer)
     return network.requires_grad_(False).eval().to(device), tokenizer, fresh
+
+
+def load_empty(model: str | Path, task: str, *, labels: list[str] | None = None) -> tuple[Any, Any]:
+    """`load_base` with parameters that take no memory, for `fill` to load those that are needed."""
+    checkpoint = Checkpoint.open(model)
+    _check_loadable(checkpoint, task, "float32")
+    more = {} if labels is None else {"num_labels": len(labels)}
+    try:
+        with _quiet(), accelerate.init_empty_weights():
+            config = transformers.AutoConfig.from_pretrained(checkpoint.folder, **more)
+            make: Any = _AUTO[task].from_config
+            network = make(config, dtype=torch.float32)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(checkpoint.folder)
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, ImportError) as error:
+        raise CheckpointError(f"{model}: transformers cannot make it for {task}: {error}") from error
+    _set_padding(network, tokenizer)
+    return network.requires_grad_(False).eval(), tokenizer
+
+
+def fill(module: nn.Module, path: str, checkpoint: Checkpoint, saved: Mapping[str, Any]) -> None:
+    """Load the parameters of a part of an empty model, float32.
+
+    Args:
+        module: the part.
+        path: its module path; "" is the model.
+        checkpoint: holds the values.
+        saved: values by parameter name that come first: an adapter's head.
+
+    Raises:
+        CheckpointError: lists what the checkpoint does not hold under these names.
+    """
+    absent = []
+    for name, parameter in module.named_parameters(path):
+        stored = checkpoint.find(name)
+        if name not in saved and stored is None:
+            absent.append(name)
+            continue
+        value = np.asarray(saved[name] if name in saved else stored.read(), np.float32)  # type: ignore[union-attr]
+        if value.shape != parameter.shape:
+            absent.append(f"{name} of shape {list(parameter.shape)}, found {list(value.shape)}")
+            continue
+        owner, _, leaf = name.removeprefix(path).removeprefix(".").rpartition(".")
+        loaded = nn.Parameter(torch.from_numpy(np.ascontiguousarray(value)), requires_grad=False)
+        setattr(module.get_submodule(owner), leaf, loaded)
+    if absent:
+        raise CheckpointError(f"{checkpoint.folder}: cannot be loaded in parts: lacks {', '.join(absent[:5])}")
+    tie = getattr(module, "tie_weights", None)
+    if tie is not None:
+        tie()
 
 
 def attach(model: nn.Module, adapter: Adapter) -> None:
@@ -122,7 +178,7 @@ def load_tuned(
         CheckpointError: the model cannot be loaded.
         AdapterError: the adapter was not trained on this model.
     """
-    adapter.check_base(Checkpoint.open(model))
+    check_base(Checkpoint.open(model), adapter)
     task = {kind: task for task, kind in TASKS.items()}.get(adapter.task_type)
     if task is None:
         raise AdapterError(f"{adapter.path}: task_type is {adapter.task_type!r}; known are {', '.join(TASKS.values())}")
@@ -166,11 +222,7 @@ def _check_loadable(checkpoint: Checkpoint, task: str, dtype: str) -> None:
         raise InputError(f"task is {task!r}; it must be {' or '.join(_AUTO)}")
     if dtype not in _DTYPES:
         raise InputError(f"dtype is {dtype!r}; it must be one of {', '.join(_DTYPES)}")
-    if "quantization_config" in checkpoint.config:
-        raise CheckpointError(
-            f"{checkpoint.folder}: a quantized checkpoint; blocks are trained beside float weights, or those that "
-            "export makes of them (--base-quantize int4), so give the float model that it was made from"
-        )
+    refuse_unreadable(checkpoint)
 
 
 def _set_padding(network: Any, tokenizer: Any) -> None:
@@ -187,7 +239,7 @@ def _fault(module: nn.Module | None, in_features: int, out_features: int) -> str
         return "the model has no such module"
     if isinstance(module, DiabloLinear):
         return "has blocks already"
-    if not is_linear(module):
+    if not takes_blocks(module):
         return f"is a {type(module).__name__}, not a linear layer"
     if (found := features(module)) == (in_features, out_features):
         return None

@@ -20,7 +20,8 @@ from diablo_export.console import log
 from diablo_export.trainer.layer import DiabloLinear, add_branch
 from diablo_export.trainer.loop import Step
 from diablo_export.trainer.model import replace_module
-from diablo_export.trainer.quantized import QuantizedLinear, pack_base
+from diablo_export.trainer.packed_layer import QuantizedLinear
+from diablo_export.trainer.quantized import pack_base
 
 _HARD = 0.8  # of the steps, after which every entry is fully rounded
 

@@ -18,7 +18,7 @@ from diablo_export.trainer.loop import Step
 from diablo_export.trainer.memory import estimate, free_memory, per_item
 from diablo_export.trainer.model import checkpoint_activations
 from diablo_export.trainer.objective import Objective
-from diablo_export.trainer.quantized import QuantizedLinear
+from diablo_export.trainer.packed_layer import LookedUpLinear, QuantizedLinear
 
 _TIMED = 2  # steps; the first one warms up
 _SHORTEST = 32  # tokens; nobody wants to train on fewer
@@ -177,7 +177,7 @@ def _out_of_memory(error: Exception) -> bool:
 
 def _count(model: nn.Module) -> int:
     """Weights of a model, packed or not."""
-    packed = [module for module in model.modules() if isinstance(module, QuantizedLinear)]
+    packed = [module for module in model.modules() if isinstance(module, QuantizedLinear | LookedUpLinear)]
     return sum(p.numel() for p in model.parameters()) + sum(m.in_features * m.out_features for m in packed)
 
 

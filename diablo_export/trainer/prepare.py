@@ -9,12 +9,15 @@ from typing import Any
 
 import torch
 
+from diablo_export.base_grid import BaseGrid
 from diablo_export.checkpoint import Checkpoint
 from diablo_export.console import log, progress
 from diablo_export.errors import CheckpointError, DataError, InputError
+from diablo_export.packed.modules import refuse_unreadable
 from diablo_export.trainer.batches import encode_all, hold_out
 from diablo_export.trainer.data import Encoded, Example, class_names, read_examples
 from diablo_export.trainer.model import head_parameters, load_with_fresh
+from diablo_export.trainer.packed_base import is_packed
 
 
 @dataclass(frozen=True)
@@ -74,11 +77,11 @@ def prepare(
     return Lesson(network, dtype, head, labels, tokenizer.pad_token_id or 0, max_length, items, held)
 
 
-def open_base(model: str | Path) -> Checkpoint:
-    """The Hugging Face checkpoint of a base.
+def open_base(model: str | Path, grid: BaseGrid | None = None) -> Checkpoint:
+    """The Hugging Face checkpoint of a base, whose weights are to be laid on `grid`.
 
     Raises:
-        CheckpointError: it is none, or cannot be read.
+        CheckpointError: it is none, or cannot be read, or its weights are codes of another grid.
     """
     place = Path(model)
     if place.suffix == ".onnx" or (any(place.glob("*.onnx")) and not any(place.glob("*.safetensors"))):
@@ -86,7 +89,14 @@ def open_base(model: str | Path) -> Checkpoint:
             f"{model}: an ONNX model, which cannot be trained; give the Hugging Face model that it was made from, with "
             "--base-quantize int4 where it is to run in int4"
         )
-    return Checkpoint.open(model)
+    checkpoint = Checkpoint.open(model)
+    refuse_unreadable(checkpoint)
+    if grid is not None and is_packed(checkpoint):
+        raise CheckpointError(
+            f"{checkpoint.folder}: is quantized already; leave out --base-quantize to train beside its weights as they "
+            "are, or give the float model that it was made from"
+        )
+    return checkpoint
 
 
 def known_classes(

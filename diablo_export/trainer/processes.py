@@ -118,7 +118,9 @@ def join_processes(device: str, batch_size: int, packed: bool = False) -> Proces
             "set fsdp_version: 2 (accelerate launch --fsdp_version 2)"
         )
     if _set("ACCELERATE_USE_FSDP") and packed:
-        raise InputError("FSDP 2 does not cut up packed weights: leave out --base-quantize, or start plain processes")
+        raise InputError(
+            "FSDP 2 does not cut up packed weights: give a float base without --base-quantize, or start plain processes"
+        )
     accelerator = Accelerator(cpu=device == "cpu" or not torch.cuda.is_available(), mixed_precision="no")
     if accelerator.process_index:
         log.setLevel(logging.ERROR)  # the first one speaks for all

@@ -10,7 +10,7 @@ from torch import nn
 from diablo_export.blockdiag import BlockShape
 from diablo_export.console import log
 from diablo_export.errors import InputError
-from diablo_export.trainer.layer import features, is_linear
+from diablo_export.trainer.layer import features, takes_blocks
 from diablo_export.trainer.model import wrap
 
 ALL = "all-linear"
@@ -34,7 +34,7 @@ def choose_targets(
     Raises:
         InputError: a name that matches nothing, with what exists, or a layer whose weight is tied to another module.
     """
-    linear = [name for name, module in model.named_modules() if is_linear(module) and name not in exclude]
+    linear = [name for name, module in model.named_modules() if takes_blocks(module) and name not in exclude]
     inside = [name for name in linear if re.search(r"\.\d+\.", name)]  # the blocks are numbered
     if not wanted:
         leaves = {name.rpartition(".")[2] for name in inside}
@@ -56,7 +56,9 @@ def choose_targets(
 def short_names(model: nn.Module, targets: Sequence[str]) -> list[str]:
     """The last parts of the target paths where these name exactly the targets, else the whole paths."""
     leaves = {name.rpartition(".")[2] for name in targets}
-    named = [name for name, module in model.named_modules() if is_linear(module) and name.rpartition(".")[2] in leaves]
+    named = [
+        name for name, module in model.named_modules() if takes_blocks(module) and name.rpartition(".")[2] in leaves
+    ]
     return sorted(leaves) if set(named) == set(targets) else list(targets)
 
 

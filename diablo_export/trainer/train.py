@@ -22,6 +22,7 @@ from diablo_export.base_grid import BaseGrid
 from diablo_export.console import log
 from diablo_export.errors import require
 from diablo_export.output import new_folder
+from diablo_export.packed.modules import check_base
 from diablo_export.trainer.batches import Batches
 from diablo_export.trainer.folding import fold_blocks
 from diablo_export.trainer.history import LOG, PICTURE, History, draw, write_log
@@ -33,6 +34,7 @@ from diablo_export.trainer.model import checkpoint_activations
 from diablo_export.trainer.objective import Objective
 from diablo_export.trainer.on_grid import hardening, lay_base, settle
 from diablo_export.trainer.options import check_options, check_places, choose_device, use_bfloat16, work_folder
+from diablo_export.trainer.packed_base import is_packed
 from diablo_export.trainer.plan import make_plan, memory_advice
 from diablo_export.trainer.prepare import Lesson, open_base, prepare
 from diablo_export.trainer.processes import join_processes
@@ -144,7 +146,9 @@ def train(
     require("matplotlib", "train")  # rather now than after hours of training
     if tensorboard:
         require("tensorboard", "tensorboard")
-    processes = join_processes(device, batch_size, packed=base_quantize != "none")
+    grid = BaseGrid.chosen(base_quantize, group_size, asymmetric, task == "text-classification", on_grid)
+    checkpoint = open_base(model, grid)
+    processes = join_processes(device, batch_size, packed=grid is not None or is_packed(checkpoint))
     output, work, place = Path(output), work_folder(Path(output)), choose_device(device)
     autocast = use_bfloat16(dtype, place)
     if processes.first and not dry_run:
@@ -152,11 +156,10 @@ def train(
     processes.wait()
     going_on = resume and unfinished(work)
 
-    grid = BaseGrid.chosen(base_quantize, group_size, asymmetric, task == "text-classification", on_grid)
-    checkpoint, given = open_base(model), None
+    given = None
     if init_adapter is not None:
         given = Adapter.load(init_adapter)
-        given.check_base(checkpoint)
+        check_base(checkpoint, given)
         target_modules, num_blocks = target_modules or list(given.modules), num_blocks or given.num_blocks
     torch.manual_seed(seed)  # of a fresh head
     lesson = prepare(

@@ -1,0 +1,210 @@
+"""Quantized Hugging Face checkpoints as bases: loaded packed, trained beside as they are, merged into, measured."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.numpy import load_file, save_file
+from torch import nn
+
+from diablo_export.adapter import Adapter
+from diablo_export.blockdiag import add_to_weight
+from diablo_export.checkpoint import Checkpoint
+from diablo_export.converters.merge import merge
+from diablo_export.errors import AdapterError, CheckpointError, InputError
+from diablo_export.packed.grid import PackedGrid
+from diablo_export.packed.modules import all_stored, stored
+from diablo_export.trainer.history import History
+from diablo_export.trainer.layer import diablo_layers
+from diablo_export.trainer.model import load_base, load_tuned
+from diablo_export.trainer.packed_layer import LookedUpLinear, QuantizedLinear, from_stored
+from diablo_export.trainer.sweep import sweep
+from diablo_export.trainer.targets import choose_targets, wrap_targets
+from diablo_export.trainer.train import train
+from tests import packed
+
+Get = Callable[[str], Path]
+RUN: dict[str, Any] = {"num_blocks": 4, "lr": 0.02, "max_steps": 4, "batch_size": 2, "max_length": 16, "seed": 3}
+IDS = torch.tensor([[1, 5, 9, 30, 7, 44, 12, 3]])
+
+
+@pytest.fixture(scope="module")
+def quantized(tiny_model: Get, tmp_path_factory: pytest.TempPathFactory) -> Get:
+    """quantized("awq"): the tiny Llama in this format of tests/packed.py."""
+    made: dict[str, Path] = {}
+
+    def get(name: str) -> Path:
+        if name not in made:
+            config, quantize, _, _ = packed.FORMATS[name]
+            made[name] = packed.make(tiny_model("llama"), tmp_path_factory.mktemp(name) / "model", config, quantize)
+        return made[name]
+
+    return get
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    file = tmp_path_factory.mktemp("text") / "text.jsonl"
+    file.write_text(json.dumps({"text": "the cat sat on the mat and the dog on the log. " * 12}))
+    return file
+
+
+def as_floats(base: Path, name: str, folder: Path) -> Path:
+    """The float checkpoint of the values that a quantized one stands for, by the reader of tests/packed.py."""
+    config, _, how, size = packed.FORMATS[name]
+    tensors = load_file(base / "model.safetensors")
+    modules = [one.name for one in all_stored(Checkpoint.open(base))]
+    floats = {key: value for key, value in tensors.items() if not any(key.startswith(f"{m}.") for m in modules)}
+    for module in modules:
+        values = packed.dense(packed.parts(tensors, module), config["quant_method"], **{**how, "size": size})
+        floats[f"{module}.weight"] = np.ascontiguousarray(values)
+    folder.mkdir()
+    for file in base.iterdir():
+        if file.suffix != ".safetensors":
+            (folder / file.name).write_bytes(file.read_bytes())
+    save_file(floats, folder / "model.safetensors", {"format": "pt"})
+    plain = json.loads((base / "config.json").read_text())
+    del plain["quantization_config"]
+    (folder / "config.json").write_text(json.dumps(plain))
+    return folder
+
+
+@pytest.mark.parametrize("name", packed.FORMATS)
+def test_a_base_is_loaded_packed_and_computes_what_its_floats_do(name: str, quantized: Get, tmp_path: Path) -> None:
+    base = quantized(name)
+    network, tokenizer = load_base(base, "causal-lm")
+    floats, _ = load_base(as_floats(base, name, tmp_path / "floats"), "causal-lm")
+    layers = {path: m for path, m in network.named_modules() if isinstance(m, QuantizedLinear | LookedUpLinear)}
+    assert len(layers) == 14 and tokenizer.pad_token_id == 0
+    assert network.name_or_path == str(base)  # type: ignore[comparison-overlap]
+    for path, layer in layers.items():
+        wanted = floats.get_parameter(f"{path}.weight")
+        assert torch.equal(layer.weight, wanted), path
+    assert torch.equal(network(IDS).logits, floats(IDS).logits)
+    held = sum(tensor.nbytes for layer in layers.values() for tensor in layer.buffers())
+    left = [p for path, p in network.named_parameters() if "_proj" in path]
+    tensors = load_file(base / "model.safetensors")
+    on_disk = sum(value.nbytes for key, value in tensors.items() if "_proj" in key)
+    # beside what is stored: a zero point takes a byte of its own, a looked up layer has 2 kB of its table's pairs
+    zeros = sum(layer.scales.numel() for layer in layers.values() if isinstance(layer, QuantizedLinear))
+    assert not left and held <= on_disk + zeros + 2048 * len(layers)
+
+
+@pytest.mark.parametrize("name", ["gptq-act-order", "gptq-8-bits", "awq", "compressed-tensors-asym", "nf4-double"])
+def test_gradients_are_those_of_the_float_base(name: str, quantized: Get, tmp_path: Path) -> None:
+    base = quantized(name)
+    found = []
+    for folder in (base, as_floats(base, name, tmp_path / "floats")):
+        network, _ = load_base(folder, "causal-lm")
+        wrap_targets(network, choose_targets(network, "all-linear"), 4)
+        for number, layer in enumerate(diablo_layers(network).values()):
+            generator = torch.Generator().manual_seed(number)
+            layer.blocks.data = 0.02 * torch.randn(layer.blocks.shape, generator=generator)
+        network(IDS, labels=IDS).loss.backward()
+        found.append({path: layer.blocks.grad for path, layer in diablo_layers(network).items()})
+    assert len(found[0]) == 14
+    for path, gradient in found[0].items():
+        # the same products of the same numbers; only how a product with Wᵀ is cut up may differ
+        wanted = found[1][path]
+        assert gradient is not None and wanted is not None
+        assert torch.allclose(gradient, wanted, rtol=1e-5, atol=1e-7), path
+
+
+def test_odd_sizes_and_groups_of_unequal_length() -> None:
+    """Groups whose sizes differ, as an activation order with a short last group leaves them: padded, then put right."""
+    random = np.random.default_rng(0)
+    group_of = random.permutation(np.minimum(np.arange(37) // 16, 2))  # 16, 16 and 5 inputs
+    codes = random.integers(0, 16, (6, 37)).astype(np.uint8)
+    scales = random.normal(size=(6, 3)).astype(np.float16).astype(np.float32)
+    zeros = random.integers(0, 16, (6, 3)).astype(np.uint8)
+    layer = from_stored(PackedGrid(codes, scales, zeros, group_of, 4, np.float16))
+    wanted = (codes - zeros[:, group_of].astype(np.float32)) * scales[:, group_of]
+    assert np.array_equal(layer.weight.numpy(), wanted)
+    assert layer.in_features == 37 and layer(torch.ones(2, 37)).shape == (2, 6)
+
+
+@pytest.mark.parametrize("name", ["gptq-act-order", "awq", "nf4-double"])
+def test_trained_as_it_is_then_merged_into_it(name: str, quantized: Get, text: Path, tmp_path: Path) -> None:
+    base = quantized(name)
+    done = train(base, text, tmp_path / "a", eval_data=text, **RUN)
+    assert done.evaluations[-1]["eval_loss"] < done.evaluations[0]["eval_loss"]
+    adapter = Adapter.load(tmp_path / "a")
+    assert adapter.base_grid is None and adapter.base_model == str(base)
+    trained_on = train(as_floats(base, name, tmp_path / "floats"), text, tmp_path / "b", eval_data=text, **RUN)
+    # folded blocks on the float base, a branch here: the same maths, summed in another order
+    assert trained_on.evaluations[-1]["eval_loss"] == pytest.approx(done.evaluations[-1]["eval_loss"], abs=1e-4)
+
+    manifest = merge(base, tmp_path / "a", tmp_path / "merged")
+    assert {entry["action"] for entry in manifest["modules"]} == {"merged"}
+    checkpoint, source = Checkpoint.open(tmp_path / "merged"), Checkpoint.open(base)
+    for module in adapter.modules.values():
+        after, before = stored(checkpoint, module.name), stored(source, module.name)
+        assert after is not None and before is not None
+        wanted = add_to_weight(before.unpacked().values(), module.blocks)
+        error = np.abs(after.unpacked().values() - wanted)
+        assert error.max() <= 0.35 * np.abs(wanted).max()  # a step of the grid, see test_hf_packed
+    with torch.no_grad():
+        merged = load_base(tmp_path / "merged", "causal-lm")[0](IDS).logits
+        tuned = load_tuned(base, adapter)[0](IDS).logits
+        plain = load_base(base, "causal-lm")[0](IDS).logits
+    wanted_effect, effect = (tuned - plain).flatten(), (merged - plain).flatten()
+    assert torch.nn.functional.cosine_similarity(wanted_effect, effect, dim=0) > 0.5  # four steps: small blocks
+
+
+def test_a_run_is_resumed_to_the_same_bits(quantized: Get, text: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    base, how = quantized("awq"), {**RUN, "checkpoint_every": 2}
+    train(base, text, tmp_path / "whole", **how)
+
+    def add(self: History, **record: Any) -> None:
+        if record["step"] == 3:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(History, "add", add)
+        with pytest.raises(KeyboardInterrupt):
+            train(base, text, tmp_path / "parts", **how)
+    train(base, text, tmp_path / "parts", resume=True, **how)
+    parts, whole = ((tmp_path / name / "adapter_model.safetensors").read_bytes() for name in ("parts", "whole"))
+    assert parts == whole
+
+
+def test_a_fresh_head_and_labels(quantized: Get, tmp_path: Path) -> None:
+    lines = [{"text": f"the {'cat' if n % 2 else 'dog'} sat", "label": n % 2} for n in range(8)]
+    (tmp_path / "labels.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    base = quantized("compressed-tensors")
+    train(base, tmp_path / "labels.jsonl", tmp_path / "a", task="text-classification", **RUN)
+    adapter = Adapter.load(tmp_path / "a")
+    assert adapter.labels == ["0", "1"] and adapter.modules_to_save == ["score"]
+    assert isinstance(load_tuned(base, adapter)[0], nn.Module)
+
+
+def test_a_dry_run_counts_packed_weights(quantized: Get, text: Path, tmp_path: Path) -> None:
+    plans = [train(quantized(name), text, tmp_path / "a", dry_run=True, **RUN).plan for name in ("awq", "nf4")]
+    assert all(plan is not None for plan in plans)
+    counts = [plan["parameters"] for plan in plans if plan is not None]
+    assert counts[0] == counts[1] > 100_000
+
+
+def test_refusals(quantized: Get, tiny_model: Get, tiny_adapter: Get, text: Path, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="is quantized already; leave out --base-quantize"):
+        train(quantized("awq"), text, tmp_path / "a", base_quantize="int4", **RUN)
+    with pytest.raises(InputError, match="is quantized, and a sweep compares methods on float weights"):
+        sweep(
+            quantized("awq"), text, tmp_path / "s", methods=["diablo"], lr=[0.1], num_blocks=[4], eval_fraction=0.3,
+            batch_size=2, max_length=16,
+        )  # fmt: skip
+    train(quantized("awq"), text, tmp_path / "a", **RUN)
+    with pytest.raises(AdapterError, match="10 of 10 modules do not fit"):
+        merge(tiny_model("llama"), tmp_path / "a", tmp_path / "out")
+    broken = tmp_path / "broken"
+    packed.make(tiny_model("llama"), broken, *packed.FORMATS["awq"][:2])
+    config = json.loads((broken / "config.json").read_text())
+    (broken / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 1}))
+    with pytest.raises(CheckpointError, match="7 quantized weights are no linear layers of the model"):
+        load_base(broken, "causal-lm")
