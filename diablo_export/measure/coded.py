@@ -91,7 +91,7 @@ def coded(graph: Graph, node: onnx.NodeProto) -> Coded | None:
     if source is None or source.op_type != "DequantizeLinear":
         return None
     codes, scales = (graph.stored.get(name) for name in source.input[:2])
-    if codes is None or scales is None or len(codes.dims) != 2:
+    if codes is None or scales is None or len(codes.dims) != 2 or not scales.dims:  # one scale for all: no groups
         return None
     attributes, kind = _attributes(source), onnx.TensorProto.DataType.Name(codes.data_type)
     along_inputs = attributes.get("axis", 1) % 2 == (0 if flip else 1)

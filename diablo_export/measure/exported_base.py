@@ -17,13 +17,15 @@ import numpy.typing as npt
 import onnx
 
 from diablo_export.adapter import AdaptedModule, Adapter, stored_transposed
+from diablo_export.algorithms import HAVE_ZEROS, Algorithm
 from diablo_export.blockdiag import Array, BlockShape
 from diablo_export.checkpoint import Checkpoint
 from diablo_export.errors import InputError
-from diablo_export.quantization import Float32, quantize
+from diablo_export.quantization import Float32, Quantized, quantize
 
 Mask = npt.NDArray[np.bool_]
 
+_ACROSS = ("hqq", "gptq")  # algorithms that look at more than one group at a time
 _EMBEDDINGS = ("embed_tokens.weight", "wte.weight")  # a tied output head is stored there
 
 
@@ -89,7 +91,7 @@ def flat(modules: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
     for entry in modules:
         for part in entry.get("parts") or [entry]:
             if entry.get("action") == "merged" and "weight" in part:
-                yield {**part, "name": entry["name"]}
+                yield {**part, "name": entry["name"], "algorithm": entry.get("algorithm")}
 
 
 def reached(shape: BlockShape) -> Mask:
@@ -111,18 +113,33 @@ def _parts(
         transposed = entry["transposed"]
         yield entry["weight"], weight.T if transposed else weight, reached.T if transposed else reached
         return
-    base = quantize(weight, entry["bits"], entry["group_size"], entry["symmetric"])
+    base = _quantized(entry, weight)
     groups, size = base.scales.shape[1], entry["group_size"]
+    if entry.get("algorithm") in _ACROSS:  # what a block changes in one group, others answer
+        reached = np.ones_like(reached)
     padded = np.pad(reached, ((0, 0), (0, groups * size - reached.shape[1])))
     touched = np.asarray(padded.reshape(len(padded), groups, size).any(-1))  # (out, groups)
     yield entry["weight"], base.codes, np.broadcast_to(touched[..., None], base.codes.shape)
     yield entry["scales"], base.scales, touched
-    if base.zero_points is not None:
+    if base.zero_points is not None and base.zero_points.dtype != np.uint8:
+        yield entry["zero_points"], base.zero_points, touched
+    elif base.zero_points is not None:
         # a byte holds the zero points of two 4-bit groups: touched if either is
         per_byte = 8 // entry["bits"]
         short = -groups % per_byte
         bytes_touched: Any = np.pad(touched, ((0, 0), (0, short))).reshape(len(touched), -1, per_byte).any(-1)
         yield entry["zero_points"], base.zero_points, bytes_touched
+
+
+def _quantized(entry: Mapping[str, Any], weight: Float32) -> Quantized:
+    """The base's weight as the merge's was quantized.
+
+    GPTQ's moments are not at hand any more: in its place the base is rounded to the nearest, with the same groups.
+    """
+    grid = (entry["bits"], entry["group_size"], entry["symmetric"])
+    if entry.get("algorithm") in HAVE_ZEROS:
+        return Algorithm(entry["algorithm"]).quantize(entry["name"], *grid, weight)
+    return quantize(weight, *grid)
 
 
 def is_slice(entry: Mapping[str, Any], module: AdaptedModule) -> bool:

@@ -18,12 +18,13 @@ import numpy as np
 from diablo_export import runtime
 from diablo_export.adapter import Adapter
 from diablo_export.console import log
-from diablo_export.measure import foreign_graph, peft_config, peft_tuned
+from diablo_export.errors import ExportError
+from diablo_export.measure import foreign_graph, foreign_modules, peft_config, peft_tuned
 from diablo_export.measure.exported import Exported
 from diablo_export.measure.foreign_graph import Graph
 from diablo_export.measure.foreign_sources import adapter_file
 from diablo_export.measure.metrics import centred
-from diablo_export.measure.one_adapter import Measured, environment, examine
+from diablo_export.measure.one_adapter import LOST, Measured, environment, examine
 from diablo_export.measure.onnx_runner import OnnxRunner, cache_shape
 from diablo_export.measure.peft_config import PeftAdapter
 from diablo_export.measure.prompts import Sample
@@ -43,6 +44,7 @@ def measure(
     *,
     exported_base: str | Path | None,
     threads: int | None,
+    modules: bool = False,
     **bounds: Any,
 ) -> Measured:
     """Compare another program's export with base + adapter in torch; `bounds` are those of `one_adapter.measure`.
@@ -73,7 +75,52 @@ def measure(
             for figure in ("kl.ratio", "top1_agreement.drop"):
                 measured.figures.pop(figure)
         _look_for_loss(measured, base, adapter, opened[0], tuned, off)
+        if modules:
+            _add_modules(measured, graph, other, opened.pop(), tuned, off, threads)
     return measured
+
+
+def _add_modules(
+    measured: Measured,
+    graph: Graph,
+    other: Graph | None,
+    exported: Exported,
+    tuned: TorchRunner,
+    base: TorchRunner,
+    threads: int | None,
+) -> None:
+    """Look into the modules that can be found, now that the sessions of the whole comparison are done with."""
+    lost = not measured.figures["adapter.survival_gain.error"] <= LOST
+    closed: dict[str, Any] = {"session": None}  # memory is for one kind of session at a time
+    on, off = (
+        dataclasses.replace(each, **closed) if isinstance(each, OnnxRunner) else each
+        for each in (exported.on, exported.off)
+    )
+    del exported
+    assert isinstance(on, OnnxRunner)
+    try:
+        looked, reasons = foreign_modules.look(
+            graph, on, off, other, tuned, base, measured.samples, threads=threads, lost=lost
+        )
+    except ExportError as error:  # a graph that runs, but not with its inner values shown
+        log.warning("modules cannot be looked into: %s", error)
+        return
+    measured.environment["modules_not_found"] = {_called(name): reason for name, reason in reasons.items()}
+    rows = [{**row, "name": _called(row["name"])} for row in looked.rows]
+    measured.parts |= {"modules": rows, "first_divergent_module": looked.first and _called(looked.first)}
+    if rows:
+        measured.figures["modules.faulty"] = looked.faulty
+    if reasons:
+        log.warning(
+            "modules: %d of %d were found in the graph; why the others were not is in the report, modules_not_found",
+            len(rows),
+            len(rows) + len(reasons),
+        )
+
+
+def _called(module: str) -> str:
+    """A module as the model calls it, not PEFT's copy of it."""
+    return module.replace(".modules_to_save.default", "")
 
 
 def _torch(base: Path, adapter: PeftAdapter) -> tuple[TorchRunner, TorchRunner, Any, Sequence[str]]:

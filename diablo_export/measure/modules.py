@@ -17,9 +17,10 @@ from diablo_export.measure.given_base import given_base
 from diablo_export.measure.onnx_runner import OnnxRunner, cache_shape
 from diablo_export.measure.places import Graph
 from diablo_export.measure.prompts import Sample
+from diablo_export.measure.stored import Fitted
 from diablo_export.measure.taps import OnnxTaps, TorchTaps, open_session
 from diablo_export.measure.twins import Findings, compare
-from diablo_export.trainer.layer import DiabloLinear, is_linear
+from diablo_export.trainer.layer import DiabloLinear, takes_blocks
 from diablo_export.trainer.model import load_base
 
 # Decibels that the worst row of an input must reach. Float32 norms and attention are measured at 95 and more; a rotary
@@ -113,18 +114,23 @@ def _export(
 
 
 def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """The linear layers of a model by path; an adapted one as the layer under its blocks."""
+    """The linear layers of a model by path; an adapted one, here or by PEFT, as the layer under its adapter."""
     found: dict[str, nn.Module] = {}
     for name, module in model.named_modules():
+        base: Any = module
         if isinstance(module, DiabloLinear):
-            found[name] = module.base
-        elif is_linear(module) and name.rpartition(".")[0] not in found:
-            found[name] = module
+            base = module.base
+        elif hasattr(module, "get_base_layer") and hasattr(module, "disable_adapters"):
+            base = module.get_base_layer()
+        if takes_blocks(base) and not any(name.startswith(f"{outer}.") for outer in found):
+            found[name] = base
     return found
 
 
-def _is_fitted(manifest: Mapping[str, Any]) -> bool:
-    """Whether the codes were chosen for the least error of outputs, which takes them steps away from the weights."""
+def _is_fitted(manifest: Mapping[str, Any]) -> Fitted:
+    """Which codes were chosen for the least error of outputs, which takes them steps away from the weights."""
+    if (manifest.get("survival") or {}).get("method") == "gptq":
+        return "all"
     return (manifest.get("survival") or {}).get("method") in ("calibrated", "distilled")
 
 

@@ -34,7 +34,7 @@ ALIVE = 1e-4
 _WINDOW = 512  # tokens of a sequence, at most
 _LOGITS_AT_ONCE = 1 << 24  # of one model: 64 MB in float32; a larger vocabulary gets shorter sequences
 _SHORTEST = 64
-_LOST = 0.05  # of the adapter's effect on the logits: then the share of it in each module's weights is looked at
+LOST = 0.05  # of the adapter's effect on the logits: then the share of it in each module's weights is looked at
 _GOLDEN = 4  # texts of a classifier that a certificate keeps
 _GOLDEN_STEPS = 4  # tokens decoded after each of a certificate's prompts
 
@@ -111,7 +111,7 @@ def _add_modules(
     found: Measured, out: Path, manifest: Mapping[str, Any], model: Any, adapter: Adapter, threads: int | None
 ) -> None:
     """Look into modules, now that the sessions of the whole comparison are closed: memory is for one kind at a time."""
-    lost = not found.figures["adapter.survival_gain.error"] <= _LOST
+    lost = not found.figures["adapter.survival_gain.error"] <= LOST
     try:
         looked = look(out, manifest, model, found.name, adapter, found.samples, threads=threads, lost=lost)
     except ExportError as error:  # a graph that runs, but not with its inner values shown

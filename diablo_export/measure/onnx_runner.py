@@ -112,6 +112,10 @@ class OnnxRunner:
         mask, positions = np.ones((1, past + count), np.int64), np.arange(past, past + count)[None]
         return self._inputs(Padded(np.asarray(ids)[None], mask, positions))
 
+    def padded(self, ids: Ids) -> dict[str, Array]:
+        """The same for a graph that takes sequences of one length only: filled up at the right."""
+        return self._inputs(pad([ids], 0, length=self.length))
+
     def _inputs(self, padded: Padded) -> dict[str, Array]:
         known: dict[str, Array] = {
             "input_ids": padded.ids,

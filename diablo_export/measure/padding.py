@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from diablo_export.measure.prompts import Ids, Sample
     from diablo_export.measure.torch_runner import TorchRunner
 
-_LENGTHS = (48, 31, 16, 7)  # tokens of a batch's rows, at most: none a multiple of another
+_LENGTHS = (24, 17, 11, 5)  # tokens of a batch's rows, at most: none a multiple of another
 # a torch model whose own padded logits are farther off than this does not take such padding, so its export need not
 _HELD_IN_TORCH = 1e-3
 

@@ -98,7 +98,7 @@ def parity(
         for name, folder in folders.items():
             if strange:
                 bounds["exported_base"] = exported_base
-                measured.append(foreign.measure(manifest, base, name, folder, **bounds))
+                measured.append(foreign.measure(manifest, base, name, folder, modules=modules, **bounds))
             else:
                 measured.append(measure(out, manifest, base, name, folder, modules=modules, **bounds))
     result = _report(measured, counts, defaults, kept, chosen, hashes)

@@ -18,7 +18,7 @@ from diablo_export import opschema
 from diablo_export.measure.exported_base import read_tensor
 
 _MODULE, _ROWS = "diablo.module", "diablo.rows"  # node metadata that this program's exporters leave
-_LINEAR = ("MatMul", "Gemm", "MatMulNBits")
+LINEAR = ("MatMul", "Gemm", "MatMulNBits")
 _JOIN = "diablo_join"  # how the Concat is called that puts the outputs of several nodes together
 
 
@@ -54,6 +54,8 @@ class Graph:
         proto: the model.
         stored: initializers by name; the large ones without their values.
         path: the file; those lie beside it.
+        readers: the nodes that read a value.
+        widths: the last dimension of values behind linear nodes, where it is known.
     """
 
     def __init__(self, path: Path) -> None:
@@ -61,11 +63,12 @@ class Graph:
         self.path = path
         self.stored = {tensor.name: tensor for tensor in self.proto.graph.initializer}
         self.nodes = {node.name: node for node in self.proto.graph.node}
-        self._readers: dict[str, list[onnx.NodeProto]] = {}
+        self.readers: dict[str, list[onnx.NodeProto]] = {}
         for node in self.proto.graph.node:
             for name in dict.fromkeys(node.input):
-                self._readers.setdefault(name, []).append(node)
-        self._widths = dict(self._all_widths())
+                self.readers.setdefault(name, []).append(node)
+        self._makers = {name: node for node in self.proto.graph.node for name in node.output}
+        self.widths = dict(self._all_widths())
 
     def places(self, modules: Iterable[Mapping[str, Any]], biased: Mapping[str, bool]) -> dict[str, Place]:
         """Every module of `biased` that can be found: by the manifest's entries, or by the marks on nodes.
@@ -86,7 +89,7 @@ class Graph:
                 shares[name] = [(node, None) for node in nodes]
         found = {}
         for name, share in shares.items():
-            if name in biased and all(node.op_type in _LINEAR and self._width(node) for node, _ in share):
+            if name in biased and all(node.op_type in LINEAR and self.width(node) for node, _ in share):
                 parts = tuple(self._part(name, node, rows, biased[name]) for node, rows in share)
                 if len({node.input[0] for node, _ in share}) == 1:
                     found[name] = Place(name, share[0][0].input[0], parts)
@@ -115,13 +118,13 @@ class Graph:
         found: dict[str, list[tuple[int, onnx.NodeProto]]] = {}
         for node in self.proto.graph.node:
             marks = {entry.key: entry.value for entry in node.metadata_props}
-            if node.op_type in _LINEAR and "," not in marks.get(_MODULE, ","):
+            if node.op_type in LINEAR and "," not in marks.get(_MODULE, ","):
                 first = marks.get(_ROWS, "0").partition(":")[0]
                 found.setdefault(marks[_MODULE], []).append((int(first), node))
         return {name: [node for _, node in sorted(nodes, key=lambda n: n[0])] for name, nodes in found.items()}
 
     def _part(self, module: str, node: onnx.NodeProto, rows: tuple[int, int] | None, bias: bool) -> Part:
-        start, stop = rows or (0, self._width(node))
+        start, stop = rows or (0, self.width(node))
         kept, value = (start, stop), node.output[0]
         while (step := self._step(module, value, start, stop, bias)) is not None:
             value, start, stop, bias = step
@@ -129,22 +132,22 @@ class Graph:
 
     def _step(self, module: str, value: str, start: int, stop: int, bias: bool) -> tuple[str, int, int, bool] | None:
         """Where a module's columns of a value go next while they are still the module's; None at its end."""
-        for node in self._readers.get(value, []):
+        for node in self.readers.get(value, []):
             if node.domain == opschema.DOMAIN and node.input[-1] == value:
                 if module in {entry.value for entry in node.metadata_props if entry.key == _MODULE}:
                     return node.output[0], start, stop, bias
-            elif node.op_type == "Add" and bias and self._vector(node) == self._widths.get(value):
+            elif node.op_type == "Add" and bias and self._vector(node) == self.widths.get(value):
                 return node.output[0], start, stop, False
-            elif node.op_type == "Split" and (start, stop) != (0, self._widths.get(value)):
+            elif node.op_type == "Split" and (start, stop) != (0, self.widths.get(value)):
                 at = 0
                 for part in node.output:
-                    width = self._widths.get(part, 0)
+                    width = self.widths.get(part, 0)
                     if at <= start and stop <= at + width:
                         return part, start - at, stop - at, bias
                     at += width
             elif node.op_type == "Concat" and node.name.endswith(_JOIN):
                 before = node.input[: list(node.input).index(value)]
-                at = sum(self._widths.get(name, 0) for name in before)
+                at = sum(self.widths.get(name, 0) for name in before)
                 return node.output[0], start + at, stop + at, bias
         return None
 
@@ -158,8 +161,8 @@ class Graph:
         known: dict[str, int] = {}
         for node in self.proto.graph.node:
             sizes: list[int | None] = []
-            if node.op_type in _LINEAR:
-                sizes = [self._width(node)]
+            if node.op_type in LINEAR:
+                sizes = [self.width(node)]
             elif node.op_type == "Add" or node.domain == opschema.DOMAIN:
                 sizes = [next((known[name] for name in reversed(node.input) if name in known), None)]
             elif node.op_type == "Split" and node.input[0] in known and len(node.input) > 1:
@@ -172,7 +175,7 @@ class Graph:
                     known[name] = size
         yield from known.items()
 
-    def _width(self, node: onnx.NodeProto) -> int:
+    def width(self, node: onnx.NodeProto) -> int:
         """How many outputs a linear node has; 0 where its weight is not stored."""
         attributes = {entry.name: entry.i for entry in node.attribute}
         if node.op_type == "MatMulNBits":
@@ -184,7 +187,7 @@ class Graph:
 
     def maker(self, value: str) -> onnx.NodeProto | None:
         """The node that gives this value; None for what is stored or fed."""
-        return next((node for node in self.proto.graph.node if value in node.output), None)
+        return self._makers.get(value)
 
     def _made_width(self, weight: str, last: bool) -> int:
         """The last dimension, or the first, of a stored matrix behind a Transpose, a DequantizeLinear, or both."""

@@ -7,6 +7,7 @@ weight by weight, a group that rounding alone has moved is within a step of wher
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -24,6 +25,7 @@ _AT_ONCE = 1 << 17  # weights, at least a row: what is made of them stays in the
 
 Float32 = npt.NDArray[np.float32]
 Mask = npt.NDArray[np.bool_]
+Fitted = Literal[False, True, "all"]  # no codes, those of groups that meet a block, or all
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,7 @@ def audit(
     merged: AdaptedModule | Array | None,
     x: Array,
     *,
-    fitted: bool,
+    fitted: Fitted,
     hashed: bool = True,
 ) -> tuple[Audit, Expected] | None:
     """Look at a quantized module's weight; None where it is not quantized.
@@ -79,7 +81,7 @@ def audit(
         merged: what should be in the stored weight beside the base's: blocks, or a dense (out_features, in_features);
             None: nothing.
         x: (rows, in_features) inputs.
-        fitted: the codes under the blocks were chosen for the outputs, and so may be far from the weights.
+        fitted: the codes under the blocks, or all, were chosen for the outputs, and so may be far from the weights.
         hashed: whether to give the digest of the values.
     """
     found = [coded(graph, part.node) for part in place.parts]
@@ -107,10 +109,12 @@ class _Sums:
         self.digest = ValuesDigest() if hashed else None
         self.worst = self.dot = self.norm = 0.0
 
-    def add(self, first: int, rows: tuple[int, int], grid: Coded, fitted: bool) -> None:
+    def add(self, first: int, rows: tuple[int, int], grid: Coded, fitted: Fitted) -> None:
         """Go on with the rows of a node, which begin at the module's row `first`."""
         count, step = rows[1] - rows[0], max(1, _AT_ONCE // self.wanted.shape[1])
-        met = _met(self.merged, grid.size) if fitted and isinstance(self.merged, AdaptedModule) else None
+        met = np.ones(self.wanted.shape, np.bool_) if fitted == "all" else None
+        if fitted and met is None and isinstance(self.merged, AdaptedModule):
+            met = _met(self.merged, grid.size)
         groups = (count, -(-self.wanted.shape[1] // grid.size))
         rms, steps = np.empty(groups, np.float32), np.empty(groups, np.float32)
         variance = _variance(self.x, grid.size)

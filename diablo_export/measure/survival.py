@@ -7,8 +7,9 @@ does to the base is in neither of the two.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -48,6 +49,11 @@ class Survival:
             return True
         return abs(self.gain - 1) <= 1 - least and self.cosine >= least
 
+    def figures(self, least: float = MIN_SURVIVAL) -> dict[str, Any]:
+        """As the manifest has it."""
+        found = {"gain": self.gain, "cosine": self.cosine, "kl": self.kl, "base_kl": self.base_kl}
+        return {**found, "top1_agreement": self.agreement, "holds": self.holds(least)}
+
     @property
     def distance(self) -> float:
         """How far from whole: what the best of several has least of."""
@@ -66,15 +72,20 @@ class Judge:
 
     def measure(self) -> Survival:
         """The survival of what the network's grids hold at the moment."""
-        sums = Comparison()
-        for branch, base, grid in zip(self._branch, self._base, self._logits("grid"), strict=True):
-            sums.update(branch, base, grid, base)
-        gain, cosine = sums.survival()
-        return Survival(gain, cosine, sums.divergence()["mean"], sums.wanted_kl, sums.agreement)
+        return of_logits(zip(self._base, self._branch, self._logits("grid"), strict=True))
 
     @torch.inference_mode()
     def _logits(self, state: str) -> list[Array]:
         return [np.asarray(logits(self._network, batch, self._pad, state).cpu()) for batch in self._batches]
+
+
+def of_logits(batches: Iterable[tuple[Array, ...]]) -> Survival:
+    """Survival from the logits (positions, classes) of base, branch and grid, batch after batch."""
+    sums = Comparison()
+    for base, branch, grid in batches:
+        sums.update(branch, base, grid, base)
+    gain, cosine = sums.survival()
+    return Survival(gain, cosine, sums.divergence()["mean"], sums.wanted_kl, sums.agreement)
 
 
 def of_outputs(

@@ -35,17 +35,24 @@ class OnnxTaps:
 
     def see(self, pieces: Sequence[Ids]) -> Iterator[Seen]:
         """Run one sequence cut into pieces, each behind the cache of those before it; what each piece showed."""
-        session, cache, past = self.runner.session, self.runner.empty_cache(), 0
-        present = {_key(v.name): v.name for v in session.get_outputs() if _CACHE.match(v.name)} if cache else {}
         table = self.graph.rounded_table
-        names = sorted(_wanted(self.graph, self.places))
+        for values in self.values(pieces, sorted(_wanted(self.graph, self.places))):
+            seen = {name: _of(place, values) for name, place in self.places.items()}
+            yield seen if table is None else seen | {EMBEDDINGS: (values[table], values[table])}
+
+    def values(self, pieces: Sequence[Ids], names: Sequence[str]) -> Iterator[dict[str, Array]]:
+        """As `see`: these values of the graph, a row for each token."""
+        session, length = self.runner.session, self.runner.length
+        cache, past = {} if length else self.runner.empty_cache(), 0
+        present = {_key(v.name): v.name for v in session.get_outputs() if _CACHE.match(v.name)} if cache else {}
         for piece in pieces:
-            feeds = {**self.runner.feeds(piece, past), **cache, **self.runner.fixed}
+            own = self.runner.padded(piece) if length else self.runner.feeds(piece, past)
+            feeds = {**own, **cache, **self.runner.fixed}
             found = runtime.run(session, feeds, self.runner.adapter, [*names, *present.values()])
             values = dict(zip([*names, *present.values()], found, strict=True))
             cache, past = {name: values[present[_key(name)]] for name in cache}, past + len(piece)
-            seen = {name: _of(place, values) for name, place in self.places.items()}
-            yield seen if table is None else seen | {EMBEDDINGS: (_rows(values[table]), _rows(values[table]))}
+            # of a fixed length, what was filled up comes last
+            yield {name: _rows(values[name])[: len(piece) if length else None] for name in names}
 
     def outputs(self, pieces: Sequence[Ids]) -> Iterator[Outputs]:
         """As `see`, the outputs alone."""
@@ -60,6 +67,7 @@ class TorchTaps:
     model: nn.Module
     adapted: bool
     modules: Sequence[str]
+    switch: Callable[[nn.Module, bool], None] = set_enabled
 
     def see(self, pieces: Sequence[Ids]) -> Iterator[Seen]:
         """As `OnnxTaps.see`."""
@@ -123,7 +131,7 @@ class TorchTaps:
 
     @torch.inference_mode()
     def _run(self, pieces: Sequence[Ids], ready: Callable[[], None] = lambda: None) -> Iterator[None]:
-        set_enabled(self.model, self.adapted)
+        self.switch(self.model, self.adapted)
         more: dict[str, Any] = {} if len(pieces) == 1 else {"use_cache": True}
         for piece in pieces:
             ready()
@@ -186,8 +194,8 @@ def _wanted(graph: Graph, places: Mapping[str, Place]) -> set[str]:
 
 
 def _of(place: Place, values: Mapping[str, Array]) -> tuple[Array, Array]:
-    parts = [_rows(values[part.y])[:, part.start : part.stop] for part in place.parts]
-    return _rows(values[place.x]), parts[0] if len(parts) == 1 else np.concatenate(parts, axis=1)
+    parts = [values[part.y][:, part.start : part.stop] for part in place.parts]
+    return values[place.x], parts[0] if len(parts) == 1 else np.concatenate(parts, axis=1)
 
 
 def _rows(value: Array) -> Array:

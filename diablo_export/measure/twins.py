@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import torch
 from torch import nn
 
 from diablo_export.adapter import AdaptedModule
@@ -21,7 +22,7 @@ from diablo_export.blockdiag import Array
 from diablo_export.console import log, progress
 from diablo_export.measure.metrics import decibels
 from diablo_export.measure.prompts import Ids, Sample
-from diablo_export.measure.stored import Audit, audit
+from diablo_export.measure.stored import Audit, Fitted, audit
 from diablo_export.measure.taps import OnnxTaps, Outputs, Seen, TorchTaps, check
 from diablo_export.trainer.layer import features
 
@@ -43,6 +44,9 @@ _WEIGHTS = 0.9
 # so wrong ones are off by 12 times their square, 50 and more. One wrong group of many is not seen so; for that the
 # merge wrote down a digest of the values that it chose.
 _FITTED = 8.0
+# Of an adapter's effect, where its own matrices are rounded to int4: two roundings of 21 dB each, less at the worst
+# column. What exporters lose of an adapter is more: DoRA's magnitudes half of its effect.
+_ROUNDED = 0.1
 _GAIN = 0.5  # of an adapter in the weights, from 1: rounding noise moves it by 0.05 on a layer of 128 × 128
 
 
@@ -100,8 +104,9 @@ def compare(
     decodes: bool,
     limits: tuple[float, float],
     merged: Callable[[str], AdaptedModule | Array | None],
-    fitted: bool = False,
+    fitted: Fitted = False,
     digests: Mapping[str, str] | None = None,
+    rounded: Collection[str] = (),
     judged: bool = True,
     lost: bool = False,
 ) -> Findings:
@@ -120,6 +125,7 @@ def compare(
             in_features); None: nothing.
         fitted: codes were chosen for outputs, and so may be far from the weights.
         digests: of the stored values, where a merge wrote them down.
+        rounded: modules whose adapter is quantized itself, as exporters do that know no better.
         judged: the exporter's rounding is known, so stored weights can be held against it.
         lost: the adapter's effect on the logits is not what it should be: look for it in the weights, too.
 
@@ -129,7 +135,8 @@ def compare(
     digests, sums = digests or {}, dict[str, _Sums]()
     watched = {name: linear[name] for name in tuned.modules}
     runs = _pieces(samples, _tokens(tuned.model, watched), decodes)
-    beside = _Beside(sums, linear, on, merged, limits[1], fitted, {name for name, digest in digests.items() if digest})
+    hashed = {name for name, digest in digests.items() if digest}
+    beside = _Beside(sums, linear, on, merged, limits[1], fitted, hashed, rounded)
     with progress("Looking into modules", 5 * len(runs)) as advance:
         for pieces in runs:
             seen, wanted = list(on.see(pieces)), list(tuned.outputs(pieces))
@@ -158,8 +165,9 @@ class _Beside:
     taps: OnnxTaps | TorchTaps
     merged: Callable[[str], AdaptedModule | Array | None]
     output_db: float
-    fitted: bool
+    fitted: Fitted
     hashed: Collection[str]  # modules whose stored values have a digest to be held against
+    rounded: Collection[str]
     weighed: set[str] = field(default_factory=set)  # whose weights were looked at
 
     def __call__(self, name: str, own_x: Array, x: Array, own_y: Array, y: Array) -> None:
@@ -171,21 +179,25 @@ class _Beside:
         sums.local_signal += float(power.sum())
         if name not in self.weighed:  # on the first piece of the first sequence: it has the most rows
             self.weighed.add(name)
-            self._weigh(name, x, error, float(power.mean()))
+            self._weigh(name, x, error, own_y)
         if sums.audit is None:
             columns = _squares(error, 0)
             sums.output_db = min(sums.output_db, _worst(np.full_like(columns, power.mean()), columns))
 
-    def _weigh(self, name: str, x: Array, error: Array, power: float) -> None:
+    def _weigh(self, name: str, x: Array, error: Array, own_y: Array) -> None:
         """Look at the stored weights, and at what of the output's error they do not explain."""
         if not isinstance(self.taps, OnnxTaps):
             return
-        place, more = self.taps.places[name], {"fitted": self.fitted, "hashed": name in self.hashed}
+        place = self.taps.places[name]
+        more: dict[str, Any] = {"fitted": self.fitted, "hashed": name in self.hashed}
         looked = audit(self.taps.graph, place, self.linear[name], self.merged(name), x, **more)
         if looked is not None:
             self.sums[name].audit, expected = looked
             columns = _squares(error - expected.error, 0)
-            rounding = power * 10 ** (-self.output_db / 10)  # of the float sums
+            rounding = float(_squares(own_y, 0).mean()) * 10 ** (-self.output_db / 10)  # of the float sums
+            if name in self.rounded:
+                alone = self.linear[name].forward(torch.from_numpy(x)[None])[0].numpy()
+                rounding += float(_squares(own_y - alone, 0).mean()) * _ROUNDED
             self.sums[name].kernel = float((columns / (expected.noise + rounding / _KERNEL + 1e-30)).max())
 
 
