@@ -278,18 +278,23 @@ void multiply_narrow(const diablo::Job& job, const diablo::Piece& piece, Matrix<
   }
 }
 
+// Whether so few rows at a time meet the blocks that whole rows pass through the cache.
+template <class Simd>
+bool is_streamed(const DiabloShape& s, const diablo::Piece& piece) {
+  const int64_t blocks = piece.end_block - piece.first_block, columns = piece.end_column - piece.first_column;
+  const bool large = s.block_size_out > kColumns, dots = 4 * s.block_size_out <= Simd::width;
+  return blocks * s.block_size_in * columns <= kSmallBlocks && !large && !dots;
+}
+
 template <class Simd, class T, class B>
 void run_piece(const diablo::Job& job, const diablo::Piece& piece) {
   const DiabloShape& s = job.shape;
   const Matrix<const T> x{static_cast<const T*>(job.x), s.x_stride}, y0{static_cast<const T*>(job.y0), s.y_stride};
   const Matrix<T> y{static_cast<T*>(job.y), s.y_stride};
-  const int64_t blocks = piece.end_block - piece.first_block, columns = piece.end_column - piece.first_column;
   const int64_t all = piece.end_row - piece.first_row;
-  const bool small = blocks * s.block_size_in * columns <= kSmallBlocks;
   // Large blocks by all rows, for what copying their panels costs; 16-bit ones by as many as there is room for
-  const bool large = s.block_size_out > kColumns, dots = 4 * s.block_size_out <= Simd::width;
-  const bool streamed = small && !large && !dots;
-  const int64_t step = streamed ? kStreamedRows : large && std::is_same<T, float>::value ? all : kSumRows;
+  const bool by_all = s.block_size_out > kColumns && std::is_same<T, float>::value;
+  const int64_t step = is_streamed<Simd>(s, piece) ? kStreamedRows : by_all ? all : kSumRows;
   Scratch scratch;
 
   for (int64_t r = piece.first_row; r < piece.end_row; r += step) {
@@ -305,17 +310,47 @@ void run_piece(const diablo::Job& job, const diablo::Piece& piece) {
   }
 }
 
+// Small blocks beside many rows are widened once, a few at a time: the same job with float32 blocks.
+template <class Simd, class T, class B>
+void run_widened(const diablo::Job& job, const diablo::Piece& piece) {
+  const DiabloShape& s = job.shape;
+  const int64_t size = s.block_size_in * s.block_size_out, most = kColumns * kDepth / size;
+  alignas(64) float wide[kColumns * kDepth];
+  for (int64_t first = piece.first_block, end; first < piece.end_block; first = end) {
+    end = smaller(first + most, piece.end_block);
+    for (int64_t block = first; block < end; ++block) {
+      const Block<B> from = block_of<B>(job, block, 0);
+      widen<Simd>(from.d.data, size, from.scale, wide + (block - first) * size);
+    }
+    const int64_t input = first * s.block_size_in, output = first * s.block_size_out;
+    diablo::Job part{s, static_cast<const T*>(job.x) + input, wide, nullptr, static_cast<const T*>(job.y0) + output,
+                     static_cast<T*>(job.y) + output};
+    part.shape.in_features -= input, part.shape.out_features -= output;
+    part.shape.num_blocks = end - first, part.shape.block_type = DIABLO_F32;
+    run_piece<Simd, T, float>(
+        part, {0, end - first, piece.first_column, piece.end_column, piece.first_row, piece.end_row});
+  }
+}
+
+template <class Simd, class T, class B>
+void run_stored(const diablo::Job& job, const diablo::Piece& piece) {
+  const DiabloShape& s = job.shape;
+  const bool many = piece.end_row - piece.first_row > kStreamedRows;
+  const bool fits = s.block_size_in * s.block_size_out <= kColumns * kDepth;
+  many && fits && is_streamed<Simd>(s, piece) ? run_widened<Simd, T, B>(job, piece) : run_piece<Simd, T, B>(job, piece);
+}
+
 template <class Simd, class T>
 void run_piece_of(const diablo::Job& job, const diablo::Piece& piece) {
   switch (job.shape.block_type) {
     case DIABLO_F32:
       return run_piece<Simd, T, float>(job, piece);
     case DIABLO_F16:
-      return run_piece<Simd, T, Half>(job, piece);
+      return run_stored<Simd, T, Half>(job, piece);
     case DIABLO_BF16:
-      return run_piece<Simd, T, Brain>(job, piece);
+      return run_stored<Simd, T, Brain>(job, piece);
     case DIABLO_I8:
-      return run_piece<Simd, T, int8_t>(job, piece);
+      return run_stored<Simd, T, int8_t>(job, piece);
   }
 }
 
