@@ -16,12 +16,14 @@ from pathlib import Path
 from typing import Any
 
 from diablo_export.adapter import TASKS, Adapter, file_sha256
+from diablo_export.algorithms import Algorithm
 from diablo_export.base_grid import BITS
 from diablo_export.checkpoint import Checkpoint
 from diablo_export.console import log
 from diablo_export.converters.onnx_nodes import MODEL, Weights, finish
 from diablo_export.converters.onnx_trial import try_graph
 from diablo_export.converters.onnx_weights import DATA
+from diablo_export.converters.packed_view import float_view
 from diablo_export.errors import ExportError, InputError, require
 from diablo_export.quantization import check_layout
 
@@ -71,11 +73,12 @@ def build_graph(
     merged: Adapter | None = None,
     head: Adapter | None = None,
     wide: Collection[str] = (),
+    algorithm: Algorithm | None = None,
 ) -> Graph:
     """Write model.onnx, model.onnx.data, config and tokenizer files into `folder`.
 
     Args:
-        model: Hugging Face folder or id.
+        model: Hugging Face folder or id; of a quantized one the codes are kept, where MatMulNBits has them.
         folder: an existing folder to fill.
         task: causal-lm or text-classification.
         quantize: none, int8, int4 or int2 for every linear layer; embeddings and vectors stay float.
@@ -87,6 +90,7 @@ def build_graph(
         merged: its blocks are added to the weights on their way, and its saved head replaces the model's.
         head: only its saved head replaces the model's.
         wide: modules that are quantized to 8 bits, when quantizing.
+        algorithm: how weights are quantized; None: each to the nearest.
 
     Raises:
         InputError: an option's value. CheckpointError: the model cannot be read.
@@ -97,7 +101,9 @@ def build_graph(
     from diablo_export.converters import genai_graph, torch_graph
 
     checkpoint = Checkpoint.open(model)
-    check_float(checkpoint)
+    if quantize != "none" or merged is not None:
+        check_float(checkpoint)
+    checkpoint = float_view(checkpoint)
     saved = {**(head.saved if head else {}), **(merged.saved if merged else {})}
     weights = Weights(checkpoint, merged, saved)
     # a head with blocks of its own, or quantized, cannot share the embedding's table
@@ -105,6 +111,7 @@ def build_graph(
     how: Any = {
         "quantize": quantize, "group_size": group_size, "symmetric": symmetric, "accuracy_level": accuracy_level,
         "wide": wide,
+        "algorithm": algorithm,
     }  # fmt: skip
 
     def take(road: Any, **more: Any) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
@@ -160,8 +167,9 @@ def check_float(checkpoint: Checkpoint) -> None:
     method = (checkpoint.config.get("quantization_config") or {}).get("quant_method")
     if method:
         raise ExportError(
-            f"{checkpoint.folder}: its weights are quantized already ({method}); give the float model with "
-            "--quantize, or an ONNX model whose weights are int4"
+            f"{checkpoint.folder}: its weights are quantized already ({method}): export keeps their codes without "
+            "--quantize, merge without --quantize and --format writes them back; else give the float model, or an ONNX "
+            "model whose weights are int4"
         )
 
 

@@ -5,8 +5,9 @@ Both roads end here. A road hands over the graph and, for each initializer that 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,15 @@ import numpy as np
 import onnx_ir as ir
 
 from diablo_export.adapter import Adapter
+from diablo_export.algorithms import Algorithm
 from diablo_export.base_grid import BITS
 from diablo_export.checkpoint import Checkpoint
 from diablo_export.console import progress
 from diablo_export.converters.onnx_file import MODEL as MODEL
 from diablo_export.converters.onnx_weights import Job, Source, float_job, quantized_job, write
+from diablo_export.converters.packed_view import stored_codes
 from diablo_export.errors import CheckpointError, MatchError
+from diablo_export.quantization import Float32, Quantized
 
 MODULE = "diablo.module"  # node metadata: the Hugging Face module path(s) that the node computes
 ROWS = "diablo.rows"  # node metadata: which output rows of that module, where several nodes share it
@@ -91,8 +95,15 @@ def finish(
     symmetric: bool = True,
     accuracy_level: int = 4,
     wide: Collection[str] = (),
+    algorithm: Algorithm | None = None,
 ) -> tuple[dict[str, dict[str, Any]], str]:
-    """Mark the modules' nodes, quantize them where asked (`wide` ones to 8 bits), stream the weights, write model.onnx.
+    """Mark the modules' nodes, quantize them where asked, stream the weights and write model.onnx.
+
+    Args:
+        layout: the graph.
+        weights: where its parameters come from.
+        folder: where to.
+        quantize, group_size, symmetric, accuracy_level, wide, algorithm: as `onnx_graph.build_graph`'s.
 
     Returns:
         Per module how its weight lies in the graph, and the SHA-256 of the data file.
@@ -114,9 +125,19 @@ def finish(
         node.metadata_props[MODULE] = origin.module
         if origin.rows:
             node.metadata_props[ROWS] = f"{origin.rows[0]}:{origin.rows[1]}"
-        if quantize != "none" and len(weight.consumers()) == 1 and node.op_type == "MatMul":
+        alone = len(weight.consumers()) == 1 and node.op_type == "MatMul"
+        packed = stored_codes(source) if alone else None
+        if packed is not None:
+            entry, job = _quantize(
+                layout.model.graph, node, weight, source, packed.bits, packed.group_size,
+                (packed.zero_points is None, False), partial(_stored_codes, source),
+            )  # fmt: skip
+            node.attributes.add(ir.AttrInt64("accuracy_level", accuracy_level))
+        elif quantize != "none" and alone:
             bits = 8 if origin.module in wide else BITS[quantize]
-            entry, job = _quantize(layout.model.graph, node, weight, source, bits, group_size, symmetric)
+            by = None if algorithm is None else partial(algorithm.quantize, origin.module, bits, group_size, symmetric)
+            kind = (symmetric, False) if algorithm is None else algorithm.kind(symmetric)
+            entry, job = _quantize(layout.model.graph, node, weight, source, bits, group_size, kind, by)
             node.attributes.add(ir.AttrInt64("accuracy_level", accuracy_level))
         else:
             entry = _plain(node, weight, origin)
@@ -132,6 +153,13 @@ def finish(
     ordered = [*jobs.values(), *_constants(layout, jobs)]
     digest = _write(layout.model, ordered, folder)
     return {name: parts[0] if len(parts) == 1 else {"parts": parts} for name, parts in modules.items()}, digest
+
+
+def _stored_codes(source: Source, weight: Float32) -> Quantized:
+    """The codes that the source has; read again, so that those of all weights are not held."""
+    found = stored_codes(source)
+    assert found is not None
+    return found
 
 
 def linear_weight(node: ir.Node, named: Mapping[ir.Value, Origin]) -> tuple[ir.Value, Origin] | None:
@@ -174,16 +202,28 @@ def _plain(node: ir.Node, weight: ir.Value, origin: Origin) -> dict[str, Any]:
 
 
 def _quantize(
-    graph: ir.Graph, node: ir.Node, weight: ir.Value, source: Source, bits: int, group_size: int, symmetric: bool
+    graph: ir.Graph,
+    node: ir.Node,
+    weight: ir.Value,
+    source: Source,
+    bits: int,
+    group_size: int,
+    kind: tuple[bool, bool],
+    by: Callable[[Float32], Quantized] | None,
 ) -> tuple[dict[str, Any], Job]:
-    """Turn a MatMul into MatMulNBits, named as onnxruntime's own quantizer names them."""
+    """Turn a MatMul into MatMulNBits, named as onnxruntime's own quantizer names them.
+
+    `kind`: whether there are no zero points, and whether those that there are lie between the codes.
+    """
+    symmetric, between = kind
     out_features, in_features = source.shape
     groups = -(-in_features // group_size)
     name, dtype = weight.name, weight.dtype
     codes = _new(graph, f"{name}_Q{bits}", ir.DataType.UINT8, (out_features, groups, group_size * bits // 8))
     scales = _new(graph, f"{name}_scales", dtype, (out_features, groups))
-    shape = (out_features, -(-groups * bits // 8))
-    zeros = None if symmetric else _new(graph, f"{name}_zero_points", ir.DataType.UINT8, shape)
+    shape = (out_features, groups if between else -(-groups * bits // 8))
+    stored = dtype if between else ir.DataType.UINT8
+    zeros = None if symmetric else _new(graph, f"{name}_zero_points", stored, shape)
     node.op_type, node.domain, node.name = "MatMulNBits", "com.microsoft", f"{node.name}_Q{bits}"
     node.resize_inputs(3 if zeros is None else 4)
     for index, value in enumerate((codes, scales, zeros)[: 2 if zeros is None else 3], start=1):
@@ -204,7 +244,7 @@ def _quantize(
         "symmetric": symmetric,
         "transposed": False,
     }
-    return entry, quantized_job(codes, scales, zeros, source, bits, group_size)
+    return entry, quantized_job(codes, scales, zeros, source, bits, group_size, by)
 
 
 def _keep_16_bits(graph: ir.Graph, table: ir.Value, source: Source) -> None:

@@ -22,7 +22,7 @@ import onnx_ir as ir
 from diablo_export.blockdiag import Array, add_to_weight
 from diablo_export.checkpoint import DTYPE_NAMES, TensorInfo
 from diablo_export.errors import CheckpointError
-from diablo_export.quantization import quantize
+from diablo_export.quantization import Float32, Quantized, quantize
 
 DATA = "model.onnx.data"
 _PIECE = 4 << 20  # weights per piece: 16 MB of float32
@@ -109,20 +109,31 @@ def float_job(initializer: ir.Value, source: Source, transposed: bool) -> Job:
 
 
 def quantized_job(
-    codes: ir.Value, scales: ir.Value, zeros: ir.Value | None, source: Source, bits: int, group_size: int
+    codes: ir.Value,
+    scales: ir.Value,
+    zeros: ir.Value | None,
+    source: Source,
+    bits: int,
+    group_size: int,
+    by: Callable[[Float32], Quantized] | None = None,
 ) -> Job:
-    """Write a weight as MatMulNBits takes it: codes, scales and, unless symmetric, zero points."""
+    """Write a weight as MatMulNBits takes it: codes, scales and, unless symmetric, zero points.
+
+    `by` quantizes the whole weight at once; None: rounding to the nearest, a few rows at a time.
+    """
     scale_dtype = _numpy_dtype(scales)
 
     def quantized(start: int, stop: int) -> tuple[Array, ...]:
         weight = source.read(start, stop).astype(np.float32)
-        result = quantize(weight, bits, group_size, symmetric=zeros is None)
+        result = by(weight) if by else quantize(weight, bits, group_size, symmetric=zeros is None)
         parts: tuple[Array, ...] = (result.codes, result.scales.astype(scale_dtype, copy=False))
-        return parts if result.zero_points is None else (*parts, result.zero_points)
+        if zeros is None or result.zero_points is None:
+            return parts
+        return (*parts, result.zero_points.astype(_numpy_dtype(zeros), copy=False))
 
     def pieces() -> Iterator[Piece]:
         out_features, in_features = source.shape
-        step = _step(in_features) if source.in_pieces else out_features
+        step = _step(in_features) if source.in_pieces and by is None else out_features
         for start in range(0, out_features, step):
             yield lambda start=start: quantized(start, min(start + step, out_features))  # type: ignore[misc]
 

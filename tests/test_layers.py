@@ -21,7 +21,7 @@ LAYERS = [
     ["checkpoint", "block_storage", "difference"],
     ["fingerprint"],
     ["adapter", "base_grid", "quantization", "requantize", "opschema", "output", "console"],
-    ["packed"],
+    ["packed", "algorithms"],
     ["manifest", "patch", "runtime", "swap", "combine", "machine"],
     ["kernel_check"],
     ["diagnosis"],

@@ -85,6 +85,14 @@ class GridLinear(nn.Module):
         self.register_buffer("_scales", self._under_blocks(scales), persistent=False)
         self.latent = nn.Parameter(self._under_blocks(latent))
 
+    @torch.no_grad()
+    def lay(self, base: Grid, grid: Grid | None) -> None:
+        """Put the layer on another base, and lay the merged weight onto `grid`; None: the branch stays one."""
+        self.weight.copy_(self._dense(base))
+        self.begin(grid or base)
+        if grid is None:
+            self.latent = None  # the grid state is the branch state
+
     def finish(self) -> Grid:
         """The grid with the codes that the latents round to."""
         assert self.latent is not None

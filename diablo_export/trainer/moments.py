@@ -1,7 +1,8 @@
-"""What the inputs of grid layers look like: E[x xᵀ] over the groups that each block meets."""
+"""What the inputs of linear layers look like: E[x xᵀ], over the groups that each block meets, or over all of them."""
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -14,6 +15,9 @@ from diablo_export.requantize import touched
 from diablo_export.trainer.data import Encoded
 from diablo_export.trainer.distillation import logits
 from diablo_export.trainer.grid import State, grid_layers
+from diablo_export.trainer.layer import DiabloLinear, diablo_layers, features, is_linear
+
+_KEPT = 1 << 29  # bytes of moments that are held at once
 
 
 @torch.inference_mode()
@@ -71,3 +75,65 @@ def input_moments(
         for handle in handles:
             handle.remove()
     return {name: [(total / count[name]).cpu().numpy() for total in totals] for name, totals in sums.items()}
+
+
+class InputMoments:
+    """Second moments of all inputs of any layer, by module path: taken when they are asked for, a few layers at a time.
+
+    What is kept is what was asked for last and its neighbours, so asking in the order of the network costs a pass over
+    the text for each _KEPT bytes of moments. May be called from several threads.
+    """
+
+    def __init__(self, network: nn.Module, items: Sequence[Encoded], *, batch_size: int, pad: int = 0) -> None:
+        """Take them of what `network` reads at `items`."""
+        self._network, self._items, self._size, self._pad = network, items, batch_size, pad
+        inner = {f"{name}.base" for name in diablo_layers(network)}
+        self._names = [name for name, one in network.named_modules() if _inputs(one) and name not in inner]
+        self._found: dict[str, Float32] = {}
+        self._lock = threading.Lock()
+
+    def __call__(self, name: str) -> Float32:
+        """E[x xᵀ], (in_features, in_features)."""
+        with self._lock:
+            if name not in self._found:
+                self._found = self._take(self._next(name))
+            return self._found[name]
+
+    def _next(self, name: str) -> list[str]:
+        """This layer and those behind it, as many as may be kept; at least this one."""
+        chosen, left = [name], _KEPT - 4 * _inputs(self._network.get_submodule(name)) ** 2
+        for other in self._names[self._names.index(name) + 1 :] if name in self._names else ():
+            left -= 4 * _inputs(self._network.get_submodule(other)) ** 2
+            if left < 0:
+                break
+            chosen.append(other)
+        return chosen
+
+    @torch.inference_mode()
+    def _take(self, names: list[str]) -> dict[str, Float32]:
+        sums: dict[str, Tensor] = {}
+        counts = dict.fromkeys(names, 0)
+
+        def look(name: str) -> Callable[[nn.Module, Any], None]:
+            def hook(module: nn.Module, given: Any) -> None:
+                x = given[0].reshape(-1, given[0].shape[-1]).float()
+                sums[name] = sums[name] + x.T @ x if name in sums else x.T @ x
+                counts[name] += len(x)
+
+            return hook
+
+        handles = [self._network.get_submodule(name).register_forward_pre_hook(look(name)) for name in names]
+        try:
+            for start in range(0, len(self._items), self._size):
+                logits(self._network, self._items[start : start + self._size], self._pad, "branch")
+        finally:
+            for handle in handles:
+                handle.remove()
+        return {name: (total / counts[name]).cpu().numpy() for name, total in sums.items()}
+
+
+def _inputs(module: nn.Module) -> int:
+    """The inputs of a linear layer, also with blocks beside it; 0 of any other."""
+    if isinstance(module, DiabloLinear):
+        return module.shape.in_features
+    return features(module)[0] if is_linear(module) else 0
