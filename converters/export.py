@@ -27,6 +27,7 @@ from diablo_export.converters.trained_grid import grids, numbers, output_grid, w
 from diablo_export.errors import AdapterError, InputError, MatchError
 from diablo_export.manifest import adapter_entry, write_manifest
 from diablo_export.output import check_output, new_folder
+from diablo_export.packed.modules import check_base
 from diablo_export.runtime import session
 
 Given = str | Path | Sequence[str | Path] | Mapping[str, str | Path]
@@ -53,7 +54,8 @@ def export(
     """Write an ONNX folder whose graph is the base and can be fed each adapter's blocks.
 
     Args:
-        model: Hugging Face folder or id, or an ONNX file or folder (float, or int4 and int8 as MatMulNBits).
+        model: Hugging Face folder or id, float or quantized, or an ONNX file or folder (float, or int4 and int8 as
+            MatMulNBits). Of a quantized folder the codes are kept, where MatMulNBits has them, else it becomes float.
         adapter: one adapter folder, several, or name → folder; also strings NAME=FOLDER. The name of a
             folder given alone is the folder's.
         output: the folder to write.
@@ -133,6 +135,8 @@ def export(
         what = {"quantize": quantize, "precision": precision}
         if isinstance(source, onnx_file.OnnxModel):
             what = kind(linears(ir.load(source.file)))
+        elif source.config.get("quantization_config"):
+            what = kind(linears(ir.load(folder / MODEL)))
         what |= {"for": for_, BASE_KEY: mark}
         if web:
             what |= {"no_adapter": _file(onnx_web.NO_ADAPTER, web)}
@@ -202,7 +206,7 @@ def _checkpoint(model: str | Path, adapters: Mapping[str, Adapter]) -> Checkpoin
     """The base's checkpoint, which every adapter was trained on."""
     checkpoint = Checkpoint.open(model)
     for adapter in adapters.values():
-        adapter.check_base(checkpoint)
+        check_base(checkpoint, adapter)
     return checkpoint
 
 

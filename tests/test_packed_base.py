@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 import torch
 from safetensors.numpy import load_file, save_file
@@ -16,8 +17,10 @@ from torch import nn
 from diablo_export.adapter import Adapter
 from diablo_export.blockdiag import add_to_weight
 from diablo_export.checkpoint import Checkpoint
+from diablo_export.converters.export import export
 from diablo_export.converters.merge import merge
-from diablo_export.errors import AdapterError, CheckpointError, InputError
+from diablo_export.errors import AdapterError, CheckpointError, ExportError, InputError
+from diablo_export.measure.parity import parity
 from diablo_export.packed.grid import PackedGrid
 from diablo_export.packed.modules import all_stored, stored
 from diablo_export.trainer.history import History
@@ -28,6 +31,9 @@ from diablo_export.trainer.sweep import sweep
 from diablo_export.trainer.targets import choose_targets, wrap_targets
 from diablo_export.trainer.train import train
 from tests import packed
+from tests.onnx_runs import IDS as RUNNER_IDS
+from tests.onnx_runs import LOGITS, runner
+from tests.test_quantized import exact
 
 Get = Callable[[str], Path]
 RUN: dict[str, Any] = {"num_blocks": 4, "lr": 0.02, "max_steps": 4, "batch_size": 2, "max_length": 16, "seed": 3}
@@ -82,7 +88,7 @@ def test_a_base_is_loaded_packed_and_computes_what_its_floats_do(name: str, quan
     floats, _ = load_base(as_floats(base, name, tmp_path / "floats"), "causal-lm")
     layers = {path: m for path, m in network.named_modules() if isinstance(m, QuantizedLinear | LookedUpLinear)}
     assert len(layers) == 14 and tokenizer.pad_token_id == 0
-    assert network.name_or_path == str(base)  # type: ignore[comparison-overlap]
+    assert network.name_or_path == str(base)
     for path, layer in layers.items():
         wanted = floats.get_parameter(f"{path}.weight")
         assert torch.equal(layer.weight, wanted), path
@@ -208,3 +214,27 @@ def test_refusals(quantized: Get, tiny_model: Get, tiny_adapter: Get, text: Path
     (broken / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 1}))
     with pytest.raises(CheckpointError, match="7 quantized weights are no linear layers of the model"):
         load_base(broken, "causal-lm")
+
+
+@pytest.mark.parametrize(
+    ("name", "op"),
+    [("gptq-asym-v2", "MatMulNBits"), ("awq", "MatMulNBits"), ("gptq-act-order", "MatMul"), ("nf4", "MatMul")],
+)
+def test_exported_with_the_codes_that_it_has(name: str, op: str, quantized: Get, text: Path, tmp_path: Path) -> None:
+    base = quantized(name)
+    train(base, text, tmp_path / "a", **RUN)
+    manifest = export(base, tmp_path / "a", tmp_path / "out")
+    assert manifest["quantize"] == ("int4" if op == "MatMulNBits" else "none")
+    nodes = list(onnx.load(tmp_path / "out/model.onnx", load_external_data=False).graph.node)
+    assert sum(node.op_type == "MatMulNBits" for node in nodes) == (14 if op == "MatMulNBits" else 0)
+    assert "quantization_config" not in json.loads((tmp_path / "out/config.json").read_text())
+    run = runner(exact(tmp_path / "out"))
+    with torch.no_grad():
+        tuned = load_tuned(base, Adapter.load(tmp_path / "a"))[0](torch.from_numpy(RUNNER_IDS)).logits.numpy()
+    found = run(tmp_path / "out/adapters/a.onnx_adapter")
+    assert np.abs(found - tuned.reshape(found.shape)).max() <= LOGITS
+    if name == "awq":
+        report = parity(tmp_path / "out", data=text)
+        assert report["verdict"] == "pass" and report["adapter"]["alive"]
+    with pytest.raises(ExportError, match="its weights are quantized already"):
+        export(base, tmp_path / "a", tmp_path / "again", quantize="int4")

@@ -113,7 +113,7 @@ def test_items_are_shared_out() -> None:
         ({}, 1, "--batch-size is 1, which 2 processes share: give 2 or more"),
         ({"ACCELERATE_USE_DEEPSPEED": "true"}, 4, "configured for DeepSpeed.* use FSDP 2"),
         ({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "1"}, 4, "configured for FSDP 1.*set fsdp_version: 2"),
-        (SHARDED, 4, "FSDP 2 does not cut up packed weights: leave out --base-quantize"),
+        (SHARDED, 4, "FSDP 2 does not cut up packed weights: give a float base"),
     ],
 )
 def test_what_cannot_be_shared_is_refused(

@@ -28,6 +28,7 @@ from diablo_export.measure.prompts import Ids, Sample, collect
 from diablo_export.measure.texts import answers, continuations
 from diablo_export.measure.torch_runner import TorchRunner, context_length
 from diablo_export.trainer.model import load_tuned
+from diablo_export.trainer.packed_layer import holds_packed
 
 # a centred logit that moves by less than float32 kernels differ among themselves has not moved
 ALIVE = 1e-4
@@ -102,7 +103,9 @@ def measure(
         return open_exported(out, manifest, off, name, adapter, threads)
 
     examine(found, tuned, off, tokenizer, opened, **bounds)
-    if modules and found.figures["runs"]:
+    if modules and holds_packed(model):
+        log.warning("modules are not looked into where the base is a quantized checkpoint; logits were compared")
+    elif modules and found.figures["runs"]:
         _add_modules(found, out, manifest, model, adapter, threads)
     return found
 

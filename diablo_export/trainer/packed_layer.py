@@ -166,6 +166,11 @@ def from_stored(stored: PackedGrid | LookedUp, bias: Tensor | None = None) -> Pa
     return LookedUpLinear(stored, bias) if isinstance(stored, LookedUp) else QuantizedLinear.from_grid(stored, bias)
 
 
+def holds_packed(network: nn.Module) -> bool:
+    """Whether any layer of a network keeps its weight packed."""
+    return any(isinstance(module, QuantizedLinear | LookedUpLinear) for module in network.modules())
+
+
 class _Product(torch.autograd.Function):
     """x · Wᵀ that remembers the packed layer for its backward pass, not W."""
 
