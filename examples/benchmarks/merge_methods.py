@@ -7,7 +7,7 @@ Every adapter is merged into one and the same int4 ONNX model by each method, as
 it, with text that the model writes itself (--calibration: with the training text). Then everything is judged
 on held-out data, in torch with the file's weights: loss or accuracy, survival gain and cosine on logits and
 KL, all against the int4 base with the float branch. "requantized" is dequantize, add, requantize, as others do it.
-Weak and middle adapters are trained here (20 and 60 steps; 10 and 50 for the classifier); strong is train_quality.py's.
+Weak and middle adapters are trained here (20 steps each; 10 and 50 for the classifier); strong is train_quality.py's.
 Prints one Markdown table row per method, and exits with 1 when `auto` misses a figure.
 """
 
@@ -23,9 +23,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import onnx_ir as ir
-import torch
+from held_out import HeldOut, compared, sst2
 from train_quality import minilm
 
 from diablo_export import merge, train
@@ -36,10 +35,6 @@ from diablo_export.converters.onnx_graph import build_graph
 from diablo_export.converters.onnx_groups import read
 from diablo_export.converters.onnx_match import match
 from diablo_export.manifest import read_manifest
-from diablo_export.measure.metrics import Comparison
-from diablo_export.trainer.batches import pack
-from diablo_export.trainer.data import IGNORED, Encoded, class_names, encode, read_examples
-from diablo_export.trainer.distillation import logits
 from diablo_export.trainer.grid import GridLinear, grid_layers
 
 METHODS = ("rtn", "refit", "calibrated", "distilled", "auto")
@@ -64,6 +59,7 @@ def main() -> None:
     parser.add_argument("--method", choices=METHODS, action="append")
     parser.add_argument("--calibration", action="store_true", help="Calibrate on the training text.")
     parser.add_argument("--tokens", type=int, default=8192, help="Of held-out text to judge on.")
+    parser.add_argument("--words", type=int, default=100, help="Leave out longer sentences of SST-2.")
     options = parser.parse_args()
     if options.data_dir is None:
         parser.error("give --data-dir, or set DIABLO_EXPORT_TEST_DATA")
@@ -83,9 +79,11 @@ def compare(name: str, case: str, strength: str, options: argparse.Namespace) ->
     """Merge one adapter by every method and print a row each; returns what `auto` missed."""
     bits, group_size, blocks = CASES[case]
     base = options.data_dir / "tinystories656k-hf" if name == "shakespeare" else minilm()
-    adapter = trained(name, base, strength, blocks, options.work)
-    parts = {"shakespeare": ("shakespeare", "shakespeare-held-out"), "sst2": ("sst2-train", "sst2-test")}[name]
-    calibration, held_out = (options.work / f"{part}.jsonl" for part in parts)
+    if name == "sst2":
+        calibration, held_out = sst2(options.data_dir, options.work, options.words)
+    else:
+        calibration, held_out = (options.work / f"{part}.jsonl" for part in ("shakespeare", "shakespeare-held-out"))
+    adapter = trained(name, base, strength, blocks, options.work, calibration)
     missed: list[str] = []
     with tempfile.TemporaryDirectory() as scratch:
         given = Path(scratch) / "int4"
@@ -138,17 +136,10 @@ class Truth:
         graph = ir.load(given / "model.onnx")
         self._adapter = adapter
         self._made: GridNetwork = grid_network(graph, given, adapter, match(graph, adapter.modules), base)
-        self._classifier = adapter.task_type == TASKS["text-classification"]
-        examples, tokenizer = read_examples(held_out), self._made.tokenizer
-        if self._classifier:
-            order = class_names(examples, held_out)
-            self._items = [encode(each, tokenizer, 128, order.index(each.label or 0)) for each in examples]
-            self._items.sort(key=lambda item: len(item.ids))
-        else:
-            self._items = pack([encode(each, tokenizer) for each in examples], 128)[: tokens // 128]
-        self._base, self._branch = self._logits("base"), self._logits("branch")
-        sums = self._sums(self._base)
-        self.base_kl = sums.divergence()["mean"]
+        classifier = adapter.task_type == TASKS["text-classification"]
+        self._held = HeldOut(held_out, self._made.tokenizer, classifier, tokens)
+        self._base, self._branch = (self._held.logits(self._made.network, state) for state in ("base", "branch"))
+        self.base_kl = compared(self._branch, self._base, self._base)["kl"]
 
     def judge(self, out: Path) -> dict[str, Any]:
         """Figures of a merged folder."""
@@ -160,55 +151,21 @@ class Truth:
             layers[name].begin(grid)
             changed += int((grid.codes != self._made.grids[name].codes).sum())
             total += grid.codes.size
-        found = self._logits("grid")
-        sums = self._sums(found)
-        gain, cosine = sums.survival()
-        branch, ours = self._figure(self._branch), self._figure(found)
-        lost, may = (branch - ours, 0.003) if self._classifier else (ours - branch, 0.005 * branch)
-        said = f"{ours:.4f} ({branch:.4f})"
+        found = self._held.logits(self._made.network, "grid")
+        branch, ours = self._held.figure(self._branch), self._held.figure(found)
+        lost, may = (branch - ours, 0.003) if self._held.classifier else (ours - branch, 0.005 * branch)
+        kept = compared(self._branch, self._base, found)
         return {
-            "gain": gain, "cosine": cosine, "kl": sums.divergence()["mean"], "said": said, "lost": lost,
-            "may_lose": may, "changed": changed / total,
+            **kept, "said": f"{ours:.4f} ({branch:.4f})", "lost": lost, "may_lose": may, "changed": changed / total,
         }  # fmt: skip
 
     def figure(self, state: str) -> str:
         """Loss or accuracy of the base, beside the branch's."""
-        return f"{self._figure(self._base if state == 'base' else self._branch):.4f} ({self._figure(self._branch):.4f})"
-
-    def _figure(self, found: list[np.ndarray]) -> float:
-        batches = list(self._batches())
-        if self._classifier:
-            right = [
-                one.argmax(-1) == [item.label for item in batch] for one, batch in zip(found, batches, strict=True)
-            ]
-            return float(np.concatenate(right).mean())
-        losses = []
-        for one, batch in zip(found, batches, strict=True):
-            ids = np.concatenate([item.ids for item in batch])
-            first = np.cumsum([0, *(len(item.ids) for item in batch)])[:-1]
-            targets = np.roll(ids, -1).astype(np.int64)
-            targets[np.append(first[1:], len(ids)) - 1] = IGNORED  # a sequence's last token predicts nothing
-            loss = torch.nn.functional.cross_entropy(torch.from_numpy(one), torch.from_numpy(targets), reduction="none")
-            losses.append(loss.numpy()[targets != IGNORED])
-        return float(np.concatenate(losses).mean())
-
-    def _sums(self, found: list[np.ndarray]) -> Comparison:
-        sums = Comparison()
-        for branch, base, one in zip(self._branch, self._base, found, strict=True):
-            sums.update(branch, base, one, base)
-        return sums
-
-    def _batches(self) -> Iterator[list[Encoded]]:
-        for start in range(0, len(self._items), 16):
-            yield self._items[start : start + 16]
-
-    @torch.inference_mode()
-    def _logits(self, state: str) -> list[np.ndarray]:
-        pad = self._made.tokenizer.pad_token_id or 0
-        return [logits(self._made.network, batch, pad, state).numpy() for batch in self._batches()]
+        found = self._base if state == "base" else self._branch
+        return f"{self._held.figure(found):.4f} ({self._held.figure(self._branch):.4f})"
 
 
-def trained(name: str, base: Path, strength: str, blocks: int | None, work: Path) -> Path:
+def trained(name: str, base: Path, strength: str, blocks: int | None, work: Path, data: Path) -> Path:
     """The folder of an adapter, trained where it is not there yet."""
     if strength == "strong" and blocks is None:
         return work / f"{name}-adapter"
@@ -218,7 +175,6 @@ def trained(name: str, base: Path, strength: str, blocks: int | None, work: Path
         return folder
     steps, lr = STEPS[name][strength]
     task = "causal-lm" if name == "shakespeare" else "text-classification"
-    data = work / ("shakespeare.jsonl" if name == "shakespeare" else "sst2-train.jsonl")
     train(
         base, data, folder, task=task, num_blocks=count, lr=lr, max_steps=steps or None, epochs=1, max_length=128,
         batch_size=16 if name == "shakespeare" else 32, target_modules="all-linear", dtype="float32",

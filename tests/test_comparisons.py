@@ -1,0 +1,49 @@
+"""The scripts that compare with other methods run, on a slice: each trains, merges, judges and prints its table."""
+
+from __future__ import annotations
+
+import re
+import runpy
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.tiny import make_model
+
+ROOT = Path(__file__).parent.parent / "examples" / "benchmarks"
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder as the scripts want it, with a tiny model and a little text."""
+    folder = tmp_path_factory.mktemp("data")
+    make_model("llama", folder / "tinystories656k-hf", hidden_size=64, intermediate_size=128)
+    (folder / "tinyshakespeare").mkdir()
+    (folder / "tinyshakespeare" / "input.txt").write_text("the cat sat on the mat and the dog sat on the log\n" * 150)
+    return folder
+
+
+def printed(
+    name: str, given: list[Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> list[list[str]]:
+    """The cells of the table rows that a script prints."""
+    monkeypatch.syspath_prepend(ROOT)
+    monkeypatch.setattr(sys, "argv", [name, *map(str, given)])
+    runpy.run_path(str(ROOT / name), run_name="__main__")
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
+    return [[cell.strip() for cell in line.strip("| ").split(" | ")] for line in lines[1:]]
+
+
+def test_lora_merge_runs(data: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("peft")
+    given = ["--data-dir", data, "--only", "shakespeare", "--strength", "weak", "--steps", 2, "--seeds", 1]
+    given += ["--auto-seeds", 0, "--group-size", 32, "--characters", 800, "--lora-lr", 0.01]
+    rows = printed("lora_merge.py", given, monkeypatch, capsys)
+    assert [row[3] for row in rows] == [
+        f"{one}, {two}" for one in ("DiaBlo", "LoRA") for two in ("float branch", "requantized")
+    ]
+    assert all(re.fullmatch(r"\d\.\d{4} \(base \d\.\d{4}\)", row[4]) for row in rows)
+    branch, merged = rows[0], rows[1]
+    assert branch[5:] == ["1.000", "1.000", "0.0000", "0.0%", "0 kB"] and float(merged[7]) > 0
