@@ -125,7 +125,9 @@ def read_plan(file: str | Path) -> Plan:
     return Plan(choices=chosen, **texts)  # type: ignore[arg-type]
 
 
-def check_plan(file: object, plan: Plan, own: Plan, allowed: Mapping[str, Collection[str]]) -> None:
+def check_plan(
+    file: object, plan: Plan, own: Plan, allowed: Mapping[str, Collection[str]], methods: Collection[str]
+) -> None:
     """Refuse a plan that is not for this base, adapter and grid, or that asks for what there is not.
 
     Args:
@@ -133,6 +135,7 @@ def check_plan(file: object, plan: Plan, own: Plan, allowed: Mapping[str, Collec
         plan: the plan.
         own: base, adapter and grid of the merge that is to follow it.
         allowed: what can be done with each module.
+        methods: by which codes can be chosen.
 
     Raises:
         InputError: names everything that is wrong.
@@ -146,6 +149,8 @@ def check_plan(file: object, plan: Plan, own: Plan, allowed: Mapping[str, Collec
         )
     if plan.grid != own.grid:
         faults.append(f"it was made for weights that are {plan.grid}, and here they are {own.grid}")
+    if plan.method not in methods:
+        faults.append(f"method is {plan.method!r}; it can be {', '.join(methods)}")
     unknown = [name for name in plan.choices if name not in allowed]
     faults += [f"{name}: the adapter has no such module" for name in unknown]
     faults += [f"{name}: is not in the plan" for name in allowed if name not in plan.choices]

@@ -41,6 +41,7 @@ from diablo_export.requantize import Grid
 from diablo_export.runtime import session
 
 AUTO = "auto"
+METHODS = (AUTO, "rtn", "refit", "calibrated", "distilled")
 _MEASURED = 20  # plans that are looked at, about
 _FUNCTION = 8192  # bytes of model.onnx that the operator's function takes
 
@@ -93,44 +94,60 @@ def planned_merge(
     allowed = {name: _allowed(made.grids.get(name), rebuild) for name in adapter.modules}
     given = None if plan == AUTO else read_plan(plan)
     if given is not None:
-        check_plan(plan, given, own, allowed)
-        method = given.method
-    size = _size(folder)
-    if given is None and max_bytes is not None and size > max_bytes:
-        raise InputError(
-            f"max_bytes is {max_bytes:,}, but the model takes {size:,} with every module merged and no more to come; "
-            "allow more, or quantize to fewer bits or larger groups"
-        )
+        check_plan(plan, given, own, allowed, METHODS)
+        own = replace(own, method=given.method)
+    least = _size(folder)
+    _check_size(least, max_bytes)
     bench = Bench(made, adapter, folder, reference, calibration, max_seconds, seed, float_base)
-    tried = list(bench.tries(method, min_survival))
+    tried = list(bench.tries(own.method, min_survival))
     held = [one for one in tried if one.survival.holds(min_survival)]
     best = min(held or tried, key=lambda one: one.survival.distance)
     ways = Ways(bench, best, float_base if rebuild else None, found)
     if given is None:
-        room = float("inf") if max_bytes is None else max_bytes - size - _FUNCTION
+        room = float("inf") if max_bytes is None else max_bytes - least - _FUNCTION
         with progress("Planning", _MEASURED) as advance:
             settled = settle(ways.options(), ways.measure, min_survival, room, advance)
     else:
-        taken = {name: choice for name, choice in given.choices.items() if choice in (WIDE, BRANCH)}
-        taken = {name: choice for name, choice in taken.items() if choice != allowed[name][0]}
-        settled = Settled(
-            tuple(one for one in ways.options() if taken.get(one.module) == one.choice), ways.measure(taken)
-        )
+        settled = _as_given(given, allowed, ways)
     upgrades = {option.module: option.choice for option in settled.options}
     entries = _write(folder, adapter, best, ways, upgrades, rebuild, found, has_head)
-    choices = {name: upgrades.get(name, allowed[name][0]) for name in adapter.modules}
     session(file)  # a graph that the runtime refuses is no merge
-    survival = bench.report(tried, best, method, min_survival)
-    survival["passed"] = settled.survival.holds(min_survival)
-    survival["plan"] = figures = _figures(settled, choices, _size(folder), max_bytes, size)
-    log.info(
-        "plan: %s; gain %.3f, cosine %.3f, %s bytes", ", ".join(f"{n} {c}" for c, n in figures["choices"].items()),
-        figures["gain"], figures["cosine"], f"{figures['bytes']:,}",
-    )  # fmt: skip
-    measured = {key: value for key, value in figures.items() if not isinstance(value, dict) and value is not None}
-    measured |= {"min_survival": min_survival, "holds": survival["passed"], "text": bench.text.origin}
-    write_plan(folder / PLAN, replace(own, method=best.method, choices=choices), measured, ways.rows(choices))
+    choices = {name: upgrades.get(name, allowed[name][0]) for name in adapter.modules}
+    figures = _figures(settled, choices, _size(folder), max_bytes, least, min_survival) | {
+        "modules": ways.rows(choices)
+    }
+    survival = {**bench.report(tried, best, own.method, min_survival), "passed": figures["holds"], "plan": figures}
+    # an adapter that moves codes does so by no method that can be named
+    done = replace(own, method=best.method if best.method in METHODS else AUTO, choices=choices)
+    _write_down(folder, done, figures, min_survival, bench.text.origin)
     return entries, survival
+
+
+def _check_size(least: int, max_bytes: int | None) -> None:
+    """Refuse a bound that nothing can meet."""
+    if max_bytes is not None and least > max_bytes:
+        raise InputError(
+            f"max_bytes is {max_bytes:,}, but the model takes {least:,} with every module merged and no more to come; "
+            "allow more, or quantize to fewer bits or larger groups"
+        )
+
+
+def _as_given(given: Plan, allowed: Mapping[str, Sequence[str]], ways: Ways) -> Settled:
+    """What a plan says, measured."""
+    taken = {name: choice for name, choice in given.choices.items() if choice != allowed[name][0]}
+    options = [one for one in ways.options() if taken.get(one.module) == one.choice]
+    return Settled(tuple(options), ways.measure(taken))
+
+
+def _write_down(folder: Path, plan: Plan, figures: Mapping[str, Any], min_survival: float, text: str) -> None:
+    """Write plan.toml, and say what was decided."""
+    said = ", ".join(f"{count} {choice}" for choice, count in figures["choices"].items())
+    log.info(
+        "plan: %s; gain %.3f, cosine %.3f, %s bytes", said, figures["gain"], figures["cosine"], f"{figures['bytes']:,}"
+    )
+    apart = ("file", "choices", "modules")
+    measured = {key: value for key, value in figures.items() if key not in apart and value is not None}
+    write_plan(folder / PLAN, plan, {**measured, "min_survival": min_survival, "text": text}, figures["modules"])
 
 
 def _write(
@@ -168,17 +185,13 @@ def _write(
 
 
 def _figures(
-    settled: Settled, choices: Mapping[str, str], size: int, max_bytes: int | None, least: int
+    settled: Settled, choices: Mapping[str, str], size: int, max_bytes: int | None, least: int, min_survival: float
 ) -> dict[str, Any]:
     """The manifest's `survival.plan`."""
-    kept = settled.survival
     return {
         "file": PLAN,
         "choices": counted(choices),
-        "gain": kept.gain,
-        "cosine": kept.cosine,
-        "kl": kept.kl,
-        "top1_agreement": kept.agreement,
+        **settled.survival.figures(min_survival),
         "bytes": size,
         "max_bytes": max_bytes,
         "least_bytes": least,

@@ -15,6 +15,7 @@ from diablo_export.errors import InputError
 
 Get = Callable[..., Path]
 PLAN = Plan("base", "adapter", "int4 in groups of 32, symmetric", "calibrated", {"a.q": "int4", 'b."k"': "branch"})
+METHODS = ("auto", "calibrated")
 ALLOWED = {"a.q": ("int4", "int8", "branch"), 'b."k"': ("int4", "branch")}
 
 
@@ -24,7 +25,7 @@ def test_written_and_read_back(tmp_path: Path) -> None:
     assert read_plan(tmp_path / "plan.toml") == PLAN
     text = (tmp_path / "plan.toml").read_text()
     assert '"a.q" = {choice = "int4", bytes = 4096, gain = 1.0, cosine = nan, nats = 1.2e-07}' in text
-    check_plan("plan.toml", read_plan(tmp_path / "plan.toml"), PLAN, ALLOWED)
+    check_plan("plan.toml", read_plan(tmp_path / "plan.toml"), PLAN, ALLOWED, METHODS)
 
 
 def test_a_choice_alone_will_do(tmp_path: Path) -> None:
@@ -55,19 +56,22 @@ def test_no_file(tmp_path: Path) -> None:
 
 
 def test_everything_that_is_wrong_at_once() -> None:
-    wrong = dataclasses.replace(PLAN, adapter="another", grid="float", choices={"a.q": "int3", "c.v": "branch"})
+    wrong = dataclasses.replace(
+        PLAN, adapter="another", grid="float", method="guess", choices={"a.q": "int3", "c.v": "branch"}
+    )
     with pytest.raises(InputError) as raised:
-        check_plan("plan.toml", wrong, PLAN, ALLOWED)
+        check_plan("plan.toml", wrong, PLAN, ALLOWED, METHODS)
     for said in (
         "plan.toml: does not fit: it was made for another adapter: SHA-256 another…, this one's is adapter…",
         "it was made for weights that are float, and here they are int4 in groups of 32, symmetric",
+        "method is 'guess'; it can be auto, calibrated",
         "c.v: the adapter has no such module",
         'b."k": is not in the plan',
         "a.q: choice is 'int3'; it can be int4, int8, branch",
     ):
         assert said in str(raised.value)
     with pytest.raises(InputError, match="it was made for another base: the adapted weights have other fingerprints"):
-        check_plan("plan.toml", dataclasses.replace(PLAN, base="other"), PLAN, ALLOWED)
+        check_plan("plan.toml", dataclasses.replace(PLAN, base="other"), PLAN, ALLOWED, METHODS)
 
 
 def test_marks(tiny_adapter: Get, other_adapter: Get) -> None:

@@ -7,8 +7,8 @@ does to the base is in neither of the two.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from diablo_export.blockdiag import Array, BlockShape
-from diablo_export.measure.metrics import Comparison
+from diablo_export.measure.metrics import Comparison, nll
 from diablo_export.quantization import Float32
 from diablo_export.requantize import Grid, touched
 from diablo_export.trainer.data import Encoded
@@ -35,6 +35,8 @@ class Survival:
         kl: mean KL(branch ‖ grid) over positions, in nats.
         base_kl: mean KL(branch ‖ base): what there was to keep.
         agreement: share of positions with the branch's first choice.
+        task: where the text says what is right: `loss` of the next token, or `accuracy`, of the grid, and of branch
+            and base as `branch_loss`, `base_loss` and so on.
     """
 
     gain: float
@@ -42,6 +44,7 @@ class Survival:
     kl: float
     base_kl: float
     agreement: float
+    task: Mapping[str, float] = field(default_factory=dict)
 
     def holds(self, least: float = MIN_SURVIVAL) -> bool:
         """Whether gain is within 1 ± (1 − least) and the cosine at least `least`; an adapter without effect holds."""
@@ -52,7 +55,7 @@ class Survival:
     def figures(self, least: float = MIN_SURVIVAL) -> dict[str, Any]:
         """As the manifest has it."""
         found = {"gain": self.gain, "cosine": self.cosine, "kl": self.kl, "base_kl": self.base_kl}
-        return {**found, "top1_agreement": self.agreement, "holds": self.holds(least)}
+        return {**found, "top1_agreement": self.agreement, "holds": self.holds(least), **self.task}
 
     @property
     def distance(self) -> float:
@@ -63,8 +66,14 @@ class Survival:
 class Judge:
     """Measures the grid state of one network on one text; what base and branch say to it is computed once."""
 
-    def __init__(self, network: nn.Module, items: Sequence[Encoded], batch_size: int, pad: int = 0) -> None:
-        """Run base and branch on `items`; their logits are kept, so the text must be short for a large vocabulary."""
+    def __init__(
+        self, network: nn.Module, items: Sequence[Encoded], batch_size: int, pad: int = 0, *, truth: bool = False
+    ) -> None:
+        """Run base and branch on `items`; their logits are kept, so the text must be short for a large vocabulary.
+
+        `truth`: their tokens, or their labels, are what the model should say.
+        """
+        self._truth = truth
         ordered = sorted(items, key=lambda item: len(item.ids))  # little padding
         self._network, self._pad = network, pad
         self._batches = [ordered[at : at + batch_size] for at in range(0, len(ordered), batch_size)]
@@ -72,11 +81,36 @@ class Judge:
 
     def measure(self) -> Survival:
         """The survival of what the network's grids hold at the moment."""
-        return of_logits(zip(self._base, self._branch, self._logits("grid"), strict=True))
+        grid = self._logits("grid")
+        found = of_logits(zip(self._base, self._branch, grid, strict=True))
+        if not self._truth:
+            return found
+        said = {"": grid, "branch_": self._branch, "base_": self._base}
+        scores = {f"{name}{key}": v for name, each in said.items() for key, v in task(self._batches, each).items()}
+        return replace(found, task=scores)
 
     @torch.inference_mode()
     def _logits(self, state: str) -> list[Array]:
         return [np.asarray(logits(self._network, batch, self._pad, state).cpu()) for batch in self._batches]
+
+
+def task(batches: Sequence[Sequence[Encoded]], found: Sequence[Array]) -> dict[str, float]:
+    """`loss`, in nats a token, or a classifier's `accuracy`, of logits (positions, classes) of each batch.
+
+    Empty where nothing is to be predicted: no label is known, no token counts.
+    """
+    right, lost = [], []
+    for batch, one in zip(batches, found, strict=True):
+        if len(one) == len(batch) and any(len(item.ids) > 1 for item in batch):  # one answer for each sequence
+            labels = np.array([item.label for item in batch])
+            right.append((one.argmax(-1) == labels)[labels >= 0])
+            continue
+        targets = np.concatenate([np.append(np.where(item.target, item.ids, -1)[1:], -1) for item in batch])
+        counted = np.flatnonzero(targets >= 0)
+        lost.append(nll(one[counted], targets[counted].astype(np.int64)))
+    name, parts = ("accuracy", right) if right else ("loss", lost)
+    values = np.concatenate([np.asarray(part, np.float64) for part in parts]) if parts else np.zeros(0)
+    return {name: float(values.mean())} if len(values) else {}
 
 
 def of_logits(batches: Iterable[tuple[Array, ...]]) -> Survival:
