@@ -250,6 +250,23 @@ def test_an_adapter_that_did_not_arrive_is_named_at_its_first_module(
     assert {row["name"] for row in report["modules"] if row["fault"]} >= set(whole.modules) - {"lm_head"}
 
 
+@pytest.mark.slow  # five exports
+@pytest.mark.parametrize("kind", ["branch int8", "branch int4"])
+def test_the_gain_of_a_quantized_branch_passes_and_tells_other_strengths(
+    kind: str, bases: Callable[[str], tuple[Path, Path]], tmp_path: Path
+) -> None:
+    """The default limit lets a sound export through, whose base is rounded, and no adapter that is not all there."""
+    base, adapter = bases("llama")
+    if kind == "branch int4" and base.name != "tinystories656k-hf":
+        pytest.skip("random weights are no model that int4 keeps: DIABLO_EXPORT_TEST_DATA has one")
+    options = {"max_tokens": 512, "steps": 2, "threads": 1, "modules": False}
+    for scale in (1.0, 0.0, 0.5, 1.25, 2.0):
+        wrong = exports.scaled(adapter, tmp_path / f"{scale}", scale)
+        out = exports.branched(base, {"a": wrong}, tmp_path / f"out-{scale}", **KINDS[kind][1])
+        report = parity(exports.pretend(out, adapter), **options)
+        assert ("adapter.survival_gain.error" in exports.failed(report)) == (scale != 1), (scale, report["adapter"])
+
+
 def test_a_weak_adapter_that_was_dropped_is_named(tiny_model: Get, tmp_path: Path) -> None:
     """All of it is below a step of the grid, so no group is further off than rounding: the sum over all tells."""
     base = tiny_model("llama")

@@ -26,7 +26,8 @@ def test_every_default_is_a_known_figure(precision: str, branch: bool, classifie
 def test_the_promised_limits() -> None:
     assert limits.defaults("fp32", branch=False)["logits.max_abs"] == 1e-4
     assert limits.defaults("int4", branch=False)["adapter.survival_gain"] == 0.95
-    assert limits.defaults("int4", branch=True)["adapter.survival_gain.error"] == 0.02
+    assert limits.defaults("int4", branch=True)["adapter.survival_gain.error"] == 0.05
+    assert limits.defaults("int8", branch=True)["adapter.survival_gain.error"] == 0.02
 
 
 def test_blocks_in_fewer_bits_than_the_graph() -> None:

@@ -126,6 +126,21 @@ def test_running_sums_equal_the_formulas_whatever_the_step(
     assert running.perplexity() == pytest.approx(slow, rel=EXACT)
 
 
+def test_the_standard_error_of_a_gain_is_how_much_it_moves_from_sample_to_sample() -> None:
+    random = np.random.default_rng(3)
+    gains, errors = [], []
+    for _ in range(200):
+        base = random.normal(size=(50, 8)).astype(np.float32)
+        wanted, noise = random.normal(size=(50, 8)), random.normal(0, 2, (50, 8))
+        running = metrics.Comparison()
+        running.update(*((base + part).astype(np.float32) for part in (wanted, 0, wanted + noise, 0)))
+        gains.append(running.survival()[0])
+        errors.append(running.survival_error())
+    # of 200 samples, a deviation is known to 5 %
+    assert np.mean(errors) == pytest.approx(np.std(gains), rel=0.15)
+    assert np.mean(gains) == pytest.approx(1, abs=0.03)
+
+
 def test_a_common_shift_of_all_logits_is_no_survival(logits: dict[str, Array]) -> None:
     """Every probability stays as it was: nothing of the adapter arrived."""
     shifted = logits["exported_base"] + np.float32(2)

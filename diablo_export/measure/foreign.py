@@ -74,6 +74,7 @@ def measure(
         if in_torch:  # these compare with a base that the export had no part in
             for figure in ("kl.ratio", "top1_agreement.drop"):
                 measured.figures.pop(figure)
+            measured.errors.pop("adapter.survival_gain.error")  # noise has been counted already
         _look_for_loss(measured, base, adapter, opened[0], tuned, off)
         if modules:
             _add_modules(measured, graph, other, opened.pop(), tuned, off, threads)

@@ -152,6 +152,7 @@ class Comparison:
     _largest_effect: float = 0.0
     _kl: list[Float64] = field(default_factory=list)
     _delta_p: list[Float64] = field(default_factory=list)
+    _products: list[Float64] = field(default_factory=list)  # <effect, wanted> and <wanted, wanted> at each position
     _nll: dict[str, list[Float64]] = field(default_factory=dict)
 
     def update(
@@ -210,8 +211,10 @@ class Comparison:
             moved -= moved.mean(-1, keepdims=True)  # as `centred`
         self._largest_wanted = float(np.maximum(self._largest_wanted, np.abs(wanted).max()))
         self._largest_effect = float(np.maximum(self._largest_effect, np.abs(effect).max()))
-        self._add("effect_wanted", np.vdot(effect, wanted))
-        self._add("wanted_wanted", np.vdot(wanted, wanted))
+        products = np.array([np.einsum("ij,ij->i", one, wanted) for one in (effect, wanted)])  # (2, positions)
+        self._products.append(products)
+        for name, total in zip(("effect_wanted", "wanted_wanted"), products.sum(1), strict=True):
+            self._add(name, total)
         self._add("effect_effect", np.vdot(effect, effect))
 
     def _add(self, name: str, value: Any) -> None:
@@ -333,6 +336,16 @@ class Comparison:
         s = self._sums
         gain = _ratio(s["effect_wanted"], s["wanted_wanted"])
         return gain, _ratio(s["effect_wanted"], math.sqrt(s["wanted_wanted"] * s["effect_effect"]))
+
+    def survival_error(self) -> float:
+        """Standard error of the gain, taking positions as independent; nan where tuned is base.
+
+        An export's own noise, such as int4's, moves each position's effect this way and that; of few positions some is
+        left in the gain.
+        """
+        effect, wanted = np.concatenate(self._products, axis=1)
+        gain = self.survival()[0]
+        return _ratio(float(np.linalg.norm(effect - gain * wanted)), float(wanted.sum()))
 
     @property
     def largest_wanted(self) -> float:

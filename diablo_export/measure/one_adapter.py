@@ -36,6 +36,7 @@ _WINDOW = 512  # tokens of a sequence, at most
 _LOGITS_AT_ONCE = 1 << 24  # of one model: 64 MB in float32; a larger vocabulary gets shorter sequences
 _SHORTEST = 64
 LOST = 0.05  # of the adapter's effect on the logits: then the share of it in each module's weights is looked at
+_UNSURE = 0.025  # a gain whose standard error is larger is no better known for that: an export may be all noise
 _GOLDEN = 4  # texts of a classifier that a certificate keeps
 _GOLDEN_STEPS = 4  # tokens decoded after each of a certificate's prompts
 
@@ -287,6 +288,7 @@ def _add_adapter(found: Measured, sums: Comparison, exported: Exported, sample: 
     found.parts["adapter"] = {"alive": alive, "survival_gain": gain, "survival_cosine": cosine}
     found.figures |= {"adapter.alive": float(alive), "adapter.survival_gain": gain}
     found.figures |= {"adapter.survival_gain.error": abs(gain - 1), "adapter.survival_cosine": cosine}
+    found.errors["adapter.survival_gain.error"] = float(np.nan_to_num(min(sums.survival_error(), _UNSURE)))
     if isinstance(exported.on, OnnxRunner) and exported.on.adapter is not None:
         found.figures["adapter.bound"] = float(_binds(exported.on, sample.ids))
     if exported.foreign is not None:
