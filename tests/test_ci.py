@@ -119,6 +119,34 @@ def test_the_action_uses_the_inputs_that_it_declares() -> None:
     assert set(re.findall(r"`([\w-]+)`", "".join(re.findall(r"^\| (`.*?) \|", table, re.MULTILINE)))) == declared
 
 
+def schema_says(schema: str, text: str, file: Path) -> str:
+    """What GitHub's (or GitLab's) published schema says against a file; nothing where it is valid."""
+    pytest.importorskip("check_jsonschema")
+    file.write_text(text, encoding="utf-8")
+    command = [sys.executable, "-m", "check_jsonschema", "--builtin-schema", f"vendor.{schema}", str(file)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode == 0) == ("ok" in done.stdout), done.stderr
+    return "" if done.returncode == 0 else done.stdout
+
+
+@pytest.mark.parametrize(
+    ("schema", "file", "broken"),
+    [
+        ("github-actions", ACTION, "composite"),
+        ("github-workflows", EXAMPLE / ".github" / "workflows" / "parity.yml", "runs-on"),
+        ("github-workflows", ROOT / ".github" / "workflows" / "wheels.yml", "runs-on"),
+        ("gitlab-ci", ROOT / "docs" / "ci.md", "script"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else value.name,
+)
+def test_published_schemas_hold(schema: str, file: Path, broken: str, tmp_path: Path) -> None:
+    text = file.read_text(encoding="utf-8")
+    if schema == "gitlab-ci":
+        text = text[text.index("```yaml\nparity:") :].removeprefix("```yaml\n").partition("```")[0]
+    assert not schema_says(schema, text, tmp_path / "file.yml")
+    assert schema_says(schema, text.replace(broken, "unheard-of"), tmp_path / "file.yml")
+
+
 def test_the_action_hands_its_inputs_on_whole(job: Job) -> None:
     given = {
         "folder": "out/my int4", "model": "base", "adapter": "a=one two\nb=three", "data": "d.jsonl",
