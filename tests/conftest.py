@@ -12,7 +12,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import pytest
 from click.testing import CliRunner, Result
 
-from tests import tiny
+from tests import packed, tiny
 
 
 @pytest.fixture(scope="session")
@@ -38,6 +38,20 @@ def tiny_adapter(tiny_model: Callable[[str], Path], tmp_path_factory: pytest.Tem
             folder = tmp_path_factory.mktemp(architecture) / "adapter"
             made[architecture] = tiny.make_adapter(tiny_model(architecture), folder)
         return made[architecture]
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def quantized(tiny_model: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """quantized("awq"): the tiny Llama in this format of tests/packed.py."""
+    made: dict[str, Path] = {}
+
+    def get(name: str) -> Path:
+        if name not in made:
+            config, quantize, _, _ = packed.FORMATS[name]
+            made[name] = packed.make(tiny_model("llama"), tmp_path_factory.mktemp(name) / "model", config, quantize)
+        return made[name]
 
     return get
 

@@ -24,20 +24,6 @@ from tests import packed
 Get = Callable[[str], Path]
 
 
-@pytest.fixture(scope="module")
-def quantized(tiny_model: Get, tmp_path_factory: pytest.TempPathFactory) -> Get:
-    """quantized("awq"): the tiny Llama in this format of tests/packed.py."""
-    made: dict[str, Path] = {}
-
-    def get(name: str) -> Path:
-        if name not in made:
-            config, quantize, _, _ = packed.FORMATS[name]
-            made[name] = packed.make(tiny_model("llama"), tmp_path_factory.mktemp(name) / "model", config, quantize)
-        return made[name]
-
-    return get
-
-
 def dense(folder: Path, name: str, module: str) -> Array:
     config, _, how, size = packed.FORMATS[name]
     tensors = packed.parts(load_file(folder / "model.safetensors"), module)
