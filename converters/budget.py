@@ -13,7 +13,7 @@ from torch import nn
 from diablo_export.trainer.data import Encoded
 from diablo_export.trainer.distillation import logits
 
-STEPS, BATCH_TOKENS = 150, 2048  # of a distillation where nothing is scarce
+STEPS, BATCH_TOKENS = 150, 1024  # of a distillation where nothing is scarce
 _LEAST_STEPS, _LEAST_TOKENS = 40, 512  # less than that does not pay
 _PASSES = 4  # of a step: branch forward, grid forward, and a backward pass that is worth two
 _LOGITS = 1 << 26  # of one batch: 256 MB in float32

@@ -12,8 +12,8 @@ from torch import nn
 from diablo_export.errors import DataError
 from diablo_export.trainer.batches import encode_all
 from diablo_export.trainer.data import Encoded, encode, read_examples
-from diablo_export.trainer.grid import set_state
-from diablo_export.trainer.sampling import random_sentences, sample_text
+from diablo_export.trainer.grid import grid_layers
+from diablo_export.trainer.sampling import random_sentences, sample_text, telling_text
 
 _SENTENCE = (6, 48)  # ordinary tokens in a random sentence
 
@@ -26,11 +26,13 @@ class Text:
         judged: what survival is measured on; nothing is fitted to it.
         fitted: what codes are fitted to.
         origin: a few words for the manifest.
+        true: its tokens, or its labels, are what a model should say.
     """
 
     judged: list[Encoded]
     fitted: list[Encoded]
     origin: str
+    true: bool = False
 
     @property
     def tokens(self) -> int:
@@ -38,8 +40,17 @@ class Text:
         return sum(len(item.ids) for item in [*self.judged, *self.fitted])
 
 
-def given_text(data: str | Path, tokenizer: Any, *, length: int, classifier: bool, judged: int, fitted: int) -> Text:
-    """The first sequences of a data file, every so manyth of them to measure on; labels are not looked at.
+def given_text(
+    data: str | Path,
+    tokenizer: Any,
+    *,
+    length: int,
+    classifier: bool,
+    judged: int,
+    fitted: int,
+    labels: Sequence[str | int] = (),
+) -> Text:
+    """The first sequences of a data file, every so manyth of them to measure on; labels are looked at to count hits.
 
     Args:
         data: a file that `train` takes too.
@@ -48,6 +59,7 @@ def given_text(data: str | Path, tokenizer: Any, *, length: int, classifier: boo
         classifier: tokenize as a classifier reads.
         judged: sequences to measure on, at most.
         fitted: sequences to fit to, at most.
+        labels: class names of a classifier, in class order.
 
     Raises:
         DataError: unreadable, empty, or a single sequence.
@@ -55,7 +67,11 @@ def given_text(data: str | Path, tokenizer: Any, *, length: int, classifier: boo
     examples = read_examples(data)
     if classifier:
         # any label at all: an unlabelled text would be ended as a language model's is
-        items = [encode(replace(example, label=example.label or 0), tokenizer, length) for example in examples]
+        known = {str(label): index for index, label in enumerate(labels)}
+        items = [
+            encode(replace(each, label=each.label or 0), tokenizer, length, known.get(str(each.label)))
+            for each in examples
+        ]
     else:
         items, _ = encode_all(examples, tokenizer, max_length=length)
     if len(items) < 2:
@@ -66,7 +82,7 @@ def given_text(data: str | Path, tokenizer: Any, *, length: int, classifier: boo
     every = max(2, min(-(-(judged + fitted) // judged), len(items) // min(judged, len(items) // 2)))
     held = items[::every][:judged]
     rest = [item for index, item in enumerate(items) if index % every][:fitted]
-    return Text(held, rest, f"{len(held)} + {len(rest)} sequences of {data}")
+    return Text(held, rest, f"{len(held)} + {len(rest)} sequences of {data}", true=True)
 
 
 def written_text(
@@ -75,7 +91,7 @@ def written_text(
     """Text without data: what the tuned model writes (int4 base + branch), or sentences of random tokens.
 
     Args:
-        network: holds `GridLinear` layers.
+        network: base and branch in `GridLinear` layers, or the tuned model alone.
         tokenizer: its tokenizer.
         length: tokens in a sequence.
         classifier: it cannot write; it gets random tokens.
@@ -84,12 +100,27 @@ def written_text(
         seed: of every draw.
     """
     if classifier:
-        longest = min(_SENTENCE[1], length - 4)  # room for the special tokens around it
-        lengths = (min(_SENTENCE[0], longest), longest)
-        items: Sequence[Encoded] = random_sentences(tokenizer, judged + fitted, lengths, seed=seed)
-        origin = f"{len(items)} sentences of random tokens"
-    else:
-        set_state(network, "branch")
-        items = sample_text(network, tokenizer, judged + fitted, length, seed=seed)
-        origin = f"{len(items)} sequences of {length} tokens, sampled from the tuned model"
+        return random_text(tokenizer, length=length, judged=judged, fitted=fitted, seed=seed)
+    # where base and branch lie in one network, it can tell what the one says and the other does not
+    write = telling_text if grid_layers(network) else sample_text
+    items = write(network, tokenizer, judged + fitted, length, seed=seed)
+    origin = f"{len(items)} sequences of {length} tokens, sampled from the tuned model"
     return Text(list(items[:judged]), list(items[judged:]), origin)
+
+
+def random_text(tokenizer: Any, *, length: int, judged: int, fitted: int, seed: int = 0, whole: bool = False) -> Text:
+    """Sequences of random tokens, for a model that cannot write.
+
+    Args:
+        tokenizer: the model's.
+        length: tokens in a sequence, at most.
+        judged: sequences to measure on.
+        fitted: sequences to fit to.
+        seed: of every draw.
+        whole: of full length, and not as long as sentences are.
+    """
+    most = length - 4  # room for the special tokens around it
+    lengths = (most, most) if whole else (min(_SENTENCE[0], most), min(_SENTENCE[1], most))
+    items = random_sentences(tokenizer, judged + fitted, lengths, seed=seed)
+    kind = "sequences" if whole else "sentences"
+    return Text(items[:judged], items[judged:], f"{len(items)} {kind} of random tokens")

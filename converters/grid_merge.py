@@ -5,7 +5,8 @@
     refit       scales searched and fitted for the least error of the weights
     calibrated  codes and scales for the least error of each layer's output
     distilled   from there, codes trained on the answers of the whole model
-    auto        the best of the first three, which take seconds, where it holds the survival asked for; else the last
+    auto        the best of rtn, refit and calibrated, which take seconds; distilled, too, where none of them holds the
+                survival asked for, or none loses less than a quarter of what rounding does and distilling is quick
 
 The reference of every figure is the same int4 model with the float branch beside it.
 """
@@ -23,8 +24,8 @@ import onnx_ir as ir
 import torch
 
 from diablo_export import runtime
-from diablo_export.adapter import TASKS, Adapter
-from diablo_export.blockdiag import add_to_weight
+from diablo_export.adapter import TASKS, AdaptedModule, Adapter
+from diablo_export.blockdiag import Array, add_to_weight
 from diablo_export.checkpoint import Checkpoint
 from diablo_export.console import log, progress
 from diablo_export.converters import budget
@@ -57,13 +58,16 @@ from diablo_export.trainer.data import Encoded
 from diablo_export.trainer.distillation import distil, logits
 from diablo_export.trainer.grid import grid_layers
 from diablo_export.trainer.moments import input_moments
+from diablo_export.trainer.sampling import WRITING
 
 METHODS = ("auto", "rtn", "refit", "calibrated", "distilled")
 _LENGTH = 128  # tokens of a sequence
 _JUDGED, _MOMENTS, _FITTED = 16, 64, 512  # sequences: to measure on, to calibrate on, to distil on (those among them)
+_WRITTEN = 384  # sequences to distil on where the model must write them
 _SAME, _RELATED = 0.98, 0.8  # cosine of the network's logits and the file's: activations in int8 leave 0.999
 _SWEEP_SPEED = 5e8  # multiply-adds of a sweep in a second, in numpy on one core
-_QUICK = 0.1  # of the seconds: what `auto` spends on calibrating though another method holds
+_QUICK = 0.1  # of the seconds: what `auto` spends on a better method though another holds
+_ENOUGH = 0.25  # of rounding's KL: a merge that holds and loses no more is good enough
 _TEXT_SHARE = 0.4  # of the seconds: for text, moments and measuring; the rest is for distilling
 
 Grids = dict[str, Grid]
@@ -158,8 +162,8 @@ class Bench:
         self.text = self._first_text()
         self._alike = self._against_runtime(folder)
         self.batch = max(1, self._most // self._longest(self.text.judged))
-        self.judge = Judge(made.network, self.text.judged, self.batch, self.pad)
-        self.wanted = {name: self._target(name, made.grids[name]) for name in made.grids}
+        self.judge = Judge(made.network, self.text.judged, self.batch, self.pad, truth=self.text.true)
+        self.wanted = {name: target(adapter.modules[name], made.grids[name]) for name in made.grids}
         self.layers = grid_layers(made.network)
         self.moments = self._moments()
 
@@ -170,6 +174,7 @@ class Bench:
             makers = {"on_grid": self._on_grid}
         wanted = list(makers) if method == "auto" else [method] if method in makers else ["calibrated"]
         grids: Grids = {}
+        found: dict[str, Survival] = {}
         holds = False
         for name in wanted:
             if holds and name == "calibrated" and self._sweeping() > _QUICK * self._seconds:
@@ -178,41 +183,41 @@ class Bench:
             grids = {module: makers[name](module, grid) for module, grid in self.made.grids.items()}
             for module, grid in grids.items():
                 self.layers[module].begin(grid)
-            one = Tried(name, grids, self.judge.measure(), time.perf_counter() - start)
+            found[name] = self.judge.measure()
+            one = Tried(name, grids, found[name], time.perf_counter() - start)
             holds = holds or one.survival.holds(least)
             if method != "distilled":
                 yield one
-        if method == "auto" and not holds and self._classifier and self._calibration is None:
+        if method == "distilled":
+            yield from self._distilled(grids, must=True)
+        elif method == "auto" and self._classifier and self._calibration is None and not holds:
             # measured: what is calibrated on random tokens holds for sentences, what is distilled on them less
             log.warning("not distilled: a classifier needs sentences for that; give some as --calibration, unlabelled")
-        elif method == "distilled" or (method == "auto" and not holds):
-            yield from self._distilled(grids, method == "distilled")
+        elif method == "auto" and not (holds and self._enough(found)):
+            yield from self._distilled(grids, must=False)
+
+    def _enough(self, found: Mapping[str, Survival]) -> bool:
+        """Whether distilling on top of what holds already is left out: there is little to gain, or it takes long."""
+        least = min(one.distance for one in found.values())
+        enough = "rtn" not in found or least <= _ENOUGH * found["rtn"].distance
+        if enough or (self._classifier and self._calibration is None):
+            return True
+        steps = self._affordable()
+        return steps is None or steps.seconds > _QUICK * self._seconds
+
+    def _affordable(self) -> budget.Steps | None:
+        return budget.affordable(self._per_token, self._seconds * (1 - _TEXT_SHARE), self._most)
 
     def report(self, tried: list[Tried], best: Tried, asked: str, least: float) -> dict[str, Any]:
         """The manifest's `survival`."""
-        return {
-            "method": best.method,
-            "asked": asked,
-            "min_survival": least,
-            "passed": best.survival.holds(least),
-            "text": self.text.origin,
-            "measured_on": f"{len(self.text.judged)} sequences, {sum(len(i.ids) for i in self.text.judged)} tokens",
-            "reference": "the quantized base with the float branch, in torch",
-            "runtime_cosine": self._alike,
-            "tried": [self._row(one, least) for one in tried],
-        }
+        rows = [self._row(one, least) for one in tried]
+        return reported(rows, asked, best.method, best.survival.holds(least), least, self.text, self._alike)
 
     def _row(self, one: Tried, least: float) -> dict[str, Any]:
         changed, total = _changed(one.grids, self.made.grids)
-        kept = one.survival
         return {
             "method": one.method,
-            "gain": kept.gain,
-            "cosine": kept.cosine,
-            "kl": kept.kl,
-            "base_kl": kept.base_kl,
-            "top1_agreement": kept.agreement,
-            "holds": kept.holds(least),
+            **one.survival.figures(least),
             "codes_changed": changed / max(1, total),
             "seconds": round(one.seconds, 2),
             **({"steps": one.steps} if one.steps else {}),
@@ -276,7 +281,7 @@ class Bench:
 
     def _distilled(self, grids: Grids, must: bool) -> Iterator[Tried]:
         start = time.perf_counter()
-        steps = budget.affordable(self._per_token, self._seconds * (1 - _TEXT_SHARE), self._most)
+        steps = self._affordable()
         if steps is None:
             least = budget.shortest(self._per_token, self._most)
             said = f"{least.steps} steps of {least.batch_tokens} tokens would take about {least.seconds:,.0f} s here"
@@ -301,25 +306,11 @@ class Bench:
     # --------------------------------------------------------------------------------------------------- the text
 
     def _against_runtime(self, folder: Path) -> float:
-        """Cosine of the base's logits in the network and in onnxruntime, on one sequence.
-
-        Raises:
-            InputError: they are of two models.
-        """
+        """Cosine of the base's logits in the network and in onnxruntime, on one sequence."""
         item = max(self.text.judged, key=lambda each: len(each.ids))
         with torch.inference_mode():
             ours = logits(self.made.network, [item], self.pad, "base").cpu().numpy()
-        runner = OnnxRunner(runtime.session(folder / MODEL, spin=False), cache_shape=cache_shape(folder))
-        alike = cosine(ours, runner.prefill(item.ids.astype(np.int64)))
-        said = f"{self._reference} with the file's int4 weights and the file in onnxruntime (cosine {alike:.3f})"
-        if not alike >= _RELATED:
-            raise InputError(
-                f"{said} are two different models: they differ outside of the adapted layers. Give the float model "
-                "that the file was made from as --reference, or choose --method rtn"
-            )
-        if alike < _SAME:
-            log.warning("%s give somewhat different logits; run parity for figures of the file itself", said)
-        return alike
+        return against_runtime(ours, item, folder, self._reference)
 
     def _measured_speed(self) -> float:
         ids = np.random.default_rng(self._seed).integers(0, len(self.made.tokenizer), self._length).astype(np.int32)
@@ -328,8 +319,7 @@ class Bench:
         return budget.seconds_per_token(self.made.network, [item], self.pad)
 
     def _first_text(self) -> Text:
-        # text is written at about the cost of reading it; then base, branch, moments and each method read it
-        sequences = self._seconds * _TEXT_SHARE / (self._per_token * self._length * 3)
+        sequences = self._sequences()
         moments = int(min(_MOMENTS, max(4, sequences - _JUDGED)))
         vocabulary = int(getattr(self.made.network.config, "vocab_size", 1))
         judged = int(max(2, min(_JUDGED, sequences / 4, (1 << 26) / (vocabulary * self._length))))
@@ -337,20 +327,28 @@ class Bench:
         how: dict[str, Any] = {"length": self._length, "classifier": self._classifier, "judged": judged * many}
         if self._calibration is not None:
             fitted = 4 * (_FITTED if sequences > _FITTED else moments) * many
-            return given_text(self._calibration, self.made.tokenizer, fitted=fitted, **how)
+            return given_text(
+                self._calibration, self.made.tokenizer, fitted=fitted, labels=self.adapter.labels, **how
+            )
         return written_text(self.made.network, self.made.tokenizer, fitted=moments * many, seed=self._seed, **how)
 
     def _more_text(self) -> list[Encoded]:
         """What distillation wants beyond the first text."""
         if self._calibration is not None:
             return []
-        short = _FITTED * (16 if self._classifier else 1) - len(self.text.fitted)
+        wanted = _FITTED * 16 if self._classifier else min(_WRITTEN, self._sequences())
+        short = int(wanted) - len(self.text.fitted)
         if short <= 0:
             return []
         return written_text(
             self.made.network, self.made.tokenizer, length=self._length, classifier=self._classifier, judged=0,
             fitted=short, seed=self._seed + 1,
         ).fitted  # fmt: skip
+
+    def _sequences(self) -> float:
+        """How many sequences there is time for: to write, and for base, branch, moments and each method to read."""
+        reads = 3 + (WRITING if self._calibration is None and not self._classifier else 0)
+        return self._seconds * _TEXT_SHARE / (self._per_token * self._length * reads)
 
     def _moments(self) -> dict[str, list[Float32]]:
         sizes = {name: grid.codes.shape[-1] for name, grid in self.made.grids.items()}
@@ -360,26 +358,65 @@ class Bench:
     def _longest(self, items: list[Encoded]) -> int:
         return max(len(item.ids) for item in items)
 
-    def _target(self, name: str, grid: Grid) -> Float32:
-        """What the merged weight should be, (out, groups, size)."""
-        module = self.adapter.modules[name]
-        values = grid.values().reshape(module.out_features, -1)[:, : module.in_features]
-        return grouped(np.asarray(add_to_weight(values, module.blocks), np.float32), grid.codes.shape[-1])
+
+def target(module: AdaptedModule, grid: Grid) -> Float32:
+    """What a module's merged weight should be: the grid's values and the blocks, (out, groups, size)."""
+    values = grid.values().reshape(module.out_features, -1)[:, : module.in_features]
+    return grouped(np.asarray(add_to_weight(values, module.blocks), np.float32), grid.codes.shape[-1])
+
+
+def against_runtime(ours: Array, item: Encoded, folder: Path, reference: str | Path) -> float:
+    """Cosine of a sequence's logits in torch, with the weights of the file, and in onnxruntime.
+
+    Raises:
+        InputError: they are of two models.
+    """
+    runner = OnnxRunner(runtime.session(folder / MODEL, spin=False), cache_shape=cache_shape(folder))
+    alike = cosine(ours, runner.prefill(item.ids.astype(np.int64)))
+    said = f"{reference} with the file's int4 weights and the file in onnxruntime (cosine {alike:.3f})"
+    if not alike >= _RELATED:
+        raise InputError(
+            f"{said} are two different models: they differ outside of the adapted layers. Give the float model "
+            "that the file was made from as --reference, or choose --method rtn"
+        )
+    if alike < _SAME:
+        log.warning("%s give somewhat different logits; run parity for figures of the file itself", said)
+    return alike
+
+
+def reported(
+    rows: list[dict[str, Any]], asked: str, method: str, passed: bool, least: float, text: Text, alike: float
+) -> dict[str, Any]:
+    """The manifest's `survival`: of what was tried, and the method that was taken."""
+    return {
+        "method": method,
+        "asked": asked,
+        "min_survival": least,
+        "passed": passed,
+        "text": text.origin,
+        "measured_on": f"{len(text.judged)} sequences, {sum(len(item.ids) for item in text.judged)} tokens",
+        "reference": "the quantized base with the float branch, in torch",
+        "runtime_cosine": alike,
+        "tried": rows,
+    }
 
 
 def write_module(one: Match, best: Tried, made: GridNetwork, folder: Path) -> dict[str, Any]:
     """Write one module, and its manifest entry."""
     name = one.module.name
-    if name not in best.grids:
+    return write_grid(one, best.method, best.grids.get(name), made.grids.get(name), folder)
+
+
+def write_grid(one: Match, method: str, grid: Grid | None, base: Grid | None, folder: Path) -> dict[str, Any]:
+    """Write a module's grid in place of its base's, or add its blocks to a float weight; its manifest entry."""
+    if grid is None or base is None:
         add(one, folder)
         return {**one.describe(), "action": "merged", "why": f"added to the weight ({one.why})"}
-    count = write(one, best.grids[name], folder)
-    base = made.grids[name]
-    why = f"{best.method}: {count} of {base.scales.size} groups, all that a block meets ({one.why})"
-    changed, total = _changed({name: best.grids[name]}, made.grids)
-    outside = _disturbed(best.grids[name], base, one)
-    digest = ValuesDigest().add(_values(best.grids[name], one)).hex()  # parity holds what is stored against it
-    counts = {"touched_groups": count, "codes_changed": changed, "codes": total, "disturbed_weights": outside}
+    count = write(one, grid, folder)
+    why = f"{method}: {count} of {base.scales.size} groups, all that a block meets ({one.why})"
+    digest = ValuesDigest().add(_values(grid, one)).hex()  # parity holds what is stored against it
+    counts = {"codes_changed": int((grid.codes != base.codes).sum()), "codes": grid.codes.size}
+    counts |= {"touched_groups": count, "disturbed_weights": _disturbed(grid, base, one)}
     return {**one.describe(), "action": "merged", "why": why, **counts, "values_xxh3": digest}
 
 

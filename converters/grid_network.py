@@ -26,7 +26,7 @@ from diablo_export.fingerprint import fingerprint
 from diablo_export.requantize import Grid
 from diablo_export.trainer.grid import GridLinear
 from diablo_export.trainer.layer import features, is_linear
-from diablo_export.trainer.model import attach, load_base
+from diablo_export.trainer.model import attach, load_base, replace_module
 
 
 @dataclass(frozen=True)
@@ -74,9 +74,28 @@ def grid_network(
     task = next(option for option, kind in TASKS.items() if kind == adapter.task_type)
     network, tokenizer = load_base(reference, task, labels=adapter.labels or None)
     attach(network, replace(adapter, modules={}))  # its head
+    grids, bare = lay(network, "", graph, folder, adapter, found)
+    if bare:
+        log.debug("layers that the graph does not show as linear ones: %s", ", ".join(bare))
+    return GridNetwork(network.to(device), tokenizer, grids, found, bare)
+
+
+def lay(
+    part: nn.Module, path: str, graph: ir.Model, folder: Path, adapter: Adapter, found: dict[str, Match]
+) -> tuple[dict[str, Grid], list[str]]:
+    """Give the linear layers of a part of a network the weights of the graph; those with blocks become `GridLinear`.
+
+    Args:
+        part: of the network, or all of it.
+        path: its module path; "" is the network.
+        graph, folder, adapter, found: as `grid_network`'s.
+
+    Returns:
+        The base's grid of each layer with blocks that is quantized; layers that the graph does not show.
+    """
     grids: dict[str, Grid] = {}
     bare: list[str] = []
-    for name, module in list(network.named_modules()):
+    for name, module in list(part.named_modules(prefix=path)):
         if not is_linear(module):
             continue
         one = found.get(name) or _match(graph, name, module)
@@ -86,13 +105,12 @@ def grid_network(
         grid = read(one, folder) if quantized(one) else None
         if name in adapter.modules:
             blocks = adapter.modules[name]
-            _put(network, name, GridLinear(module, blocks.shape, blocks.blocks, grid))
+            inside = name.removeprefix(path).removeprefix(".")
+            replace_module(part, inside, GridLinear(module, blocks.shape, blocks.blocks, grid))
             grids |= {} if grid is None else {name: grid}
         elif grid is not None:
             _set_weight(module, grid)
-    if bare:
-        log.debug("layers that the graph does not show as linear ones: %s", ", ".join(bare))
-    return GridNetwork(network.to(device), tokenizer, grids, found, bare)
+    return grids, bare
 
 
 def _match(graph: ir.Model, name: str, module: nn.Module) -> Match | None:
@@ -121,8 +139,3 @@ def _set_weight(module: nn.Module, grid: Grid) -> None:
     values = grid.values().reshape(len(grid.scales), -1)[:, : features(module)[0]]
     oriented = values if isinstance(module, nn.Linear) else values.T
     module.weight = nn.Parameter(torch.from_numpy(np.ascontiguousarray(oriented)).to(old.dtype), requires_grad=False)
-
-
-def _put(network: nn.Module, name: str, layer: nn.Module) -> None:
-    parent, _, leaf = name.rpartition(".")
-    setattr(network.get_submodule(parent), leaf, layer)

@@ -196,6 +196,10 @@ def _measured(
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """Merge into the model in `folder` by a method that measures, or by a plan; the entries, and the survival."""
     rest = {name: value for name, value in options.items() if name not in ("plan", "max_bytes")}
+    if options["method"] == merge_method.LAYERWISE:
+        from diablo_export.converters.layer_merge import layer_merge
+
+        return layer_merge(folder, adapter, **rest, **how)
     if options["plan"] is None:
         from diablo_export.converters.grid_merge import grid_merge
 

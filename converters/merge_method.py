@@ -13,7 +13,8 @@ from diablo_export.converters import onnx_file
 from diablo_export.converters.trained_grid import grids, warn_of_another
 from diablo_export.errors import CheckpointError, InputError
 
-METHODS = ("auto", "rtn", "refit", "calibrated", "distilled")
+LAYERWISE = "layerwise"
+METHODS = ("auto", "rtn", "refit", "calibrated", "distilled", LAYERWISE)
 _NOTHING_ROUNDED = "--quantize none rounds nothing"
 
 
@@ -37,6 +38,8 @@ def check_values(
         faults.append(f"min_survival is {min_survival}; it must be between 0 and 1, such as 0.97")
     if not max_seconds > 0:
         faults.append(f"max_seconds is {max_seconds}; it must be above 0")
+    if plan is not None and method == LAYERWISE:
+        faults.append("--plan runs the whole model, and --method layerwise never does; leave one of them out")
     if calibration is not None and plan is None and method in ("rtn", "refit"):
         faults.append(f"--calibration is not looked at by --method {method}; leave one of them out")
     if max_bytes is not None and str(plan) != "auto":
@@ -145,10 +148,15 @@ def _who_asks(method: str | None, plan: Any) -> str | None:
 
 
 def _if_it_fits(source: Checkpoint, method: str, asks: str | None) -> str:
-    """The method, or rtn where the model does not fit in memory in torch and nobody asked for another."""
+    """The method; layerwise where the model does not fit in memory whole, or rtn where nobody asked for another."""
     from diablo_export.converters.sizes import memory_fault
 
-    fault = None if method == "rtn" and asks != "--plan" else memory_fault(source)
+    if method == "rtn" and asks != "--plan":
+        return method
+    fault = memory_fault(source, layerwise=method == LAYERWISE)
+    if fault and method in ("auto", "distilled") and asks != "--plan" and memory_fault(source, layerwise=True) is None:
+        log.warning("distilled layer by layer, as the model does not fit here whole: %s", fault)
+        return LAYERWISE
     if fault and asks:
         raise InputError(f"{asks}: {fault}; use a machine with more memory, or --method rtn")
     if fault:

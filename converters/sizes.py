@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import os
+import re
+from collections import defaultdict
 
 from diablo_export.base_grid import BITS
 from diablo_export.checkpoint import Checkpoint
@@ -12,6 +14,8 @@ from diablo_export.quantization import check_layout
 
 _FLOAT_BYTES = {"fp32": 4, "fp16": 2}
 _COPIES = 2.5  # of the weights in float32 while merging: network, touched layers' grids, what is being loaded
+
+_HIDDEN = 2**28  # numbers of hidden states that go from layer to layer, and what a step computes on the way
 
 
 def check_options(quantize: str, group_size: int | None, precision: str) -> None:
@@ -43,9 +47,12 @@ def onnx_bytes(checkpoint: Checkpoint, quantize: str, group_size: int, precision
     return total
 
 
-def memory_fault(checkpoint: Checkpoint) -> str | None:
-    """Why the model cannot be loaded beside its int4 copy here, or None."""
-    needs = sum(4 * math.prod(info.shape) for info in checkpoint) * _COPIES
+def memory_fault(checkpoint: Checkpoint, layerwise: bool = False) -> str | None:
+    """Why the model, or one of its layers at a time, cannot be loaded beside its int4 copy here, or None."""
+    numbers = sum(math.prod(info.shape) for info in checkpoint) * _COPIES
+    if layerwise:
+        numbers = _outside_and_largest(checkpoint) + _HIDDEN
+    needs = 4 * numbers
     try:
         free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
         with open("/proc/meminfo", encoding="ascii") as file:  # what caches hold can be had as well
@@ -54,4 +61,17 @@ def memory_fault(checkpoint: Checkpoint) -> str | None:
         return None  # not to be known here: try
     if needs <= free:
         return None
-    return f"the model in torch takes about {needs / 1e9:.1f} GB of memory, {free / 1e9:.1f} GB are free"
+    what = "a layer of the model" if layerwise else "the model"
+    return f"{what} in torch takes about {needs / 1e9:.1f} GB of memory, {free / 1e9:.1f} GB are free"
+
+
+def _outside_and_largest(checkpoint: Checkpoint) -> float:
+    """Numbers outside of all layers, and in the largest layer as often as it is held while it is trained."""
+    outside, layers = 0.0, defaultdict[str, int](int)
+    for info in checkpoint:
+        layer = re.match(r".*?\.\d+\.", info.name)
+        if layer is None:
+            outside += math.prod(info.shape)
+        else:
+            layers[layer.group()] += math.prod(info.shape)
+    return outside + 2 * _COPIES * max(layers.values(), default=0)

@@ -36,6 +36,7 @@ def little_text(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(grid_merge, "_JUDGED", 4)
     monkeypatch.setattr(grid_merge, "_MOMENTS", 4)
     monkeypatch.setattr(grid_merge, "_FITTED", 6)
+    monkeypatch.setattr(grid_merge, "_WRITTEN", 6)
     monkeypatch.setattr(budget, "STEPS", 40)
     monkeypatch.setattr(budget, "BATCH_TOKENS", 128)
     monkeypatch.setattr(budget, "_LEAST_TOKENS", 64)
@@ -83,7 +84,9 @@ def test_an_int4_model_changes_in_touched_groups_only(
 def test_auto_takes_the_best_of_what_takes_seconds(tiny_model: Get, tiny_adapter: Get, tmp_path: Path) -> None:
     manifest = merge(tiny_model("llama"), tiny_adapter("llama"), tmp_path / "out", quantize="int4", min_survival=0.8)
     survival = manifest["survival"]
-    assert [row["method"] for row in survival["tried"]] == ["rtn", "refit", "calibrated"]
+    quick, lost = ["rtn", "refit", "calibrated"], {row["method"]: row["kl"] for row in survival["tried"]}
+    enough = min(lost[method] for method in quick) <= 0.25 * lost["rtn"]  # else a model so small is distilled as well
+    assert list(lost) == (quick if enough else [*quick, "distilled"])
     assert survival["method"] == min(survival["tried"], key=lambda row: row["kl"])["method"]
     assert survival["passed"] and all(row["holds"] for row in survival["tried"])
     assert "sampled from the tuned model" in survival["text"]

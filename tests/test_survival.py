@@ -19,12 +19,13 @@ from diablo_export.converters.calibration import given_text
 from diablo_export.measure.survival import Judge, Survival
 from diablo_export.quantization import quantize, unpack
 from diablo_export.requantize import Grid
+from diablo_export.trainer import sampling
 from diablo_export.trainer.data import Encoded
 from diablo_export.trainer.distillation import distil
 from diablo_export.trainer.grid import GridLinear, grid_layers, set_state
 from diablo_export.trainer.model import load_base
 from diablo_export.trainer.moments import input_moments
-from diablo_export.trainer.sampling import random_sentences, sample_text
+from diablo_export.trainer.sampling import random_sentences, sample_text, telling_text
 
 Get = Callable[..., Path]
 Network = tuple[nn.Module, Any, dict[str, GridLinear]]
@@ -65,6 +66,36 @@ def test_sampled_text_is_the_tuned_models(network: Network) -> None:
     assert surprise["branch"] < surprise["base"] - 0.3
 
 
+def test_telling_text_is_where_the_fine_tune_says_much(network: Network) -> None:
+    model, tokenizer, _ = network
+    text = telling_text(model, tokenizer, 18, 12)
+    assert len(text) == 18 and {len(item.ids) for item in text} == {12}
+    assert not {int(item.ids[0]) for item in text} & set(tokenizer.all_special_ids)
+    again = telling_text(model, tokenizer, 18, 12)
+    assert all(np.array_equal(a.ids, b.ids) for a, b in zip(text, again, strict=True))
+    set_state(model, "branch")
+    plain = sample_text(model, tokenizer, 18, 12)
+    told, said = (Judge(model, items, 8).measure().base_kl for items in (text, plain))
+    assert told > said  # by little: a model of random weights says about as much anywhere
+
+
+def test_both_models_read_the_rows_that_are_kept(network: Network) -> None:
+    model, _, _ = network
+    ids = torch.randint(3, 270, (2, 5), generator=torch.Generator().manual_seed(0))
+    both = sampling._Both(model)
+    with torch.no_grad():
+        for place in range(3):
+            both.read(ids[:, place : place + 1])
+        both.repeat(2)
+        both.read(ids[:, 3].repeat_interleave(2)[:, None])
+        both.keep(torch.tensor([1, 3]))
+        both.read(ids[:, 4:])
+        for state, found in (("base", both.base), ("branch", both.branch)):
+            set_state(model, state)  # type: ignore[arg-type]
+            whole = model(input_ids=ids).logits[:, -1]
+            torch.testing.assert_close(found, whole, atol=1e-4, rtol=1e-4)  # attention's sums with and without cache
+
+
 def test_random_sentences(network: Network) -> None:
     tokenizer = network[1]
     found = random_sentences(tokenizer, 40, (3, 9))
@@ -89,8 +120,8 @@ def test_distillation_brings_the_grid_to_the_branch(network: Network) -> None:
     # 60 steps of up to 0.1, falling, move a latent by three codes: enough for these blocks, of about one code. What is
     # left is for want of text: half of it is not there on the text that was fitted to
     assert after.kl < 0.3 * before.kl and after.gain > 0.75 and after.cosine > 0.8, after
-    assert losses[0] < 0.2 * before.kl  # nothing is rounded yet; some latents stop at the ends of the range
-    assert np.mean(losses[-5:]) < 0.2 * before.kl
+    # of both measures together, which begin at 2 without adapter; some latents stop at the ends of the range
+    assert losses[0] < 0.3 and np.mean(losses[-5:]) < 0.4
     for name, layer in layers.items():
         outside = np.ones((*codes[name].shape[:1], layer.shape.in_features), np.bool_)
         for inputs, rows in layer.shape.slices():

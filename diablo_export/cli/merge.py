@@ -40,7 +40,7 @@ from diablo_export.errors import CheckFailed
 @asymmetric_option
 @precision_option
 @click.option(
-    "--method", type=click.Choice(["auto", "rtn", "refit", "calibrated", "distilled"]),
+    "--method", type=click.Choice(["auto", "rtn", "refit", "calibrated", "distilled", "layerwise"]),
     help="How quantized weights take the blocks.  [default: auto for 4 bits and fewer, rtn for 8; refit for a "
     "Hugging Face checkpoint that is quantized]",
 )  # fmt: skip

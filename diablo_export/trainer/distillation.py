@@ -1,14 +1,14 @@
 """Distilling on the grid: codes that make a merged int4 model answer as the base with its float branch does.
 
-Adam on the KL divergence from the branch state of the same network to its grid state; only latents of codes under
-the blocks are trained (`trainer.grid`). Rounding comes in by degrees: latents that begin at the float branch are codes
-in the end, and in between the one make up for what the others lose. Any text will do: what is learned is what the
-branch says to it.
+Adam on what is missing of the branch's effect in the grid state of the same network: in nats, and in squares of logits;
+only latents of codes under the blocks are trained (`trainer.grid`). Rounding comes in by degrees: latents that begin at
+the float branch are codes in the end, and in between the one make up for what the others lose. Any text will do: what
+is learned is what the branch says to it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -16,9 +16,10 @@ from torch.nn import functional
 
 from diablo_export.trainer.batches import Batches, collate
 from diablo_export.trainer.data import Encoded
-from diablo_export.trainer.grid import grid_layers, set_state
+from diablo_export.trainer.grid import GridLinear, grid_layers, set_state
 
 _HARD = 0.8  # of the steps, after which latents are fully rounded
+_NOTHING = 1e-12  # an adapter without effect
 
 
 def distil(
@@ -45,32 +46,72 @@ def distil(
         advance: is called with 1 after each step.
 
     Returns:
-        The loss of each step: mean KL(branch ‖ grid) over positions, in nats.
+        The loss of each step: `missing` of the batch, as shares of the effect.
     """
-    layers = grid_layers(network).values()
-    latents = [layer.latent for layer in layers if layer.latent is not None]
-    optimizer = torch.optim.Adam(latents, lr=lr)
     batches = Batches(items, batch_size, seed=seed)
+    with torch.no_grad():
+        (batch,) = batches(0)
+        whole = missing(*(logits(network, batch, pad, state) for state in ("branch", "base"))).clamp_min(_NOTHING)
+
+    def loss(step: int) -> Tensor:
+        (batch,) = batches(step)
+        with torch.no_grad():
+            wanted = logits(network, batch, pad, "branch")
+        return (missing(wanted, logits(network, batch, pad, "grid")) / whole).sum()
+
+    return optimise(grid_layers(network).values(), loss, steps=steps, lr=lr, advance=advance)
+
+
+def optimise(
+    layers: Collection[GridLinear],
+    loss: Callable[[int], Tensor],
+    *,
+    steps: int,
+    lr: float = 0.05,
+    advance: Callable[[float], None] = lambda amount: None,
+) -> list[float]:
+    """Train the latents of grid layers, from float to rounded.
+
+    Args:
+        layers: each begun on a grid.
+        loss: of a step, with a gradient to the latents.
+        steps: of Adam.
+        lr: as `distil`'s.
+        advance: is called with 1 after each step.
+
+    Returns:
+        The loss of each step.
+    """
+    optimizer = torch.optim.Adam([layer.latent for layer in layers if layer.latent is not None], lr=lr)
     losses: list[float] = []
     for step in range(steps):
-        (batch,) = batches(step)
         for layer in layers:
             layer.hardness = min(1.0, step / (_HARD * steps))
         for group in optimizer.param_groups:
             group["lr"] = lr * (1 - step / steps)
-        with torch.no_grad():
-            wanted = log_chances(network, batch, pad, "branch")
-        loss = divergence(wanted, log_chances(network, batch, pad, "grid"))
+        lost = loss(step)
         optimizer.zero_grad()
-        torch.autograd.backward(loss)
+        torch.autograd.backward(lost)
         optimizer.step()
         for layer in layers:
             layer.project()
-        losses.append(float(loss.detach()))
+        losses.append(float(lost.detach()))
         advance(1)
     for layer in layers:
         layer.hardness = 1.0
     return losses
+
+
+def missing(wanted: Tensor, found: Tensor) -> Tensor:
+    """What `found` lacks of the logits `wanted`, (positions, classes): mean KL in nats, mean square of the difference.
+
+    The KL alone says nothing of tokens that are unlikely; in squares all count alike, as they do in survival. What is
+    added to all logits of a position is no difference.
+    """
+    apart = found - wanted
+    squares = (apart - apart.mean(-1, keepdim=True)).square().mean()
+    chances = (functional.log_softmax(each, -1) for each in (wanted, found))
+    return torch.stack([divergence(*chances), squares])
 
 
 def divergence(wanted: Tensor, found: Tensor) -> Tensor:
@@ -78,16 +119,20 @@ def divergence(wanted: Tensor, found: Tensor) -> Tensor:
     return functional.kl_div(found, wanted, log_target=True, reduction="batchmean")
 
 
-def log_chances(network: nn.Module, batch: Sequence[Encoded], pad: int, state: str) -> Tensor:
-    """Log-probabilities of a batch in one state: (positions, vocabulary), or (items, labels) of a classifier."""
-    return functional.log_softmax(logits(network, batch, pad, state), -1)
-
-
 def logits(network: nn.Module, batch: Sequence[Encoded], pad: int, state: str) -> Tensor:
     """Logits of a batch in one state, float32: (positions, vocabulary), or (items, labels) of a classifier."""
     set_state(network, state)  # type: ignore[arg-type]
+    given = inputs(network, batch, pad)
+    return unpadded(network(**given).logits, given["attention_mask"])
+
+
+def inputs(network: nn.Module, batch: Sequence[Encoded], pad: int) -> dict[str, Tensor]:
+    """What a network is called with: input_ids and attention_mask, (items, tokens)."""
     arrays = collate(batch, pad, classify=False)
     device = next(network.parameters()).device
-    tensors = {name: torch.from_numpy(arrays[name]).to(device) for name in ("input_ids", "attention_mask")}
-    output: Tensor = network(**tensors).logits
-    return (output[tensors["attention_mask"].bool()] if output.ndim == 3 else output).float()
+    return {name: torch.from_numpy(arrays[name]).to(device) for name in ("input_ids", "attention_mask")}
+
+
+def unpadded(output: Tensor, mask: Tensor) -> Tensor:
+    """Logits where a token is, float32: (positions, vocabulary), or (items, labels) of a classifier."""
+    return (output[mask.bool()] if output.ndim == 3 else output).float()

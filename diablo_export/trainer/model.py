@@ -105,6 +105,7 @@ def load_empty(model: str | Path, task: str, *, labels: list[str] | None = None)
             config = transformers.AutoConfig.from_pretrained(checkpoint.folder, **more)
             make: Any = _AUTO[task].from_config
             network = make(config, dtype=torch.float32)
+        network.tie_weights()
         tokenizer = transformers.AutoTokenizer.from_pretrained(checkpoint.folder)
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, ImportError) as error:
         raise CheckpointError(f"{model}: transformers cannot make it for {task}: {error}") from error
