@@ -12,6 +12,7 @@ from rich.console import Console
 
 from diablo_export.errors import CheckFailed, OutputError
 from diablo_export.measure import report
+from diablo_export.measure.markdown import markdown
 
 CHECKS = [
     {"name": "files", "value": 0.0, "limit": 0, "pass": True},
@@ -82,6 +83,26 @@ def test_junit_has_a_case_for_each_check(tmp_path: Path) -> None:
     assert failures == ["kl.mean@a<b", "adapter.survival_gain"]
     message = cases["kl.mean@a<b"].find("failure").get("message")  # type: ignore[union-attr]
     assert message == "0.1235, limit ≤ 0.1: mean KL(tuned ‖ exported), in nats"
+
+
+def test_every_report_says_how_many_modules_were_looked_into_and_names_the_first_that_diverges(tmp_path: Path) -> None:
+    rows = [
+        {"name": "a.q_proj", "fault": None},
+        {"name": "a.o_proj", "fault": "input"},
+        {"name": "b", "fault": "output"},
+    ]
+    figures = {"modules": rows, "first_divergent_module": "a.o_proj"}
+    checks = [{"name": "modules.faulty", "value": 2.0, "limit": 0.0, "pass": False}]
+    found = made(checks=checks, figures=figures, environment={"modules_not_found": {"c": "its bias is elsewhere"}})
+    said = "3 looked into, 2 faulty, the first a.o_proj (input); 1 not found in the graph"
+    assert report.modules_line(found) == said
+    report.write_junit(found, tmp_path / "junit.xml")
+    assert said in (tmp_path / "junit.xml").read_text()
+    assert said.replace("_", "\\_") in markdown(found, "out")
+    console = Console(width=200, file=io.StringIO())
+    console.print(report.table(found))
+    assert said in console.file.getvalue()
+    assert report.modules_line(made()) is None and "Modules" not in markdown(made(), "out")
 
 
 def test_a_failure_names_checks_values_and_limits(tmp_path: Path) -> None:

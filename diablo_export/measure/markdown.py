@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from diablo_export.measure.report import explained, shown
+from diablo_export.measure.report import explained, modules_line, shown
 
 _FIGURES = ("logits", "kl", "decode", "perplexity", "accuracy", "adapter")
 
@@ -22,6 +22,8 @@ def markdown(report: Mapping[str, Any], title: str) -> str:
             lines += ["", f"Changed since the export: {', '.join(f'`{name}`' for name in report['hashes'][part])}"]
     if report["environment"].get("fault"):
         lines += ["", f"> {_text(report['environment']['fault'])}"]
+    if (modules := modules_line(report)) is not None:
+        lines += ["", f"Modules: {_text(modules)}"]
     rows = [(name, _figures(report[name])) for name in _FIGURES if report.get(name)]
     if report["top1_agreement"] is not None:
         rows.append(("top-1 agreement", shown(report["top1_agreement"])))

@@ -96,6 +96,8 @@ def write_junit(report: Mapping[str, Any], file: Path) -> None:
     for check in checks:
         case = ElementTree.SubElement(suite, "testcase", {"classname": "parity", "name": check["name"]})
         said = f"{shown(check['value'])}, limit {explained(check)[0]} {shown(check['limit'])}: {explained(check)[1]}"
+        if check["name"].startswith("modules."):
+            said += f"; {modules_line(report)}"
         if not check["pass"]:
             ElementTree.SubElement(case, "failure", {"message": said})
         ElementTree.SubElement(case, "system-out").text = said
@@ -127,6 +129,8 @@ def table(report: Mapping[str, Any]) -> Group:
             figures.add_row(name, "  ".join(f"{key} {shown(value)}" for key, value in report[name].items()))
     if report["top1_agreement"] is not None:
         figures.add_row("top-1 agreement", shown(report["top1_agreement"]))
+    if (modules := modules_line(report)) is not None:
+        figures.add_row("modules", modules)
     passed = report["verdict"] == "pass"
     count = sum(check["pass"] for check in report["checks"])
     verdict = Text(
@@ -134,6 +138,17 @@ def table(report: Mapping[str, Any]) -> Group:
         "bold green" if passed else "bold red",
     )
     return Group(checks, Text(), figures, Text(), verdict)
+
+
+def modules_line(report: Mapping[str, Any]) -> str | None:
+    """How many modules were looked into, and the first that diverges; None where none was."""
+    missing = len(report["environment"].get("modules_not_found") or {})
+    rows = report.get("modules") or []
+    if not rows and not missing:
+        return None
+    faults = [row["name"] + f" ({row['fault']})" for row in rows if row["fault"]]
+    said = f"{len(rows)} looked into, {len(faults)} faulty" + (f", the first {faults[0]}" if faults else "")
+    return said + (f"; {missing} not found in the graph" if missing else "")
 
 
 def write(file: Path, text: str) -> None:

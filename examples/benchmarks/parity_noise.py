@@ -35,7 +35,7 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "int8 blocks": ("export", {"block_dtype": "int8"}),
 }
 STRENGTHS = (1.0, 2.0, 4.0)
-COUNTS = ("files", "sources", "runs", "untouched", "modules.faulty", "adapter.alive")  # no noise in these
+COUNTS = ("files", "sources", "runs", "untouched", "modules.faulty", "adapter.alive", "adapter.bound")  # no noise in these
 
 
 def adapters(model: Path, work: Path) -> list[Path]:
