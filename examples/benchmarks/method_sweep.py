@@ -30,6 +30,7 @@ def main() -> None:
     parser.add_argument("--only", choices=["shakespeare", "sst2"])
     parser.add_argument("--methods", default="diablo,lora,full")
     parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--num-blocks", default="8", help="of Shakespeare's layers, with commas between")
     parser.add_argument("--items", type=int, help="train on the first so many sentences of SST-2")
     options = parser.parse_args()
     if options.data_dir is None:
@@ -38,12 +39,13 @@ def main() -> None:
     options.output.mkdir(parents=True, exist_ok=True)
     shared = {"methods": options.methods.split(","), "seeds": range(options.seeds), "dtype": "float32", "resume": True}
     if options.only != "sst2":
-        print(table(shakespeare(options.data_dir, options.output, **shared)))
+        counts = [int(count) for count in options.num_blocks.split(",")]
+        print(table(shakespeare(options.data_dir, options.output, counts, **shared)))
     if options.only != "shakespeare":
         print(table(sst2(options.data_dir, options.output, options.items, **shared)))
 
 
-def shakespeare(data: Path, output: Path, **shared: Any) -> list[dict[str, Any]]:
+def shakespeare(data: Path, output: Path, counts: list[int], **shared: Any) -> list[dict[str, Any]]:
     """TinyStories-656K on tiny Shakespeare: 120 steps of 8 × 128 tokens, q, k, v, up and down projections."""
     text = (data / "tinyshakespeare" / "input.txt").read_text(encoding="utf-8")
     cut = len(text) * 9 // 10
@@ -51,7 +53,7 @@ def shakespeare(data: Path, output: Path, **shared: Any) -> list[dict[str, Any]]
     write(output / "held-out.jsonl", [{"text": text[cut : cut + HELD_OUT]}])
     return sweep(
         data / "tinystories656k-hf", output / "shakespeare.jsonl", output / "shakespeare-sweep",
-        eval_data=output / "held-out.jsonl", lr=[1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1], num_blocks=[8],
+        eval_data=output / "held-out.jsonl", lr=[1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1], num_blocks=counts,
         max_steps=120, batch_size=8, max_length=128, **shared,
     )  # fmt: skip
 
