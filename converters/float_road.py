@@ -143,7 +143,7 @@ class _Tuned:
         how: dict[str, Any] = {"length": length, "classifier": classifier, "judged": judged}
         how["fitted"] = many * int(min(_FITTED, max(4, sequences - _JUDGED)))
         if calibration is not None:
-            return given_text(calibration, self.tokenizer, **how)
+            return given_text(calibration, self.tokenizer, labels=self.adapter.labels, **how)
         return written_text(self.network, self.tokenizer, seed=seed, **how)
 
 
@@ -160,7 +160,9 @@ class _Kept:
 
     def figures(self, least: float) -> dict[str, Any]:
         """A row of the manifest's `survival.tried`."""
-        kept = Judge(self.made.network, self.tuned.text.judged, self.tuned.batch, self.tuned.pad).measure()
+        text = self.tuned.text
+        judge = Judge(self.made.network, text.judged, self.tuned.batch, self.tuned.pad, truth=text.true)
+        kept = judge.measure().figures(least)
         sums = Comparison()
         said = zip(self.tuned.answers, self.tuned.without, self.tuned.logits(self.made.network), strict=True)
         for on, off, now in said:
@@ -168,11 +170,8 @@ class _Kept:
         modules = {name: self.of_module(name) for name in self.bases}
         changed = [one["codes_changed"] * self.bases[name].codes.size for name, one in modules.items()]
         total = sum(base.codes.size for base in self.bases.values())
-        return {
-            "gain": kept.gain, "cosine": kept.cosine, "kl": kept.kl, "base_kl": kept.base_kl,
-            "top1_agreement": kept.agreement, "tuned_kl": sums.divergence()["mean"], "holds": kept.holds(least),
-            "codes_changed": sum(changed) / max(1, total), "modules": modules,
-        }  # fmt: skip
+        tuned_kl, share = sums.divergence()["mean"], sum(changed) / max(1, total)
+        return {**kept, "tuned_kl": tuned_kl, "codes_changed": share, "modules": modules}
 
     def of_module(self, name: str) -> dict[str, float]:
         """Gain and cosine of the module's output, and the share of its codes that the adapter changed."""

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from diablo_export.adapter import TASKS, Adapter
+from diablo_export.algorithms import ALGORITHMS, Algorithm
 from diablo_export.checkpoint import Checkpoint
 from diablo_export.converters import merge_method, onnx_file
 from diablo_export.converters.base import hashing
@@ -42,6 +43,7 @@ def merge(
     max_seconds: float = MAX_SECONDS,
     plan: str | Path | None = None,
     max_bytes: int | None = None,
+    picture: str | Path | None = None,
     seed: int = 0,
     overwrite: bool = False,
 ) -> dict[str, Any]:
@@ -59,6 +61,7 @@ def merge(
         asymmetric: a zero point for each group, when quantizing; None: likewise.
         precision: fp32 or fp16, of what an ONNX file holds unquantized.
         method: how quantized weights take the blocks, see docs/merging.md: rtn, refit, calibrated, distilled, or
+            k_quant, hqq, gptq, by which every weight of a float model is quantized with the blocks in it; or
             auto, the first of these that keeps `min_survival`. None: auto for 4 bits and fewer, rtn for 8; refit
             for a Hugging Face checkpoint that is quantized already, which takes that or rtn.
         calibration: data to measure and calibrate on; None: text that the tuned model writes.
@@ -70,6 +73,7 @@ def merge(
         plan: auto: decide module by module between a merge at the bits asked for, a merge at 8 bits and a branch, for
             the least size and time that keep `min_survival`; or the plan.toml of an earlier merge, to be done again.
         max_bytes: of the ONNX model and its data, at most; for `auto`.
+        picture: a .png or .svg file for what each method that was tried keeps of each module.
         seed: of the text and its order.
         overwrite: replace `output` if it exists.
 
@@ -87,7 +91,8 @@ def merge(
     check_options(quantize, group_size, precision)
     chosen = _format(format, quantize, precision)
     given = _loaded(adapter)
-    group_size, asymmetric = output_grid([given], quantize, group_size, asymmetric)
+    group_size, usual = output_grid([given], quantize, group_size, asymmetric)
+    asymmetric = merge_method.zero_points(method, asymmetric, usual)
     source = onnx_file.find(model) or Checkpoint.open(model)
     if isinstance(source, onnx_file.OnnxModel):
         chosen = _as_it_is(source, format, quantize, precision)
@@ -98,8 +103,10 @@ def merge(
         needs, reference = _room(source, chosen, quantize, group_size, precision), model if chosen == "onnx" else None
         warn_of_another([given], [numbers(quantize, group_size, asymmetric)])
     made = isinstance(source, Checkpoint) and chosen == "onnx"
-    if chosen == "onnx" and (made or how not in ("exact", "rtn") or plan is not None):
+    measured = chosen == "onnx" and (plan is not None or how not in ("exact", "rtn"))
+    if made or measured:
         merge_method.load(how if plan is None else "auto")
+    merge_method.check_picture(picture, how if not measured else None)
     laid: dict[str, Any] = {"quantize": quantize, "group_size": group_size, "asymmetric": asymmetric}
     laid |= {"precision": precision}
     options: dict[str, Any] = {"method": how, "min_survival": min_survival, "max_seconds": max_seconds, "seed": seed}
@@ -118,7 +125,12 @@ def merge(
         hashes, read = more.pop("hashes"), base(more.pop("read", {}))
         more = {"task": _task(given), "format": chosen, "quantize": quantize, "precision": precision} | more
         entries = [adapter_entry(Path(adapter).resolve().name, given)]
-        return write_manifest(folder, "merge", said, read, entries, modules, hashes, **more)
+        manifest = write_manifest(folder, "merge", said, read, entries, modules, hashes, **more)
+    if picture is not None:
+        from diablo_export.measure.survival_picture import draw, rows
+
+        draw(rows(manifest["survival"]), picture, f"{Path(adapter).resolve().name} merged into {Path(output).name}")
+    return manifest
 
 
 def _loaded(adapter: str | Path) -> Adapter:
@@ -226,6 +238,8 @@ def _to_onnx(
     source: Checkpoint, adapter: Adapter, folder: Path, laid: dict[str, Any], options: dict[str, Any]
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """Build the graph, the blocks added on the way or merged after; the modules' entries, and the manifest's rest."""
+    if options["method"] in ALGORITHMS:
+        return _by_algorithm(source, adapter, folder, laid, options)
     on_grid = adapter.base_grid is not None and adapter.base_grid.on_grid and laid["quantize"] != "none"
     plain = options["method"] in ("exact", "rtn") and options["plan"] is None
     built = _built(source, adapter, folder, laid, merged=adapter if plain and not on_grid else None)
@@ -249,6 +263,21 @@ def _to_onnx(
         how: dict[str, Any] = {"float_base": source, "has_head": not on_grid, "rebuild": rebuild}
         done, more["survival"] = _measured(folder, adapter, options, **how)
     return [{**built.modules[entry["name"]], **entry} for entry in done], more
+
+
+def _by_algorithm(
+    source: Checkpoint, adapter: Adapter, folder: Path, laid: dict[str, Any], options: dict[str, Any]
+) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Merge in float and quantize every weight by a whole algorithm; as `_to_onnx`."""
+    from diablo_export.converters.float_road import float_road
+
+    def build(algorithm: Algorithm) -> Graph:
+        return _built(source, adapter, folder, laid, merged=adapter, algorithm=algorithm)
+
+    rest = {name: value for name, value in options.items() if name not in ("plan", "max_bytes", "reference")}
+    built, modules, survival = float_road(folder, adapter, source, build, **rest)
+    said = {"hashes": built.hashes, "exporter": built.exporter, "reason": built.reason}
+    return modules, {**said, "survival": survival}
 
 
 def _built(source: Checkpoint, adapter: Adapter, folder: Path, laid: dict[str, Any], **what: Any) -> Graph:

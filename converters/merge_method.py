@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from diablo_export.adapter import Adapter
+from diablo_export.algorithms import ALGORITHMS, HAVE_ZEROS
 from diablo_export.base_grid import BITS
 from diablo_export.checkpoint import Checkpoint
 from diablo_export.console import log
@@ -14,7 +15,7 @@ from diablo_export.converters.trained_grid import grids, warn_of_another
 from diablo_export.errors import CheckpointError, InputError
 
 LAYERWISE = "layerwise"
-METHODS = ("auto", "rtn", "refit", "calibrated", "distilled", LAYERWISE)
+METHODS = ("auto", "rtn", "refit", "calibrated", "distilled", LAYERWISE, *ALGORITHMS)
 _NOTHING_ROUNDED = "--quantize none rounds nothing"
 
 
@@ -42,6 +43,10 @@ def check_values(
         faults.append("--plan runs the whole model, and --method layerwise never does; leave one of them out")
     if calibration is not None and plan is None and method in ("rtn", "refit"):
         faults.append(f"--calibration is not looked at by --method {method}; leave one of them out")
+    if method in ALGORITHMS and plan is not None:
+        faults.append(f"--method {method} quantizes all weights in one way, and takes no --plan; leave one of them out")
+    if plan is not None and str(plan) != "auto" and method is not None:
+        faults.append("--method is in the plan; leave it out")
     if max_bytes is not None and str(plan) != "auto":
         faults.append("--max-bytes is for --plan auto, which looks for a plan within it; leave it out")
     if max_bytes is not None and max_bytes < 1:
@@ -69,6 +74,19 @@ def for_checkpoint(
     return _if_it_fits(source, chosen, _who_asks(method, plan))
 
 
+def zero_points(method: str | None, asked: bool | None, usual: bool) -> bool:
+    """Whether groups have zero points: as asked or usual, but always with an algorithm that chooses them.
+
+    Raises:
+        InputError: such an algorithm, and none asked for.
+    """
+    if method not in HAVE_ZEROS:
+        return usual
+    if asked is False:
+        raise InputError(f"--method {method} chooses zero points; leave out --symmetric, or take gptq")
+    return True
+
+
 def for_onnx(
     source: onnx_file.OnnxModel,
     adapter: Adapter,
@@ -86,6 +104,11 @@ def for_onnx(
 
     from diablo_export.converters.onnx_linears import linears
 
+    if method in ALGORITHMS:
+        raise InputError(
+            f"--method {method} quantizes every weight of a float model, and {source.file.name} is what it is; give "
+            "the Hugging Face folder and --quantize int4, or choose another method"
+        )
     layers = linears(ir.load(source.file))
     warn_of_another([adapter], grids(layers))
     bits = {layer.bits for layer in layers if layer.bits}
@@ -115,12 +138,30 @@ def for_onnx(
         return "rtn", None
 
 
+def check_picture(picture: str | Path | None, unmeasured: str | None) -> None:
+    """Refuse a picture that cannot be drawn; `unmeasured` is a method that measures nothing.
+
+    Raises:
+        InputError: such a method, another ending than .png and .svg, or no such folder.
+    """
+    if picture is None:
+        return
+    from diablo_export.measure.survival_picture import check_file
+
+    check_file(picture)
+    if unmeasured is not None:
+        said = "this merge is exact" if unmeasured == "exact" else f"--method {unmeasured} does not measure that here"
+        raise InputError(f"--picture shows what is left of each module's adapter, and {said}; leave it out")
+
+
 def load(method: str) -> None:
     """Import the C++ libraries that the work ahead needs: before an output folder is begun."""
     from diablo_export.converters.onnx_graph import load_exporters
 
     load_exporters()
-    if method != "rtn":
+    if method in ALGORITHMS:
+        import diablo_export.converters.float_road
+    elif method != "rtn":
         import diablo_export.converters.grid_merge  # noqa: F401
 
 

@@ -7,11 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 
 from diablo_export.blockdiag import add_to_weight
 from diablo_export.checkpoint import Checkpoint
-from diablo_export.converters.grid_merge import Bench, Tried
+from diablo_export.converters.grid_merge import Bench, Tried, target
 from diablo_export.converters.onnx_groups import scale_type
 from diablo_export.converters.onnx_keep import PAGE
 from diablo_export.converters.onnx_match import Match
@@ -86,13 +85,14 @@ class Ways:
         """Survival with these modules at 8 bits or as branches, all others at the base's bits."""
         for name in self.best.grids:
             if choices.get(name) != self._laid.get(name):
-                self._lay(name, choices.get(name))
+                base, grid, _ = self._of(name, choices.get(name))
+                self.bench.layers[name].lay(base, None if choices.get(name) == BRANCH else grid)
         self._laid = dict(choices)
         if WIDE not in choices.values():
             return self.bench.judge.measure()
         # 8 bits are nearer to the base, too: base and branch are those of this plan
         bench = self.bench
-        return Judge(bench.made.network, bench.text.judged, bench.batch, bench.pad).measure()
+        return Judge(bench.made.network, bench.text.judged, bench.batch, bench.pad, truth=bench.text.true).measure()
 
     def rows(self, choices: Mapping[str, str]) -> dict[str, dict[str, Any]]:
         """What the plan's reader wants to know of each module."""
@@ -112,9 +112,7 @@ class Ways:
         if choice != WIDE or base.bits == WIDE_BITS:
             return base, grid, wanted
         base, grid = self._wide(name)
-        module = self.bench.adapter.modules[name]
-        values = base.values().reshape(module.out_features, -1)[:, : module.in_features]
-        return base, grid, grouped(np.asarray(add_to_weight(values, module.blocks), np.float32), base.codes.shape[-1])
+        return base, grid, target(self.bench.adapter.modules[name], base)
 
     def _wide(self, name: str) -> tuple[Grid, Grid]:
         """A module's float weight, and that with its blocks, rounded to 8 bits."""
@@ -125,16 +123,6 @@ class Ways:
             merged = np.asarray(add_to_weight(weight, self.bench.adapter.modules[name].blocks), np.float32)
             self._grids[name] = _rounded(weight, like, dtype), _rounded(merged, like, dtype)
         return self._grids[name]
-
-    @torch.no_grad()
-    def _lay(self, name: str, choice: str | None) -> None:
-        layer = self.bench.layers[name]
-        base, grid, _ = self._of(name, choice)
-        values = base.values().reshape(len(base.scales), -1)[:, : layer.shape.in_features]
-        layer.weight.copy_(torch.from_numpy(np.ascontiguousarray(values)))
-        layer.begin(grid)
-        if choice == BRANCH:
-            layer.latent = None  # its grid state is its branch state
 
 
 def _rounded(weight: Float32, like: Grid, dtype: Any) -> Grid:

@@ -183,6 +183,9 @@ def test_plans_that_do_not_fit(planned: Path, run: Run, tiny_model: Get, tiny_ad
         ((*arguments, "--plan", "auto", "--max-bytes", "100kB"), "max_bytes is 100,000, but the model takes"),
         ((*arguments, "--plan", "auto", "--max-bytes", "lots"), "'lots' is no size"),
         ((*arguments, "--max-bytes", "1GB"), "--max-bytes is for --plan auto"),
+        ((*arguments, "--plan", plan, "--method", "rtn"), "--method is in the plan; leave it out"),
+        ((*arguments, "--method", "rtn", "--picture", tmp_path / "a.png"), "--method rtn does not measure that here"),
+        ((*arguments, "--picture", tmp_path / "a.jpg"), "a picture ends in .png or .svg"),
         ((*arguments[:-2], "--plan", "auto"), "--plan is for quantized weights, and --quantize none rounds nothing"),
     ]
     for given, message in cases:
@@ -198,6 +201,7 @@ def test_json_has_the_plan(planned: Path) -> None:
     modules = survival["tried"][0]["modules"]
     assert modules.keys() == Adapter.load(Path(read_manifest(planned / "out")["adapters"][0]["path"])).modules.keys()
     assert all(one.keys() == {"gain", "cosine", "codes_changed"} for one in modules.values())
+    assert survival["plan"]["modules"].keys() == modules.keys()
 
 
 def _quantized(folder: Path) -> list[ir.Node]:

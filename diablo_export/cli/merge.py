@@ -10,6 +10,7 @@ from typing import Any
 
 import click
 
+from diablo_export.algorithms import ALGORITHMS
 from diablo_export.cli.options import (
     adapter_option,
     asymmetric_option,
@@ -40,8 +41,9 @@ from diablo_export.errors import CheckFailed
 @asymmetric_option
 @precision_option
 @click.option(
-    "--method", type=click.Choice(["auto", "rtn", "refit", "calibrated", "distilled", "layerwise"]),
-    help="How quantized weights take the blocks.  [default: auto for 4 bits and fewer, rtn for 8; refit for a "
+    "--method", type=click.Choice(["auto", "rtn", "refit", "calibrated", "distilled", "layerwise", *ALGORITHMS]),
+    help="How quantized weights take the blocks; k_quant, hqq, gptq: every weight of a float model is quantized so, "
+    "with the blocks in it.  [default: auto for 4 bits and fewer, rtn for 8; refit for a "
     "Hugging Face checkpoint that is quantized]",
 )  # fmt: skip
 @click.option(
@@ -72,6 +74,10 @@ from diablo_export.errors import CheckFailed
     callback=size,
     help="With --plan auto, what the ONNX model and its data may take: a number, with kB, MB or GB behind it.",
 )
+@click.option(
+    "--picture", type=click.Path(path_type=Path), metavar="FILE",
+    help="Also draw what each method that was tried keeps of each module, as .png or .svg.",
+)  # fmt: skip
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the text and its order.")
 @overwrite_option
 @json_option
@@ -112,6 +118,8 @@ def print_survival(manifest: Mapping[str, Any]) -> None:
             f"{mark} {row['method']:<10}  gain {row['gain']:.3f}  cosine {row['cosine']:.3f}  KL {row['kl']:.2g} of "
             f"{row['base_kl']:.2g}  {row['codes_changed']:.1%} of codes changed  {row['seconds']:.1f} s"
         )
+        if "tuned_kl" in row:
+            click.echo(f"  KL to the float tuned model {row['tuned_kl']:.2g}")
     plan = survival.get("plan")
     if plan is not None:
         said = ", ".join(f"{count} {choice}" for choice, count in plan["choices"].items())
