@@ -35,7 +35,8 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "int8 blocks": ("export", {"block_dtype": "int8"}),
 }
 STRENGTHS = (1.0, 2.0, 4.0)
-COUNTS = ("files", "sources", "runs", "untouched", "modules.faulty", "adapter.alive", "adapter.bound")  # no noise in these
+# no noise in these
+COUNTS = ("files", "sources", "runs", "untouched", "modules.faulty", "adapter.alive", "adapter.bound")
 
 
 def adapters(model: Path, work: Path) -> list[Path]:
