@@ -46,4 +46,15 @@ def test_lora_merge_runs(data: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
     ]
     assert all(re.fullmatch(r"\d\.\d{4} \(base \d\.\d{4}\)", row[4]) for row in rows)
     branch, merged = rows[0], rows[1]
-    assert branch[5:] == ["1.000", "1.000", "0.0000", "0.0%", "0 kB"] and float(merged[7]) > 0
+    assert branch[5:7] == ["1.000", "1.000"] and branch[8:] == ["0.0%", "0 kB"]
+    (none, wanted), (left, same) = (row[7].split(" of ") for row in (branch, merged))
+    assert float(none) == 0 < float(left) and wanted == same  # rounding always costs something
+
+
+def test_ternary_on_grid_runs(data: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    given = ["--data-dir", data, "--steps", 2, "--seeds", 1, "--characters", 800, "--tries", 1]
+    ours, published, best = printed("ternary_on_grid.py", given, monkeypatch, capsys)
+    assert published[1:] == best[1:]  # the one setting that was tried
+    weights = [int(row[2].replace(",", "")) for row in (ours, published)]
+    assert abs(weights[0] - weights[1]) < 0.2 * weights[0]  # ranks are whole numbers: 3 here
+    assert ours[4] == published[4]  # both begin as the same int4 model
