@@ -15,7 +15,7 @@ from diablo_export.trainer.distillation import logits
 
 STEPS, BATCH_TOKENS = 150, 1024  # of a distillation where nothing is scarce
 _LEAST_STEPS, _LEAST_TOKENS = 40, 512  # less than that does not pay
-_PASSES = 4  # of a step: branch forward, grid forward, and a backward pass that is worth two
+_PASSES = 5  # of a step: base, branch and grid forward, and a backward pass that is worth two
 _LOGITS = 1 << 26  # of one batch: 256 MB in float32
 
 

@@ -1,6 +1,6 @@
 """Distilling on the grid: codes that make a merged int4 model answer as the base with its float branch does.
 
-Adam on what is missing of the branch's effect in the grid state of the same network: in nats, and in squares of logits;
+Adam on what is missing of the branch's effect in the grid state of the same network: in nats, in squares, and in gain;
 only latents of codes under the blocks are trained (`trainer.grid`). Rounding comes in by degrees: latents that begin at
 the float branch are codes in the end, and in between the one make up for what the others lose. Any text will do: what
 is learned is what the branch says to it.
@@ -20,6 +20,7 @@ from diablo_export.trainer.grid import GridLinear, grid_layers, set_state
 
 _HARD = 0.8  # of the steps, after which latents are fully rounded
 _NOTHING = 1e-12  # an adapter without effect
+_SHRINKAGE = 10.0  # how much the gain counts
 
 
 def distil(
@@ -46,18 +47,15 @@ def distil(
         advance: is called with 1 after each step.
 
     Returns:
-        The loss of each step: `missing` of the batch, as shares of the effect.
+        The loss of each step: `missing` of its batch.
     """
     batches = Batches(items, batch_size, seed=seed)
-    with torch.no_grad():
-        (batch,) = batches(0)
-        whole = missing(*(logits(network, batch, pad, state) for state in ("branch", "base"))).clamp_min(_NOTHING)
 
     def loss(step: int) -> Tensor:
         (batch,) = batches(step)
         with torch.no_grad():
-            wanted = logits(network, batch, pad, "branch")
-        return (missing(wanted, logits(network, batch, pad, "grid")) / whole).sum()
+            base, branch = (logits(network, batch, pad, state) for state in ("base", "branch"))
+        return missing(base, branch, logits(network, batch, pad, "grid"))
 
     return optimise(grid_layers(network).values(), loss, steps=steps, lr=lr, advance=advance)
 
@@ -102,16 +100,21 @@ def optimise(
     return losses
 
 
-def missing(wanted: Tensor, found: Tensor) -> Tensor:
-    """What `found` lacks of the logits `wanted`, (positions, classes): mean KL in nats, mean square of the difference.
+def missing(base: Tensor, branch: Tensor, grid: Tensor) -> Tensor:
+    """What the grid lacks of the branch's effect on logits (positions, classes): 2 for the base itself, and 10 more.
 
-    The KL alone says nothing of tokens that are unlikely; in squares all count alike, as they do in survival. What is
-    added to all logits of a position is no difference.
+    The KL divergence, as a share of the base's, says nothing of tokens that are unlikely; the squared difference does, as
+    a share of the effect's square. Either is least where the effect is somewhat too small, as whatever is fitted to
+    rounded numbers is; so the gain's distance from 1 counts on its own, ten times. What is added to all logits of a
+    position is no effect.
     """
-    apart = found - wanted
-    squares = (apart - apart.mean(-1, keepdim=True)).square().mean()
-    chances = (functional.log_softmax(each, -1) for each in (wanted, found))
-    return torch.stack([divergence(*chances), squares])
+    wanted, effect = (each - each.mean(-1, keepdim=True) for each in (branch - base, grid - base))
+    whole = wanted.square().sum().clamp_min(_NOTHING)
+    squares, gain = (effect - wanted).square().sum() / whole, (effect * wanted).sum() / whole
+    chances = [functional.log_softmax(each, -1) for each in (branch, grid, base)]
+    lost, there = (divergence(chances[0], each) for each in chances[1:])
+    shares: Tensor = lost / there.clamp_min(_NOTHING) + squares + _SHRINKAGE * (1 - gain).square()
+    return shares
 
 
 def divergence(wanted: Tensor, found: Tensor) -> Tensor:

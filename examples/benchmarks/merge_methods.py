@@ -37,7 +37,7 @@ from diablo_export.converters.onnx_match import match
 from diablo_export.manifest import read_manifest
 from diablo_export.trainer.grid import GridLinear, grid_layers
 
-METHODS = ("rtn", "refit", "calibrated", "distilled", "auto")
+METHODS = ("rtn", "refit", "calibrated", "distilled", "layerwise", "auto")
 # name → (bits, group size, blocks or None for the strength's own)
 CASES: dict[str, tuple[int, int, int | None]] = {
     "group 32": (4, 32, None),
@@ -58,6 +58,7 @@ def main() -> None:
     parser.add_argument("--strength", choices=["weak", "middle", "strong"], action="append")
     parser.add_argument("--method", choices=METHODS, action="append")
     parser.add_argument("--calibration", action="store_true", help="Calibrate on the training text.")
+    parser.add_argument("--seed", type=int, default=0, help="Of training the adapters.")
     parser.add_argument("--tokens", type=int, default=8192, help="Of held-out text to judge on.")
     parser.add_argument("--words", type=int, default=100, help="Leave out longer sentences of SST-2.")
     options = parser.parse_args()
@@ -83,7 +84,7 @@ def compare(name: str, case: str, strength: str, options: argparse.Namespace) ->
         calibration, held_out = sst2(options.data_dir, options.work, options.words)
     else:
         calibration, held_out = (options.work / f"{part}.jsonl" for part in ("shakespeare", "shakespeare-held-out"))
-    adapter = trained(name, base, strength, blocks, options.work, calibration)
+    adapter = trained(name, base, strength, blocks, options.work, calibration, options.seed)
     missed: list[str] = []
     with tempfile.TemporaryDirectory() as scratch:
         given = Path(scratch) / "int4"
@@ -165,19 +166,22 @@ class Truth:
         return f"{self._held.figure(found):.4f} ({self._held.figure(self._branch):.4f})"
 
 
-def trained(name: str, base: Path, strength: str, blocks: int | None, work: Path, data: Path) -> Path:
+def trained(name: str, base: Path, strength: str, blocks: int | None, work: Path, data: Path, seed: int) -> Path:
     """The folder of an adapter, trained where it is not there yet."""
-    if strength == "strong" and blocks is None:
+    strong = strength == "strong" and blocks is None
+    if strong and not seed:
         return work / f"{name}-adapter"
-    count = blocks or (4 if name == "shakespeare" else 12)
-    folder = work / f"{name}-{strength}-{count}"
+    count = blocks or ((8 if strong else 4) if name == "shakespeare" else 12)
+    folder = work / (f"{name}-{strength}-{count}" + (f"-{seed}" if seed else ""))
     if folder.exists():
         return folder
     steps, lr = STEPS[name][strength]
     task = "causal-lm" if name == "shakespeare" else "text-classification"
     train(
         base, data, folder, task=task, num_blocks=count, lr=lr, max_steps=steps or None, epochs=1, max_length=128,
-        batch_size=16 if name == "shakespeare" else 32, target_modules="all-linear", dtype="float32",
+        batch_size=16 if name == "shakespeare" else 32, dtype="float32", seed=seed,
+        target_modules=["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]
+        if strong and name == "shakespeare" else "all-linear",
     )  # fmt: skip
     return folder
 
