@@ -106,7 +106,7 @@ def merge(
     measured = chosen == "onnx" and (plan is not None or how not in ("exact", "rtn"))
     if made or measured:
         merge_method.load(how if plan is None else "auto")
-    merge_method.check_picture(picture, how if not measured else None)
+    merge_method.check_picture(picture, how if not measured or how == merge_method.LAYERWISE else None)
     laid: dict[str, Any] = {"quantize": quantize, "group_size": group_size, "asymmetric": asymmetric}
     laid |= {"precision": precision}
     options: dict[str, Any] = {"method": how, "min_survival": min_survival, "max_seconds": max_seconds, "seed": seed}

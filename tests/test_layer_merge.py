@@ -148,6 +148,21 @@ def test_a_model_that_does_not_fit_whole_is_merged_layer_by_layer(
         merge(tiny_model("llama"), tiny_adapter("llama"), tmp_path / "no", quantize="int4", method="calibrated")
 
 
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ({"picture": "modules.png"}, "--method layerwise does not measure that here"),
+        ({"plan": "auto"}, "--plan runs the whole model, and --method layerwise never does"),
+    ],
+)
+def test_what_needs_the_whole_model(
+    option: dict[str, Any], message: str, tiny_model: Get, tiny_adapter: Get, tmp_path: Path
+) -> None:
+    arguments: Any = (tiny_model("llama"), tiny_adapter("llama"), tmp_path / "no")
+    with pytest.raises(InputError, match=message):
+        merge(*arguments, quantize="int4", method="layerwise", **option)
+
+
 def test_what_cannot_be_taken_apart(tiny_model: Get) -> None:
     network, _ = load_empty(tiny_model("llama"), "causal-lm")
     with pytest.raises(ExportError, match="has no list of layers that hold the adapted modules"):
