@@ -86,6 +86,11 @@ def float_road(
             f"--method {method}: the adapter moves the codes of the grid that it was trained on; leave out --method, "
             "and it is merged exactly"
         )
+    if method == "hqq":
+        log.warning(
+            "hqq has zero points between the codes, for which onnxruntime has no fast kernel on a CPU: a token takes "
+            "many times as long; gptq has none of them"
+        )
     start = time.perf_counter()
     tuned = _Tuned(source, adapter, calibration, max_seconds, seed)
     moments = InputMoments(tuned.network, tuned.text.fitted, batch_size=tuned.batch, pad=tuned.pad)

@@ -62,10 +62,10 @@ class Ways:
         found = []
         for name, grid in self.best.grids.items():
             if self.float_base is not None and grid.bits < WIDE_BITS:
-                more = _pages(self.bytes(name, WIDE) - self.bytes(name))
+                more = _pages(self.bytes(name, WIDE) - self.bytes(name), 3)
                 left = 4.0 ** (grid.bits - WIDE_BITS)  # of the error's square: the step is a half for each bit
                 found.append(Option(name, WIDE, more, self.nats[name] * (1 - left)))
-            more = _pages(self.bytes(name, BRANCH) - self.bytes(name)) + _NODES
+            more = _pages(self.bytes(name, BRANCH) - self.bytes(name), 1) + _NODES
             found.append(Option(name, BRANCH, more, self.nats[name]))
         return found
 
@@ -130,6 +130,6 @@ def _rounded(weight: Float32, like: Grid, dtype: Any) -> Grid:
     return Grid(codes, scales, zeros, WIDE_BITS, like.symmetric).stored_as(dtype)
 
 
-def _pages(size: int) -> int:
-    """So many bytes, with what is left empty before them."""
-    return (-(-size // PAGE) + 3) * PAGE  # codes, scales and zero points each begin at a page
+def _pages(size: int, initializers: int) -> int:
+    """So many bytes, at most, with what is left empty before each initializer, which begins at a page."""
+    return (-(-size // PAGE) + initializers) * PAGE
