@@ -92,7 +92,7 @@ def layer_merge(
             layer, where = copy.deepcopy(skeleton), f"{path}.{index}"
             parts.load(layer, where)
             steps = steps or _affordable(layers, layer, fitted, max_seconds)
-            losses = layers.distil(index, layer, fitted, steps=steps if grid_layers(layer) else 0, seed=seed)
+            losses = layers.distil(index, layer, fitted, steps=steps, seed=seed)
             log.debug("%s: share of its outputs that is missed, step by step: %s", where, losses)
             _pass_on(layers, index, layer, judged)
             parts.write(layer, where)

@@ -120,7 +120,7 @@ def test_distillation_brings_the_grid_to_the_branch(network: Network) -> None:
     # 60 steps of up to 0.1, falling, move a latent by three codes: enough for these blocks, of about one code. What is
     # left is for want of text: half of it is not there on the text that was fitted to
     assert after.kl < 0.3 * before.kl and after.gain > 0.75 and after.cosine > 0.8, after
-    # of all measures together, which are 12 without adapter; some latents stop at the ends of the range
+    # of all measures together, which are 5 without adapter; some latents stop at the ends of the range
     assert losses[0] < 0.3 and np.mean(losses[-5:]) < 0.4
     for name, layer in layers.items():
         outside = np.ones((*codes[name].shape[:1], layer.shape.in_features), np.bool_)

@@ -20,7 +20,7 @@ from diablo_export.trainer.grid import GridLinear, grid_layers, set_state
 
 _HARD = 0.8  # of the steps, after which latents are fully rounded
 _NOTHING = 1e-12  # an adapter without effect
-_SHRINKAGE = 10.0  # how much the gain counts
+_SHRINKAGE = 3.0  # how much the gain counts: 10 cost more cosine than it gave
 
 
 def distil(
@@ -101,11 +101,11 @@ def optimise(
 
 
 def missing(base: Tensor, branch: Tensor, grid: Tensor) -> Tensor:
-    """What the grid lacks of the branch's effect on logits (positions, classes): 2 for the base itself, and 10 more.
+    """What the grid lacks of the branch's effect on logits (positions, classes): 2 for the base itself, and 3 more.
 
     The KL divergence, as a share of the base's, says nothing of tokens that are unlikely; the squared difference does, as
     a share of the effect's square. Either is least where the effect is somewhat too small, as whatever is fitted to
-    rounded numbers is; so the gain's distance from 1 counts on its own, ten times. What is added to all logits of a
+    rounded numbers is; so the gain's distance from 1 counts on its own, three times. What is added to all logits of a
     position is no effect.
     """
     wanted, effect = (each - each.mean(-1, keepdim=True) for each in (branch - base, grid - base))

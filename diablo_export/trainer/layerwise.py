@@ -131,7 +131,7 @@ class Layers:
             index: of the layer.
             layer: with its weights; its grid layers begun.
             batches: with hidden states of branch and grid.
-            steps: of Adam; 0 passes the batches on alone.
+            steps: of Adam.
             lr: peak learning rate in code units.
             seed: of the order of batches.
 
@@ -150,7 +150,8 @@ class Layers:
             shares: Tensor = apart / wanted.square().sum(-1).clamp_min(1e-12)
             return shares[mask].mean()
 
-        losses = optimise(grid_layers(layer).values(), loss, steps=steps, lr=lr) if steps else []
+        trained = [one for one in grid_layers(layer).values() if one.latent is not None]
+        losses = optimise(trained, loss, steps=steps, lr=lr) if trained else []
         with torch.no_grad():
             for batch in batches:
                 batch.hidden["grid"] = self.run(index, layer, batch, "grid")
