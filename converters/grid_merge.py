@@ -327,9 +327,7 @@ class Bench:
         how: dict[str, Any] = {"length": self._length, "classifier": self._classifier, "judged": judged * many}
         if self._calibration is not None:
             fitted = 4 * (_FITTED if sequences > _FITTED else moments) * many
-            return given_text(
-                self._calibration, self.made.tokenizer, fitted=fitted, labels=self.adapter.labels, **how
-            )
+            return given_text(self._calibration, self.made.tokenizer, fitted=fitted, labels=self.adapter.labels, **how)
         return written_text(self.made.network, self.made.tokenizer, fitted=moments * many, seed=self._seed, **how)
 
     def _more_text(self) -> list[Encoded]:

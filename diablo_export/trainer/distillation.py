@@ -103,8 +103,8 @@ def optimise(
 def missing(base: Tensor, branch: Tensor, grid: Tensor) -> Tensor:
     """What the grid lacks of the branch's effect on logits (positions, classes): 2 for the base itself, and 3 more.
 
-    The KL divergence, as a share of the base's, says nothing of tokens that are unlikely; the squared difference does, as
-    a share of the effect's square. Either is least where the effect is somewhat too small, as whatever is fitted to
+    The KL divergence, as a share of the base's, says nothing of tokens that are unlikely; the squared difference does,
+    as a share of the effect's square. Either is least where the effect is somewhat too small, as whatever is fitted to
     rounded numbers is; so the gain's distance from 1 counts on its own, three times. What is added to all logits of a
     position is no effect.
     """
