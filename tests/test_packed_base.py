@@ -108,14 +108,15 @@ def test_gradients_are_those_of_the_float_base(name: str, quantized: Get, tmp_pa
         assert torch.allclose(gradient, wanted, rtol=1e-5, atol=1e-7), path
 
 
-def test_odd_sizes_and_groups_of_unequal_length() -> None:
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_odd_sizes_and_groups_of_unequal_length(bits: int) -> None:
     """Groups whose sizes differ, as an activation order with a short last group leaves them: padded, then put right."""
     random = np.random.default_rng(0)
     group_of = random.permutation(np.minimum(np.arange(37) // 16, 2))  # 16, 16 and 5 inputs
-    codes = random.integers(0, 16, (6, 37)).astype(np.uint8)
+    codes = random.integers(0, 2**bits, (6, 37)).astype(np.uint8)
     scales = random.normal(size=(6, 3)).astype(np.float16).astype(np.float32)
-    zeros = random.integers(0, 16, (6, 3)).astype(np.uint8)
-    layer = from_stored(PackedGrid(codes, scales, zeros, group_of, 4, np.float16))
+    zeros = random.integers(0, 2**bits, (6, 3)).astype(np.uint8)
+    layer = from_stored(PackedGrid(codes, scales, zeros, group_of, bits, np.float16))
     wanted = (codes - zeros[:, group_of].astype(np.float32)) * scales[:, group_of]
     assert np.array_equal(layer.weight.numpy(), wanted)
     assert layer.in_features == 37 and layer(torch.ones(2, 37)).shape == (2, 6)
