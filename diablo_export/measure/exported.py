@@ -38,6 +38,7 @@ class Exported:
         provider: what runs it.
         decodes: whether it can decode step by step.
         graph: its ONNX file; None where torch runs it.
+        rebuilt: of a merge, the base's weights in its layout, by initializer; rounding them anew takes seconds.
     """
 
     on: Runner
@@ -47,6 +48,7 @@ class Exported:
     provider: str
     decodes: bool
     graph: Path | None = None
+    rebuilt: Mapping[str, Array] | None = None
 
 
 def open_exported(
@@ -92,7 +94,7 @@ def open_exported(
     off = OnnxRunner(
         runtime.session(path, initializers=rebuilt.initializers, threads=threads, spin=False), cache_shape=shape
     )
-    return Exported(on, off, None, rebuilt.foreign, provider, on.has_cache, path)
+    return Exported(on, off, None, rebuilt.foreign, provider, on.has_cache, path, rebuilt.initializers)
 
 
 def states(

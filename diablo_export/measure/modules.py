@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from diablo_export.adapter import Adapter
+from diablo_export.blockdiag import Array
 from diablo_export.checkpoint import Checkpoint
 from diablo_export.measure import exported, sources
 from diablo_export.measure.exported_base import rebuild
@@ -41,6 +42,7 @@ def look(
     adapter: Adapter,
     samples: Sequence[Sample],
     *,
+    rebuilt: Mapping[str, Array] | None = None,
     threads: int | None = None,
     lost: bool = False,
 ) -> Findings:
@@ -53,6 +55,7 @@ def look(
         name: of the adapter in the manifest.
         adapter: the adapter.
         samples: what was compared; of the longest of them up to TOKENS tokens are run.
+        rebuilt: of a merge, the base's weights in its layout, where they have been made already.
         threads: of onnxruntime.
         lost: the adapter's effect on the logits is not what it should be: look for it in the weights, too.
 
@@ -60,7 +63,7 @@ def look(
         ExportError: onnxruntime refuses the graph.
     """
     linear = linear_layers(model)
-    with_adapter, without = _export(out, manifest, model, name, adapter, linear, threads)
+    with_adapter, without = _export(out, manifest, model, name, adapter, linear, rebuilt, threads)
     watched = list(with_adapter.places if isinstance(with_adapter, OnnxTaps) else linear)
     merged = {} if sources.is_branch(manifest) else sources.merged_part(manifest, adapter).modules
     return compare(
@@ -87,6 +90,7 @@ def _export(
     name: str,
     adapter: Adapter,
     linear: Mapping[str, nn.Module],
+    rebuilt: Mapping[str, Array] | None,
     threads: int | None,
 ) -> tuple[OnnxTaps | TorchTaps, OnnxTaps | TorchTaps]:
     """The export with its adapter on and off, watched."""
@@ -107,8 +111,9 @@ def _export(
         pairs = ((graph, places), (before, there))
         on, off = (OnnxRunner(open_session(*pair, threads), cache_shape=shape) for pair in pairs)
         return OnnxTaps(graph, on, places), OnnxTaps(before, off, there)
-    rebuilt = rebuild(out / "model.onnx", entries, Checkpoint.open(str(model.name_or_path)), adapter)
-    sessions = (open_session(graph, places, threads, values) for values in (None, rebuilt.initializers))
+    if rebuilt is None:
+        rebuilt = rebuild(graph.path, entries, Checkpoint.open(str(model.name_or_path)), adapter).initializers
+    sessions = (open_session(graph, places, threads, values) for values in (None, rebuilt))
     on, off = (OnnxRunner(session, cache_shape=shape) for session in sessions)
     return OnnxTaps(graph, on, places), OnnxTaps(graph, off, places)
 

@@ -15,6 +15,7 @@ import torch
 
 from diablo_export import runtime
 from diablo_export.adapter import TASKS, Adapter
+from diablo_export.blockdiag import Array
 from diablo_export.console import log, progress
 from diablo_export.errors import ExportError
 from diablo_export.manifest import versions
@@ -100,24 +101,35 @@ def measure(
     bounds: dict[str, Any] = {"data": data, "samples": samples, "max_tokens": max_tokens, "seed": seed, "steps": steps}
     bounds |= {"threads": threads, "certify": certify, "labels": adapter.labels}
 
-    def opened() -> Exported:
-        return open_exported(out, manifest, off, name, adapter, threads)
+    opened: list[Exported] = []
 
-    examine(found, tuned, off, tokenizer, opened, **bounds)
+    def open_it() -> Exported:
+        opened.append(open_exported(out, manifest, off, name, adapter, threads))
+        return opened[0]
+
+    examine(found, tuned, off, tokenizer, open_it, **bounds)
     if modules and holds_packed(model):
         log.warning("modules are not looked into where the base is a quantized checkpoint; logits were compared")
     elif modules and found.figures["runs"]:
-        _add_modules(found, out, manifest, model, adapter, threads)
+        _add_modules(found, out, manifest, model, adapter, opened.pop().rebuilt, threads)
     return found
 
 
 def _add_modules(
-    found: Measured, out: Path, manifest: Mapping[str, Any], model: Any, adapter: Adapter, threads: int | None
+    found: Measured,
+    out: Path,
+    manifest: Mapping[str, Any],
+    model: Any,
+    adapter: Adapter,
+    rebuilt: Mapping[str, Array] | None,
+    threads: int | None,
 ) -> None:
     """Look into modules, now that the sessions of the whole comparison are closed: memory is for one kind at a time."""
     lost = not found.figures["adapter.survival_gain.error"] <= LOST
     try:
-        looked = look(out, manifest, model, found.name, adapter, found.samples, threads=threads, lost=lost)
+        looked = look(
+            out, manifest, model, found.name, adapter, found.samples, rebuilt=rebuilt, threads=threads, lost=lost
+        )
     except ExportError as error:  # a graph that runs, but not with its inner values shown
         log.warning("modules cannot be looked into: %s", error)
         return
