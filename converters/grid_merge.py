@@ -68,6 +68,7 @@ _SAME, _RELATED = 0.98, 0.8  # cosine of the network's logits and the file's: ac
 _SWEEP_SPEED = 5e8  # multiply-adds of a sweep in a second, in numpy on one core
 _QUICK = 0.1  # of the seconds: what `auto` spends on a better method though another holds
 _ENOUGH = 0.25  # of rounding's KL: a merge that holds and loses no more is good enough
+_SETTLED, _SETTLED_LR = 0.4, 0.02  # of the steps, and of code units: where codes hold already and move a little
 _TEXT_SHARE = 0.4  # of the seconds: for text, moments and measuring; the rest is for distilling
 
 Grids = dict[str, Grid]
@@ -189,12 +190,12 @@ class Bench:
             if method != "distilled":
                 yield one
         if method == "distilled":
-            yield from self._distilled(grids, must=True)
+            yield from self._distilled(grids, holds, must=True)
         elif method == "auto" and self._classifier and self._calibration is None and not holds:
             # measured: what is calibrated on random tokens holds for sentences, what is distilled on them less
             log.warning("not distilled: a classifier needs sentences for that; give some as --calibration, unlabelled")
         elif method == "auto" and not (holds and self._enough(found)):
-            yield from self._distilled(grids, must=False)
+            yield from self._distilled(grids, holds, must=False)
 
     def _enough(self, found: Mapping[str, Survival]) -> bool:
         """Whether distilling on top of what holds already is left out: there is little to gain, or it takes long."""
@@ -203,7 +204,7 @@ class Bench:
         if enough or (self._classifier and self._calibration is None):
             return True
         steps = self._affordable()
-        return steps is None or steps.seconds > _QUICK * self._seconds
+        return steps is None or steps.seconds * _SETTLED > _QUICK * self._seconds
 
     def _affordable(self) -> budget.Steps | None:
         return budget.affordable(self._per_token, self._seconds * (1 - _TEXT_SHARE), self._most)
@@ -279,7 +280,8 @@ class Bench:
                 operations += (rows.stop - rows.start) * ((groups.stop - groups.start) * size) ** 2
         return 10 * operations / _SWEEP_SPEED
 
-    def _distilled(self, grids: Grids, must: bool) -> Iterator[Tried]:
+    def _distilled(self, grids: Grids, holds: bool, must: bool) -> Iterator[Tried]:
+        """Codes trained from the float branch on; or from these codes on, a little, where they hold already."""
         start = time.perf_counter()
         steps = self._affordable()
         if steps is None:
@@ -289,19 +291,22 @@ class Bench:
                 log.warning("not distilled: %s; --max-seconds %.0f allows less", said, self._seconds)
                 return
             steps = least
-        log.info("distilling: %d steps of %d tokens, about %.0f s", steps.steps, steps.batch_tokens, steps.seconds)
+        share = _SETTLED if holds else 1.0
+        count, seconds = int(share * steps.steps), share * steps.seconds
+        log.info("distilling: %d steps of %d tokens, about %.0f s", count, steps.batch_tokens, seconds)
         items = [*self.text.fitted, *self._more_text()]
         for name, grid in grids.items():
-            inputs = self.layers[name].shape.in_features
-            self.layers[name].begin(grid, self.wanted[name].reshape(len(grid.scales), -1)[:, :inputs])
-        with progress("Distilling", steps.steps) as advance:
+            wanted = self.wanted[name].reshape(len(grid.scales), -1)[:, : self.layers[name].shape.in_features]
+            self.layers[name].begin(grid, None if holds else wanted)
+        how = {"lr": _SETTLED_LR, "hard": 0.0} if holds else {}
+        with progress("Distilling", count) as advance:
             size = max(1, steps.batch_tokens // self._longest(items))
             distil(
-                self.made.network, items, steps=steps.steps, batch_size=size, pad=self.pad, seed=self._seed,
-                advance=advance,
+                self.made.network, items, steps=count, batch_size=size, pad=self.pad, seed=self._seed,
+                advance=advance, **how,
             )  # fmt: skip
         finished = {name: self.layers[name].finish() for name in grids}
-        yield Tried("distilled", finished, self.judge.measure(), time.perf_counter() - start, steps.steps)
+        yield Tried("distilled", finished, self.judge.measure(), time.perf_counter() - start, count)
 
     # --------------------------------------------------------------------------------------------------- the text
 

@@ -18,7 +18,7 @@ from diablo_export.trainer.batches import Batches, collate
 from diablo_export.trainer.data import Encoded
 from diablo_export.trainer.grid import GridLinear, grid_layers, set_state
 
-_HARD = 0.8  # of the steps, after which latents are fully rounded
+HARD = 0.8  # of the steps, after which latents are fully rounded
 _NOTHING = 1e-12  # an adapter without effect
 _SHRINKAGE = 3.0  # how much the gain counts: 10 cost more cosine than it gave
 
@@ -30,6 +30,7 @@ def distil(
     steps: int,
     batch_size: int,
     lr: float = 0.05,
+    hard: float = HARD,
     pad: int = 0,
     seed: int = 0,
     advance: Callable[[float], None] = lambda amount: None,
@@ -42,6 +43,7 @@ def distil(
         steps: of Adam.
         batch_size: sequences in a step.
         lr: peak learning rate in code units, falling to 0: Adam moves a latent by at most about this in a step.
+        hard: share of the steps in which rounding comes in; 0 for latents that begin at codes.
         pad: the id that fills short sequences up.
         seed: of the order.
         advance: is called with 1 after each step.
@@ -57,7 +59,7 @@ def distil(
             base, branch = (logits(network, batch, pad, state) for state in ("base", "branch"))
         return missing(base, branch, logits(network, batch, pad, "grid"))
 
-    return optimise(grid_layers(network).values(), loss, steps=steps, lr=lr, advance=advance)
+    return optimise(grid_layers(network).values(), loss, steps=steps, lr=lr, hard=hard, advance=advance)
 
 
 def optimise(
@@ -66,6 +68,7 @@ def optimise(
     *,
     steps: int,
     lr: float = 0.05,
+    hard: float = HARD,
     advance: Callable[[float], None] = lambda amount: None,
 ) -> list[float]:
     """Train the latents of grid layers, from float to rounded.
@@ -74,7 +77,7 @@ def optimise(
         layers: each begun on a grid.
         loss: of a step, with a gradient to the latents.
         steps: of Adam.
-        lr: as `distil`'s.
+        lr, hard: as `distil`'s.
         advance: is called with 1 after each step.
 
     Returns:
@@ -84,7 +87,7 @@ def optimise(
     losses: list[float] = []
     for step in range(steps):
         for layer in layers:
-            layer.hardness = min(1.0, step / (_HARD * steps))
+            layer.hardness = min(1.0, step / (hard * steps)) if hard else 1.0
         for group in optimizer.param_groups:
             group["lr"] = lr * (1 - step / steps)
         lost = loss(step)
