@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import runpy
 import sys
@@ -58,3 +59,21 @@ def test_ternary_on_grid_runs(data: Path, monkeypatch: pytest.MonkeyPatch, capsy
     weights = [int(row[2].replace(",", "")) for row in (ours, published)]
     assert abs(weights[0] - weights[1]) < 0.2 * weights[0]  # ranks are whole numbers: 3 here
     assert ours[4] == published[4]  # both begin as the same int4 model
+
+
+def test_float_road_runs(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from diablo_export.trainer.train import train
+
+    text = (data / "tinyshakespeare" / "input.txt").read_text()
+    for name, part in (("shakespeare", text[:2000]), ("shakespeare-held-out", text[-800:])):
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps({"text": part}) + "\n")
+    train(
+        data / "tinystories656k-hf", tmp_path / "shakespeare.jsonl", tmp_path / "shakespeare-adapter", num_blocks=4,
+        max_steps=2, lr=0.05, max_length=32, target_modules=["q_proj", "down_proj"],
+    )  # fmt: skip
+    given = ["--data-dir", data, "--work", tmp_path, "--group-size", 32, "--method", "rtn", "--tokens", 256]
+    whole, ours = printed("float_road.py", given, monkeypatch, capsys)
+    assert whole[1] == "float" and ours[1] == "diablo-export, rtn"
+    assert 0 < float(ours[3]) < 1
