@@ -289,6 +289,22 @@ def test_modules_of_sound_exports_are_all_found_and_none_is_named(
     assert all(row["survival_gain"] == pytest.approx(1, abs=off) for row in adapted)
 
 
+@pytest.mark.slow  # three models, one exported by torch
+@pytest.mark.parametrize(("architecture", "precision"), [("qwen2", "int4"), ("qwen3", "fp32"), ("gpt2", "torch")])
+def test_modules_of_other_architectures(architecture: str, precision: str, tiny_model: Get, tmp_path: Path) -> None:
+    base = tiny_model(architecture)  # qwen2 has biases, gpt2 Conv1D
+    targets = {"target_modules": ["c_attn", "c_fc"]} if architecture == "gpt2" else {}
+    adapter = foreign.make_peft(base, tmp_path / "lora", **targets)
+    if precision == "torch":
+        merged = foreign.merge_peft(base, adapter, tmp_path / "merged")
+        out = foreign.export_with_torch(merged, tmp_path / "out" / "m.onnx").parent
+    else:
+        out = foreign.build(base, tmp_path / "out", precision, f"adapter_path={adapter}")
+    report = judge(out, base, adapter, modules=True)
+    assert report["environment"]["modules_not_found"] == {} and not faults(report)
+    assert len(report["modules"]) == (9 if architecture == "gpt2" else 15)
+
+
 @pytest.mark.parametrize("precision", ["fp32", "int8"])
 def test_lost_magnitudes_are_named_at_their_modules(
     precision: str, model: Path, adapters: dict[str, Path], built: Callable[..., Path]
