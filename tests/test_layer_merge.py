@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import logging
+import shutil
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +14,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 import torch
+from safetensors.numpy import load_file, save_file
 from torch import nn
 
 from diablo_export.adapter import Adapter
@@ -128,6 +130,18 @@ def test_layers_one_after_the_other_are_the_network(architecture: str, tiny_mode
             fill(layer, f"{path}.{index}", checkpoint, {})
             batch.hidden["base"] = layers.run(index, layer, batch, "base")
         np.testing.assert_allclose(layers.answer(batch, "base"), logits(whole, items, 0, "base"), atol=FLOAT32)
+
+
+def test_tied_weights_are_found_under_either_name(tiny_model: Get, tmp_path: Path) -> None:
+    shutil.copytree(tiny_model("llama-tied"), tmp_path / "model")
+    (file,) = (tmp_path / "model").glob("*.safetensors")
+    tensors = load_file(file)
+    tensors["lm_head.weight"] = table = tensors.pop("model.embed_tokens.weight")
+    save_file(tensors, file, {"format": "pt"})
+    network, _ = load_empty(tmp_path / "model", "causal-lm")
+    fill(network, "", Checkpoint.open(tmp_path / "model"), {})
+    assert network.lm_head.weight is network.model.embed_tokens.weight
+    assert np.array_equal(network.lm_head.weight.numpy(), table)
 
 
 def test_a_model_that_does_not_fit_whole_is_merged_layer_by_layer(

@@ -125,13 +125,21 @@ def fill(module: nn.Module, path: str, checkpoint: Checkpoint, saved: Mapping[st
     Raises:
         CheckpointError: lists what the checkpoint does not hold under these names.
     """
+    parameters = list(module.named_parameters(path, remove_duplicate=False))
+    tied: dict[int, list[str]] = {}  # the checkpoint may hold either of their names
+    for name, parameter in parameters:
+        tied.setdefault(id(parameter), []).append(name)
     absent = []
     for name, parameter in module.named_parameters(path):
-        stored = checkpoint.find(name)
-        if name not in saved and stored is None:
+        names = tied[id(parameter)]
+        given = next((saved[each] for each in names if each in saved), None)
+        stored = next((found for each in names if (found := checkpoint.find(each)) is not None), None)
+        if given is None and stored is not None:
+            given = stored.read()
+        if given is None:
             absent.append(name)
             continue
-        value = np.asarray(saved[name] if name in saved else stored.read(), np.float32)  # type: ignore[union-attr]
+        value = np.asarray(given, np.float32)
         if value.shape != parameter.shape:
             absent.append(f"{name} of shape {list(parameter.shape)}, found {list(value.shape)}")
             continue
