@@ -25,8 +25,8 @@ from diablo_export.checkpoint import Checkpoint
 from diablo_export.console import log
 from diablo_export.converters import budget
 from diablo_export.converters.calibration import Text, given_text, written_text
-from diablo_export.converters.grid_merge import against_runtime, reported, target
-from diablo_export.converters.grid_network import GridNetwork, grid_network
+from diablo_export.converters.grid_network import GridNetwork, grid_network, target
+from diablo_export.converters.grid_report import against_runtime, reported
 from diablo_export.converters.onnx_file import MODEL
 from diablo_export.converters.onnx_graph import Graph
 from diablo_export.converters.onnx_match import match

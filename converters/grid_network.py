@@ -16,14 +16,15 @@ import torch
 from torch import nn
 
 from diablo_export.adapter import TASKS, AdaptedModule, Adapter
-from diablo_export.blockdiag import Array
+from diablo_export.blockdiag import Array, add_to_weight
 from diablo_export.checkpoint import Checkpoint
 from diablo_export.console import log
 from diablo_export.converters.onnx_groups import quantized, read
 from diablo_export.converters.onnx_match import Match, match
 from diablo_export.errors import MatchError
 from diablo_export.fingerprint import fingerprint
-from diablo_export.requantize import Grid
+from diablo_export.quantization import Float32
+from diablo_export.requantize import Grid, grouped
 from diablo_export.trainer.grid import GridLinear
 from diablo_export.trainer.layer import features, is_linear
 from diablo_export.trainer.model import attach, load_base, replace_module
@@ -139,3 +140,9 @@ def _set_weight(module: nn.Module, grid: Grid) -> None:
     values = grid.values().reshape(len(grid.scales), -1)[:, : features(module)[0]]
     oriented = values if isinstance(module, nn.Linear) else values.T
     module.weight = nn.Parameter(torch.from_numpy(np.ascontiguousarray(oriented)).to(old.dtype), requires_grad=False)
+
+
+def target(module: AdaptedModule, grid: Grid) -> Float32:
+    """What a module's merged weight should be: the grid's values and the blocks, (out, groups, size)."""
+    values = grid.values().reshape(module.out_features, -1)[:, : module.in_features]
+    return grouped(np.asarray(add_to_weight(values, module.blocks), np.float32), grid.codes.shape[-1])

@@ -23,8 +23,9 @@ from diablo_export.adapter import TASKS, Adapter
 from diablo_export.checkpoint import Checkpoint
 from diablo_export.console import log, progress
 from diablo_export.converters.calibration import Text, given_text, random_text
-from diablo_export.converters.grid_merge import against_runtime, reported, target, write_grid
-from diablo_export.converters.grid_network import lay
+from diablo_export.converters.grid_network import lay, target
+from diablo_export.converters.grid_report import against_runtime, reported
+from diablo_export.converters.grid_write import write_grid
 from diablo_export.converters.merge_method import LAYERWISE
 from diablo_export.converters.onnx_file import MODEL
 from diablo_export.converters.onnx_groups import scale_type

@@ -1,6 +1,6 @@
 """Merging into an int4 model by a plan: each module at the base's bits, at 8 bits, or with its blocks as a branch.
 
-Codes are chosen by the methods of `grid_merge`. A plan is decided (`auto`) or read from a file; either way the survival
+Codes are chosen by `grid_methods`. A plan is decided (`auto`) or read from a file; either way the survival
 of the whole is measured, and the plan with what was measured lies in the folder as plan.toml.
 """
 
@@ -18,7 +18,7 @@ from diablo_export.adapter import Adapter
 from diablo_export.base_grid import described
 from diablo_export.checkpoint import Checkpoint
 from diablo_export.console import log, progress
-from diablo_export.converters.grid_merge import Bench, Tried, write_module
+from diablo_export.converters.grid_methods import METHODS, Bench, Tried
 from diablo_export.converters.grid_network import grid_network
 from diablo_export.converters.onnx_file import MODEL
 from diablo_export.converters.onnx_keep import keep_branches
@@ -41,7 +41,6 @@ from diablo_export.requantize import Grid
 from diablo_export.runtime import session
 
 AUTO = "auto"
-METHODS = (AUTO, "rtn", "refit", "calibrated", "distilled")
 _MEASURED = 20  # plans that are looked at, about
 _FUNCTION = 8192  # bytes of model.onnx that the operator's function takes
 
@@ -173,7 +172,7 @@ def _write(
     beside = {name: one for name, one in found.items() if upgrades.get(name) == BRANCH}
     for name, one in found.items():
         if name not in beside:
-            entries[name] = write_module(one, best, ways.bench.made, folder)
+            entries[name] = best.write(one, ways.bench.made, folder)
     described_before = {name: one.describe() for name, one in beside.items()}
     for name, blocks in keep_branches(graph, folder, beside).items():
         why = f"its blocks stay beside the weight, as constants ({beside[name].why})"

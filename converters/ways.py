@@ -10,7 +10,8 @@ import numpy as np
 
 from diablo_export.blockdiag import add_to_weight
 from diablo_export.checkpoint import Checkpoint
-from diablo_export.converters.grid_merge import Bench, Tried, target
+from diablo_export.converters.grid_methods import Bench, Tried
+from diablo_export.converters.grid_network import target
 from diablo_export.converters.onnx_groups import scale_type
 from diablo_export.converters.onnx_keep import PAGE
 from diablo_export.converters.onnx_match import Match

@@ -15,7 +15,7 @@ from click.testing import Result
 
 from diablo_export.adapter import Adapter, file_sha256
 from diablo_export.checkpoint import Checkpoint
-from diablo_export.converters import budget, grid_merge
+from diablo_export.converters import budget, grid_merge, grid_methods
 from diablo_export.converters.merge import merge
 from diablo_export.converters.onnx_graph import build_graph
 from diablo_export.converters.onnx_linears import linears
@@ -32,11 +32,11 @@ Run = Callable[..., Result]
 @pytest.fixture(autouse=True)
 def little_text(monkeypatch: pytest.MonkeyPatch) -> None:
     """Enough to run every line: quality is measured on real models, by examples/benchmarks/merge_methods.py."""
-    monkeypatch.setattr(grid_merge, "_LENGTH", 32)
-    monkeypatch.setattr(grid_merge, "_JUDGED", 4)
-    monkeypatch.setattr(grid_merge, "_MOMENTS", 4)
-    monkeypatch.setattr(grid_merge, "_FITTED", 6)
-    monkeypatch.setattr(grid_merge, "_WRITTEN", 6)
+    monkeypatch.setattr(grid_methods, "_LENGTH", 32)
+    monkeypatch.setattr(grid_methods, "_JUDGED", 4)
+    monkeypatch.setattr(grid_methods, "_MOMENTS", 4)
+    monkeypatch.setattr(grid_methods, "_FITTED", 6)
+    monkeypatch.setattr(grid_methods, "_WRITTEN", 6)
     monkeypatch.setattr(budget, "STEPS", 40)
     monkeypatch.setattr(budget, "BATCH_TOKENS", 128)
     monkeypatch.setattr(budget, "_LEAST_TOKENS", 64)

@@ -16,7 +16,7 @@ from diablo_export.adapter import Adapter
 from diablo_export.base_grid import BaseGrid
 from diablo_export.blockdiag import Array, dense
 from diablo_export.checkpoint import Checkpoint
-from diablo_export.converters import budget, grid_merge
+from diablo_export.converters import budget, grid_methods
 from diablo_export.converters.merge import merge
 from diablo_export.converters.onnx_graph import build_graph
 from diablo_export.converters.onnx_linears import linears, numpy_of
@@ -39,7 +39,7 @@ Get = Callable[[str], Path]
 @pytest.fixture(autouse=True)
 def little_text(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in (("_LENGTH", 32), ("_JUDGED", 4), ("_MOMENTS", 4)):
-        monkeypatch.setattr(grid_merge, name, value)
+        monkeypatch.setattr(grid_methods, name, value)
     monkeypatch.setattr(budget, "BATCH_TOKENS", 128)
 
 

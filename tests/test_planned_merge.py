@@ -32,12 +32,12 @@ Run = Callable[..., Result]
 @pytest.fixture(scope="module")
 def planned(tiny_model: Get, tiny_adapter: Get, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A plan made by hand for the tiny Llama: a module of each kind, all others at int4. Do not change it."""
-    from diablo_export.converters import grid_merge
+    from diablo_export.converters import grid_methods
 
     folder = tmp_path_factory.mktemp("planned")
     with pytest.MonkeyPatch.context() as patch:
         for name, value in (("_LENGTH", 32), ("_JUDGED", 4), ("_MOMENTS", 4), ("_FITTED", 6)):
-            patch.setattr(grid_merge, name, value)
+            patch.setattr(grid_methods, name, value)
         arguments: Any = (tiny_model("llama"), tiny_adapter("llama"))
         merge(*arguments, folder / "first", quantize="int4", plan="auto", method="refit", min_survival=0.5)
         edited(
