@@ -99,7 +99,7 @@ def test_a_classifier_with_its_head(tiny_model: Get, tiny_adapter: Get, tmp_path
         ({"precision": "fp16"}, "--precision is for --format onnx"),
         ({"quantize": "int5"}, "quantize is 'int5'; choose one of none, int8, int4"),
         ({"quantize": "int4", "group_size": 100}, "groups of 100"),
-        ({"quantize": "int4", "method": "gptq"}, "method is 'gptq'; choose one of auto, rtn, refit, calibrated, dist"),
+        ({"quantize": "int4", "method": "awq"}, "method is 'awq'; choose one of auto, rtn, refit, calibrated, dist"),
         ({"quantize": "int4", "min_survival": 1.5}, "min_survival is 1.5; it must be between 0 and 1"),
         ({"quantize": "int4", "max_seconds": 0}, "max_seconds is 0; it must be above 0"),
         ({"quantize": "int4", "method": "rtn", "calibration": "x"}, "--calibration is not looked at by --method rtn"),

@@ -54,9 +54,18 @@ def test_every_wrong_option_is_named_at_once(tmp_path: Path) -> None:
         build_graph("x", tmp_path, quantize="int4", group_size=48)
 
 
-def test_quantized_checkpoint_is_refused(tiny_model: Callable[[str], Path], tmp_path: Path) -> None:
-    model = copy_of(tiny_model("llama"), tmp_path / "m", quantization_config={"quant_method": "gptq", "bits": 4})
-    with pytest.raises(ExportError, match=r"quantized already \(gptq\); give the float model"):
+@pytest.mark.parametrize(
+    ("method", "message"),
+    [
+        ("eetq", r"quantized with eetq, where gptq, .* can be read; give the float model"),
+        ("gptq", r"says gptq, but no weight is stored so \(no tensor is called \*\.qweight\); give the float model"),
+    ],
+)
+def test_quantized_checkpoint_that_cannot_be_read(
+    method: str, message: str, tiny_model: Callable[[str], Path], tmp_path: Path
+) -> None:
+    model = copy_of(tiny_model("llama"), tmp_path / "m", quantization_config={"quant_method": method, "bits": 4})
+    with pytest.raises(CheckpointError, match=message):
         build_graph(model, tmp_path)
 
 

@@ -101,10 +101,10 @@ def likeness_fault(module: AdaptedModule, weight: PackedGrid | LookedUp) -> str 
 
 
 def refuse_unreadable(checkpoint: Checkpoint) -> None:
-    """Refuse a quantized checkpoint in a format that is not known here; a float one passes.
+    """Refuse a quantized checkpoint that is not in a format known here, or not in the one it names; a float one passes.
 
     Raises:
-        CheckpointError: names the format and the ones that are.
+        CheckpointError: names the format and the ones that are known.
     """
     config = checkpoint.config.get("quantization_config")
     if not config:
@@ -112,6 +112,8 @@ def refuse_unreadable(checkpoint: Checkpoint) -> None:
     method = config.get("quant_method", "an unnamed method") if isinstance(config, dict) else "?"
     codec = FORMATS.get(method)
     fault = codec.fault(config) if codec else f"quantized with {method}, where {', '.join(FORMATS)} can be read"
+    if codec and not fault and not all_stored(checkpoint):
+        fault = f"says {method}, but no weight is stored so (no tensor is called *.{codec.MARK})"
     if fault:
         raise CheckpointError(
             f"{checkpoint.folder / 'config.json'}: {fault}; give the float model it was made from "
