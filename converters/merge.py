@@ -189,13 +189,14 @@ def _into_onnx(
     import onnx_ir as ir
 
     from diablo_export.converters.onnx_linears import kind, linears
-    from diablo_export.converters.onnx_merge import onnx_merge
+    from diablo_export.converters.onnx_rewrite import merged_copy
     from diablo_export.runtime import session
 
-    more: dict[str, Any] = {"hashes": {}, "read": onnx_file.copy(source, folder)}
+    more: dict[str, Any] = {"hashes": {}}
     if options["method"] in ("exact", "rtn") and options["plan"] is None:
-        modules = onnx_merge(folder / onnx_file.MODEL, adapter)
+        modules, more["read"], more["hashes"] = merged_copy(source, folder, adapter)
     else:
+        more["read"] = onnx_file.copy(source, folder)
         modules, more["survival"] = _measured(folder, adapter, options)
     if (folder / onnx_file.MODEL).read_bytes() != source.file.read_bytes():
         session(folder / onnx_file.MODEL)  # a graph that the runtime refuses is no merge

@@ -88,13 +88,19 @@ def _data_files(file: Path, graph: ir.Model) -> list[Path]:
     return sorted(ends)
 
 
-def copy(model: OnnxModel, folder: Path) -> dict[str, str]:
+def copy(model: OnnxModel, folder: Path, data: bool = True) -> dict[str, str]:
     """Copy the model's files into `folder`, the graph as model.onnx; a library that they name is no longer named.
 
-    Returns the XXH3-128 of the graph and its data, by name.
+    Args:
+        model: whose files.
+        folder: where to.
+        data: also those with its external data.
+
+    Returns:
+        The XXH3-128 of the graph and its data, by name.
     """
     hashes = {}
-    for path in [*model.files, *model.others]:
+    for path in [*(model.files if data else [model.file]), *model.others]:
         target = folder / (MODEL if path == model.file else path.relative_to(model.folder))
         target.parent.mkdir(parents=True, exist_ok=True)
         if path in model.files:

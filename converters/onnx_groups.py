@@ -18,7 +18,7 @@ import numpy.typing as npt
 from diablo_export.blockdiag import Array
 from diablo_export.converters.onnx_linears import Linear, numpy_of
 from diablo_export.converters.onnx_match import Match
-from diablo_export.converters.onnx_stored import Dequantized, Index, keep, writable
+from diablo_export.converters.onnx_stored import Dequantized, Held, Index, keep, writable
 from diablo_export.errors import ExportError
 from diablo_export.quantization import Float32, pack, unpack
 from diablo_export.requantize import Grid
@@ -112,19 +112,25 @@ def scale_type(one: Match) -> Any:
     return numpy_of(scales).dtype
 
 
-def opened(linear: Linear, folder: Path) -> Stored | Dequantized:
-    """A node's quantized weight, to be read and written group by group; `folder` is where its model.onnx lies."""
-    return Stored(linear, folder) if linear.layout == "MatMulNBits" else Dequantized(linear, folder)
+def opened(linear: Linear, folder: Path, held: Held | None = None) -> Stored | Dequantized:
+    """A node's quantized weight, to be read and written group by group.
+
+    Args:
+        linear: the node.
+        folder: where its model.onnx lies.
+        held: as `writable`'s.
+    """
+    return (Stored if linear.layout == "MatMulNBits" else Dequantized)(linear, folder, held)
 
 
 class Stored:
     """A node's quantized weight, opened for reading and writing group by group."""
 
-    def __init__(self, linear: Linear, folder: Path) -> None:
-        """Map the initializers of a MatMulNBits node; `folder` is where its model.onnx lies."""
+    def __init__(self, linear: Linear, folder: Path, held: Held | None = None) -> None:
+        """Open the initializers of a MatMulNBits node, as `writable` does; `folder` is where its model.onnx lies."""
         assert linear.scales is not None
         self._values = linear.stored
-        self._arrays = [writable(value, folder) for value in self._values]
+        self._arrays = [writable(value, folder, held) for value in self._values]
         self._bits, self._size = linear.bits, linear.group_size
         self._inputs = linear.in_features
         self._groups = -(-linear.in_features // linear.group_size)

@@ -19,7 +19,7 @@ from diablo_export.converters.onnx_groups import corners, opened, quantized, tou
 from diablo_export.converters.onnx_head import feed_parameters
 from diablo_export.converters.onnx_linears import Linear
 from diablo_export.converters.onnx_match import Match, match
-from diablo_export.converters.onnx_stored import keep, writable
+from diablo_export.converters.onnx_stored import Held, keep, writable
 from diablo_export.errors import ExportError
 from diablo_export.requantize import nearest, rounded, whole_steps
 
@@ -34,8 +34,7 @@ def onnx_merge(file: Path, adapter: Adapter) -> list[dict[str, Any]]:
     model = ir.load(file)
     found = match(model, adapter.modules)
     refuse(file, found.values())
-    on_grid = adapter.base_grid is not None and adapter.base_grid.on_grid
-    entries = [{**one.describe(), "action": "merged", **_merge(one, file.parent, on_grid)} for one in found.values()]
+    entries = [merge_module(one, file.parent, adapter) for one in found.values()]
     put_head(model, adapter)
     ir.save(model, file)
     return entries
@@ -78,15 +77,27 @@ def _refusal(linear: Linear) -> str | None:
     return None
 
 
-def _merge(one: Match, folder: Path, on_grid: bool) -> dict[str, Any]:
-    """Merge one module; returns what was done."""
+def merge_module(one: Match, folder: Path, adapter: Adapter, held: Held | None = None) -> dict[str, Any]:
+    """Merge one module; returns its entry.
+
+    Args:
+        one: the module, and where it is.
+        folder: where the data of its graph is.
+        adapter: the module's.
+        held: where copies of the initializers are changed, see `onnx_stored.writable`; None: the data file is.
+    """
+    on_grid = adapter.base_grid is not None and adapter.base_grid.on_grid
+    return {**one.describe(), "action": "merged", **_merge(one, folder, on_grid, held)}
+
+
+def _merge(one: Match, folder: Path, on_grid: bool, held: Held | None) -> dict[str, Any]:
     if not quantized(one):
-        add(one, folder)
+        add(one, folder, held)
         return {"why": f"added to the weight ({one.why})"}
     done = total = 0
     exact = on_grid
     for linear, found in corners(one):
-        stored = opened(linear, folder)
+        stored = opened(linear, folder, held)
         for rows, groups, added in touched(found, linear.group_size):
             old = stored.part(rows, groups)
             wanted = old.values() + added
@@ -101,10 +112,10 @@ def _merge(one: Match, folder: Path, on_grid: bool) -> dict[str, Any]:
     return {"why": why, "touched_groups": done}
 
 
-def add(one: Match, folder: Path) -> None:
+def add(one: Match, folder: Path, held: Held | None = None) -> None:
     """Add the blocks to a module's float weight: exact, but for its dtype."""
     for linear, found in corners(one):
-        stored = writable(linear.weight, folder)
+        stored = writable(linear.weight, folder, held)
         weight = stored.T if linear.transposed else stored  # (out, in), a view
         for corner in found:
             total = weight[corner.rows, corner.columns].astype(np.float32) + corner.delta

@@ -1,6 +1,7 @@
 """Initializers of an ONNX graph as numpy arrays that can be written to, and codes that a DequantizeLinear reads.
 
-What is written changes the data file itself, where the values lie in one, and only the bytes of the initializer.
+What is written changes the data file itself, where the values lie in one, and only the bytes of the initializer; or
+copies that are held until the file is rewritten.
 """
 
 from __future__ import annotations
@@ -17,20 +18,29 @@ from diablo_export.quantization import Codes, pack, unpack
 from diablo_export.requantize import Grid
 
 Index = slice | npt.NDArray[np.int64]  # rows, or (rows, 1); groups, or (rows, groups), each row's own
+Held = dict[str, npt.NDArray[np.uint8]]  # bytes of initializers, by name
 
 
-def writable(value: ir.Value, folder: Path) -> Array:
+def writable(value: ir.Value, folder: Path, held: Held | None = None) -> Array:
     """The initializer's values; writing to them changes the data file, where that is where they are.
 
-    Types narrower than a byte come as they are packed: a flat array of bytes.
+    Types narrower than a byte come as they are packed: a flat array of bytes. With `held` the data file stays as it is:
+    what is written changes the copy of the initializer's bytes there, read from the file where there is none yet.
     """
     tensor = value.const_value
     assert tensor is not None
     narrow = tensor.dtype.bitwidth < 8
     if not isinstance(tensor, ir.ExternalTensor):
         return np.frombuffer(tensor.tobytes(), np.uint8).copy() if narrow else np.array(tensor.numpy())
+    file, start = folder / tensor.location, tensor.offset or 0
     size = tensor.length if tensor.length is not None else tensor.nbytes
-    raw = np.memmap(folder / tensor.location, np.uint8, "r+", tensor.offset or 0, (size,))
+    if held is None:
+        raw: npt.NDArray[np.uint8] = np.memmap(file, np.uint8, "r+", start, (size,))
+    else:
+        name = str(value.name)
+        if name not in held:
+            held[name] = np.fromfile(file, np.uint8, size, offset=start)
+        raw = held[name]
     return raw if narrow else raw.view(tensor.dtype.numpy()).reshape(tensor.shape.numpy())
 
 
@@ -52,10 +62,10 @@ class Dequantized:
     Signed codes and zero points are moved by half their range, so that they are those of a `Grid`.
     """
 
-    def __init__(self, linear: Linear, folder: Path) -> None:
-        """Map the initializers of the node; `folder` is where its model.onnx lies."""
+    def __init__(self, linear: Linear, folder: Path, held: Held | None = None) -> None:
+        """Open the initializers of the node, as `writable` does; `folder` is where its model.onnx lies."""
         self._values = linear.stored
-        self._arrays = [writable(value, folder) for value in self._values]
+        self._arrays = [writable(value, folder, held) for value in self._values]
         self._bits, self._size, self._inputs = linear.bits, linear.group_size, linear.in_features
         self._flip = linear.transposed
         dtype = linear.weight.dtype
