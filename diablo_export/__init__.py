@@ -22,6 +22,7 @@ _VERBS = {
     "merge": "diablo_export.converters.merge",
     "parity": "diablo_export.measure.parity",
     "patch": "diablo_export.patch",
+    "quantize": "diablo_export.converters.quantize",
     "sweep": "diablo_export.trainer.sweep",
     "train": "diablo_export.trainer.train",
     "verify": "diablo_export.measure.verify",
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from diablo_export.converters.export import export as export
     from diablo_export.converters.inspection import inspect as inspect
     from diablo_export.converters.merge import merge as merge
+    from diablo_export.converters.quantize import quantize as quantize
     from diablo_export.diagnosis import doctor as doctor
     from diablo_export.measure.parity import parity as parity
     from diablo_export.measure.verify import verify as verify
@@ -42,8 +44,8 @@ if TYPE_CHECKING:
     from diablo_export.trainer.train import train as train
 
 __all__ = [
-    "__version__", "bench", "convert", "demo", "doctor", "export", "inspect", "merge", "parity", "patch", "sweep",
-    "train", "verify",
+    "__version__", "bench", "convert", "demo", "doctor", "export", "inspect", "merge", "parity", "patch", "quantize",
+    "sweep", "train", "verify",
 ]  # fmt: skip
 
 

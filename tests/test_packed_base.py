@@ -184,14 +184,23 @@ def test_a_dry_run_counts_packed_weights(quantized: Get, text: Path, tmp_path: P
     assert counts[0] == counts[1] > 100_000
 
 
+def test_a_sweep_over_blocks(quantized: Get, text: Path, tmp_path: Path) -> None:
+    base = quantized("awq")
+    how: dict[str, Any] = {"max_steps": 4, "batch_size": 2, "max_length": 16, "eval_data": text}
+    results = sweep(base, text, tmp_path / "s", methods=["diablo"], lr=[0.02], num_blocks=[4, 8], seeds=[3], **how)
+    found = {result["num_blocks"]: result["eval_loss"] for result in results}
+    done = train(base, text, tmp_path / "a", **{**RUN, **how})
+    assert set(found) == {None, 4, 8}  # the base itself, and the two counts
+    assert found[4] == done.evaluations[-1]["eval_loss"] != found[8], "a trial is what train trains"
+
+
 def test_refusals(quantized: Get, tiny_model: Get, tiny_adapter: Get, text: Path, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="is quantized already; leave out --base-quantize"):
         train(quantized("awq"), text, tmp_path / "a", base_quantize="int4", **RUN)
-    with pytest.raises(InputError, match="is quantized, and a sweep compares methods on float weights"):
-        sweep(
-            quantized("awq"), text, tmp_path / "s", methods=["diablo"], lr=[0.1], num_blocks=[4], eval_fraction=0.3,
-            batch_size=2, max_length=16,
-        )  # fmt: skip
+    with pytest.raises(CheckpointError, match="blocks begin at the float weights, which it no longer has"):
+        train(quantized("awq"), text, tmp_path / "a", base_quantize="int4", on_grid=True, **RUN)
+    with pytest.raises(InputError, match="is quantized, and --methods has lora, which train on float weights only"):
+        sweep(quantized("awq"), text, tmp_path / "s", methods=["diablo", "lora"], eval_fraction=0.3)
     train(quantized("awq"), text, tmp_path / "a", **RUN)
     with pytest.raises(AdapterError, match="10 of 10 modules do not fit"):
         merge(tiny_model("llama"), tmp_path / "a", tmp_path / "out")

@@ -17,6 +17,7 @@ from diablo_export.errors import CheckFailed, InputError
 COMMANDS = {
     "train": "Train DiaBlo blocks on a model.",
     "sweep": "Compare methods, learning rates and block counts in one loop.",
+    "quantize": "Quantize a float model to 8, 4 or 2 bits as a base to train on.",
     "merge": "Merge an adapter's blocks into the weights, float or quantized.",
     "export": "Export ONNX that keeps the blocks as a swappable branch.",
     "parity": "Prove that what was exported is what was trained.",

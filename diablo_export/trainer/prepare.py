@@ -92,6 +92,11 @@ def open_base(model: str | Path, grid: BaseGrid | None = None) -> Checkpoint:
     checkpoint = Checkpoint.open(model)
     refuse_unreadable(checkpoint)
     if grid is not None and is_packed(checkpoint):
+        if grid.on_grid:
+            raise CheckpointError(
+                f"{checkpoint.folder}: is quantized already, and with --on-grid blocks begin at the float weights, "
+                "which it no longer has; give the float model that it was made from"
+            )
         raise CheckpointError(
             f"{checkpoint.folder}: is quantized already; leave out --base-quantize to train beside its weights as they "
             "are, or give the float model that it was made from"

@@ -24,11 +24,14 @@ from diablo_export.output import check_output, new_folder
 from diablo_export.trainer.baselines import BASE, METHODS
 from diablo_export.trainer.history import write_log
 from diablo_export.trainer.options import check_options, choose_device
+from diablo_export.trainer.packed_base import is_packed
+from diablo_export.trainer.prepare import open_base
 from diablo_export.trainer.state import check_settings
 from diablo_export.trainer.sweep_report import draw, label, table
 from diablo_export.trainer.workers import run_all
 
 RESULTS, SETTINGS, TABLE, PICTURE = "results.jsonl", "sweep.json", "table.md", "sweep.png"
+DIABLO = "diablo"
 _KEY = ("method", "lr", "num_blocks", "target_modules", "seed")
 
 
@@ -89,6 +92,7 @@ def sweep(
     require("matplotlib", "train")
     if {"lora", "dora"} & set(methods):
         require("peft", "peft")
+    _check_methods(model, methods)
     output, work, place = Path(output), Path(f"{os.path.abspath(output)}.sweep"), choose_device(device)
     _check_places(output, work, resume, overwrite)
     sets: list[list[str] | None] = [list(names) for names in target_modules] or [None]
@@ -195,6 +199,16 @@ def _check(options: dict[str, Any]) -> None:
         raise InputError("a sweep compares on held-out data: give --eval-data or --eval-fraction")
     if options["jobs"] is not None and options["jobs"] < 1:
         raise InputError(f"--jobs is {options['jobs']}; it must be at least 1")
+
+
+def _check_methods(model: str | Path, methods: Sequence[str]) -> None:
+    """Beside packed weights there are blocks; other methods change float weights, or know PEFT's layers only."""
+    others = [name for name in methods if name != DIABLO]
+    if others and is_packed(open_base(model)):
+        raise InputError(
+            f"{model}: is quantized, and --methods has {', '.join(others)}, which train on float weights only: give "
+            f"--methods {DIABLO}, or the float model"
+        )
 
 
 def _check_places(output: Path, work: Path, resume: bool, overwrite: bool) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from diablo_export.errors import CheckpointError, InputError
+from diablo_export.errors import InputError
 from diablo_export.trainer.baselines import BASE, adapt, equal_rank
 from diablo_export.trainer.batches import Batches
 from diablo_export.trainer.data import Encoded
@@ -22,7 +22,6 @@ from diablo_export.trainer.loop import Step, learning_rate, train_loop
 from diablo_export.trainer.model import checkpoint_activations, head_parameters, load_with_fresh
 from diablo_export.trainer.objective import Objective
 from diablo_export.trainer.options import use_bfloat16
-from diablo_export.trainer.packed_base import is_packed
 from diablo_export.trainer.prepare import open_base
 from diablo_export.trainer.prepare import prepare as prepare_lesson
 from diablo_export.trainer.targets import choose_targets
@@ -78,11 +77,8 @@ def prepare(
         InputError: bad data, or a model that cannot be loaded.
     """
     autocast = use_bfloat16(dtype, place)
-    checkpoint = open_base(model)
-    if is_packed(checkpoint):
-        raise CheckpointError(f"{model}: is quantized, and a sweep compares methods on float weights; give those")
     lesson = prepare_lesson(
-        checkpoint, data, task=task, autocast=autocast, device="cpu", max_length=max_length, eval_data=eval_data,
+        open_base(model), data, task=task, autocast=autocast, device="cpu", max_length=max_length, eval_data=eval_data,
         eval_fraction=eval_fraction, seed=_SPLIT,
     )  # fmt: skip
     per_epoch = Batches(lesson.items, how["batch_size"], how["grad_accumulation"]).steps_per_epoch

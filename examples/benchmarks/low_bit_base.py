@@ -25,22 +25,17 @@ from safetensors.numpy import load_file, save_file
 from train_quality import write
 
 from diablo_export import train
-from diablo_export.algorithms import gptq
-from diablo_export.packed import gptq as packed_gptq
+from diablo_export.packed import fresh
 from diablo_export.packed.grid import PackedGrid
 from diablo_export.quantization import Float32
-from diablo_export.requantize import Grid, calibrated, grouped, refitted, rounded
 from diablo_export.trainer.model import load_base
 from diablo_export.trainer.moments import InputMoments
 from diablo_export.trainer.objective import Objective
 from diablo_export.trainer.prepare import open_base, prepare
 
 SIZE, BITS = 32, 2
-CONFIG: dict[str, Any] = {
-    "quant_method": "gptq", "bits": BITS, "group_size": SIZE, "desc_act": False, "sym": True,
-    "checkpoint_format": "gptq_v2",
-}  # fmt: skip
-Way = Callable[[Float32, Float32], Grid]  # (weight (out, in), E[x xᵀ]) → its codes
+CONFIG = fresh.config(BITS, SIZE, symmetric=True)
+Way = Callable[[Float32, Float32], PackedGrid]  # (weight (out, in), E[x xᵀ]) → its codes
 
 
 def main() -> None:
@@ -88,20 +83,13 @@ def quantized(model: Path, folder: Path, way: Way, work: Path) -> Path:
             tensors[name] = value
             continue
         module = name.removesuffix(".weight")
-        grid = way(value.astype(np.float32), moments(module))
-        made = packed_gptq.packed(as_packed(grid, value.shape[1]), {"scales": np.empty(0, np.float16)}, CONFIG)
+        made = fresh.tensors(way(value.astype(np.float32), moments(module)), CONFIG)
         tensors |= {f"{module}.{key}": part for key, part in made.items()}
     shutil.copytree(model, folder, dirs_exist_ok=True)
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     config = json.loads((model / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "quantization_config": CONFIG}))
     return folder
-
-
-def as_packed(grid: Grid, inputs: int) -> PackedGrid:
-    codes = grid.codes.reshape(len(grid.codes), -1)[:, :inputs]
-    zeros = grid.zeros.astype(np.uint8)
-    return PackedGrid(codes, grid.scales, zeros, np.arange(inputs) // SIZE, BITS, np.float16)
 
 
 def prepared(model: Path, work: Path, text: str) -> Any:
@@ -123,26 +111,8 @@ def measured(base: Path, work: Path, way: str, steps: int, lr: float) -> dict[st
     return {"own": round(before, 4), "plays": round(plays[0], 4), "plays_trained": round(plays[-1], 4)}
 
 
-def like(target: Float32) -> Grid:
-    """A symmetric grid of the target's shape, (out, groups, size), for others to be fitted like."""
-    zeros = np.full(target.shape[:2], 2 ** (BITS - 1), np.uint8)
-    return Grid(np.zeros(target.shape, np.uint8), np.ones(target.shape[:2], np.float32), zeros, BITS, True)
-
-
-def nearest(weight: Float32, moments: Float32) -> Grid:
-    target = grouped(weight, SIZE)
-    return rounded(target, like(target))
-
-
-def fitted(weight: Float32, moments: Float32) -> Grid:
-    target = grouped(weight, SIZE)
-    return refitted(target, rounded(target, like(target)), np.float16)
-
-
-def calibrated_codes(weight: Float32, moments: Float32) -> Grid:
-    target = grouped(weight, SIZE)
-    start = rounded(target, like(target))
-    return calibrated(target, [start, refitted(target, start)], moments, np.float16)
+def by(method: str) -> Way:
+    return lambda weight, moments: fresh.quantized(weight, BITS, SIZE, True, method, moments)
 
 
 def magr(weight: Float32, moments: Float32, alpha: float = 0.01, steps: int = 100) -> Float32:
@@ -170,12 +140,12 @@ def onto_l1_ball(rows: Float32, radius: float) -> Float32:
 
 
 WAYS: dict[str, Way] = {
-    "nearest": nearest,
-    "fitted": fitted,
-    "gptq": lambda weight, moments: gptq(weight, BITS, SIZE, True, moments),
-    "calibrated": calibrated_codes,
-    "magr+nearest": lambda weight, moments: nearest(magr(weight, moments), moments),
-    "magr+calibrated": lambda weight, moments: calibrated_codes(magr(weight, moments, 0.001), moments),
+    "nearest": by("rtn"),
+    "fitted": by("refit"),
+    "gptq": by("gptq"),
+    "calibrated": by("calibrated"),
+    "magr+nearest": lambda weight, moments: by("rtn")(magr(weight, moments), moments),
+    "magr+calibrated": lambda weight, moments: by("calibrated")(magr(weight, moments, 0.001), moments),
 }
 
 if __name__ == "__main__":
