@@ -186,13 +186,12 @@ def _into_onnx(
     source: onnx_file.OnnxModel, adapter: Adapter, folder: Path, options: dict[str, Any]
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """Merge into a copy of an ONNX model; the modules' entries, and the rest of the manifest."""
-    import onnx_ir as ir
-
     from diablo_export.converters.onnx_linears import kind, linears
     from diablo_export.converters.onnx_rewrite import merged_copy
     from diablo_export.runtime import session
 
-    more: dict[str, Any] = {"hashes": {}}
+    reason = f"{source.file.name} is an ONNX model already"
+    more: dict[str, Any] = {"exporter": "given", "reason": reason, "hashes": {}, **kind(linears(source.graph))}
     if options["method"] in ("exact", "rtn") and options["plan"] is None:
         modules, more["read"], more["hashes"] = merged_copy(source, folder, adapter)
     else:
@@ -200,8 +199,7 @@ def _into_onnx(
         modules, more["survival"] = _measured(folder, adapter, options)
     if (folder / onnx_file.MODEL).read_bytes() != source.file.read_bytes():
         session(folder / onnx_file.MODEL)  # a graph that the runtime refuses is no merge
-    reason = f"{source.file.name} is an ONNX model already"
-    return modules, {"exporter": "given", "reason": reason, **kind(linears(ir.load(source.file))), **more}
+    return modules, more
 
 
 def _measured(

@@ -100,8 +100,6 @@ def for_onnx(
     Raises:
         InputError: options that do not go together, a reference that cannot be used though it is needed.
     """
-    import onnx_ir as ir
-
     from diablo_export.converters.onnx_linears import linears
 
     if method in ALGORITHMS:
@@ -109,7 +107,7 @@ def for_onnx(
             f"--method {method} quantizes every weight of a float model, and {source.file.name} is what it is; give "
             "the Hugging Face folder and --quantize int4, or choose another method"
         )
-    layers = linears(ir.load(source.file))
+    layers = linears(source.graph)
     warn_of_another([adapter], grids(layers))
     bits = {layer.bits for layer in layers if layer.bits}
     if not bits:

@@ -25,6 +25,7 @@ class OnnxModel:
 
     file: Path  # the graph
     files: list[Path]  # the graph and its external data
+    graph: ir.Model  # as it was read
     others: list[Path]  # config, tokenizer and whatever else lies in its folder
 
     @property
@@ -57,7 +58,9 @@ def find(model: str | Path) -> OnnxModel | None:
     data = _data_files(file, graph)
     others = [path for path in sorted(file.parent.iterdir()) if path.is_file() and path.suffix not in _NOT_CONFIG]
     named = {MANIFEST, PARITY, *(path.name for path in data)}
-    return OnnxModel(file, [file, *data], [p for p in others if p.name not in named] if file.name == MODEL else [])
+    return OnnxModel(
+        file, [file, *data], graph, [p for p in others if p.name not in named] if file.name == MODEL else []
+    )
 
 
 def _graph_file(path: Path) -> Path | None:

@@ -33,7 +33,7 @@ class Corner:
     Attributes:
         rows: of the node's weight.
         columns: inputs that the block reads.
-        delta: (rows, columns), what the block adds.
+        delta: (rows, columns), what the block adds, in the blocks' dtype.
         of_module: the same rows, counted in the module.
     """
 
@@ -58,7 +58,7 @@ def corners(one: Match) -> Iterator[tuple[Linear, list[Corner]]]:
             if start >= stop or inputs.start >= inputs.stop:
                 continue
             columns = slice(start - outputs.start, stop - outputs.start)
-            delta = one.module.blocks[block, : inputs.stop - inputs.start, columns].T.astype(np.float32)
+            delta = one.module.blocks[block, : inputs.stop - inputs.start, columns].T
             move = piece.start - offset
             found.append(Corner(slice(start + move, stop + move), inputs, delta, slice(start, stop)))
         yield piece.linear, found
@@ -76,14 +76,14 @@ def touched(found: Sequence[Corner], size: int) -> Iterator[tuple[Index, Index, 
         groups = corner.groups(size)
         alike[groups.stop - groups.start].append(corner)
     for width, corners in alike.items():
-        rows = np.concatenate([np.arange(corner.rows.start, corner.rows.stop) for corner in corners])
-        firsts = np.concatenate([np.full(len(corner.delta), corner.columns.start // size) for corner in corners])
+        heights = np.array([len(corner.delta) for corner in corners])
+        tops = heights.cumsum() - heights  # of each corner among the rows of all
+        rows = np.arange(heights.sum()) + np.repeat([corner.rows.start for corner in corners] - tops, heights)
+        firsts = np.repeat([corner.columns.start // size for corner in corners], heights)
         added = np.zeros((len(rows), width * size), np.float32)
-        at = 0
-        for corner in corners:
+        for corner, top in zip(corners, tops.tolist(), strict=True):
             height, columns = corner.delta.shape
-            added[at : at + height, corner.columns.start % size :][:, :columns] = corner.delta
-            at += height
+            added[top : top + height, corner.columns.start % size :][:, :columns] = corner.delta
         step = max(1, _AT_ONCE // (width * size))
         for start in range(0, len(rows), step):
             here = slice(start, start + step)

@@ -106,9 +106,11 @@ def _find(module: AdaptedModule, modules: Mapping[str, AdaptedModule], layers: S
         ("name of the node", _by_name),
     ):
         for pieces in named(module, modules, layers):
-            fault = _fault(module, pieces)
+            fault = _misfit(module, pieces)
+            likeness = _likeness(module, pieces) if fault is None else None
+            fault = fault or _strange(module, pieces, likeness)
             if fault is None:
-                return Match(module, tuple(pieces), why + _evidence(module, pieces))
+                return Match(module, tuple(pieces), why + _evidence(likeness))
             reasons.append(f"{' + '.join(piece.linear.name for piece in pieces)} ({why}) {fault}")
     by_values = _by_values(module, layers)
     if isinstance(by_values, Match):
@@ -116,8 +118,8 @@ def _find(module: AdaptedModule, modules: Mapping[str, AdaptedModule], layers: S
     return "; ".join([*dict.fromkeys(reasons), by_values])
 
 
-def _fault(module: AdaptedModule, pieces: Sequence[Piece]) -> str | None:
-    """Why these pieces are not the module, whatever they are called; None when they may be."""
+def _misfit(module: AdaptedModule, pieces: Sequence[Piece]) -> str | None:
+    """Why these pieces cannot be the module, whatever they are called; None when they may be."""
     widths = {piece.linear.in_features for piece in pieces}
     outputs = sum(piece.stop - piece.start for piece in pieces)
     if widths != {module.in_features} or outputs != module.out_features:
@@ -125,7 +127,11 @@ def _fault(module: AdaptedModule, pieces: Sequence[Piece]) -> str | None:
         return f"is {sizes}, the adapter's module is {module.in_features} → {module.out_features} (inputs → outputs)"
     if len({id(piece.linear.x) for piece in pieces}) > 1:
         return "do not share one input"
-    likeness = _likeness(module, pieces)
+    return None
+
+
+def _strange(module: AdaptedModule, pieces: Sequence[Piece], likeness: float | None) -> str | None:
+    """What is wrong with their values; None when these are the module's, or nothing is known of them."""
     if likeness is None or (likeness >= SAME_WEIGHT and _as_exact_as_stored(module, pieces)):
         return None
     return f"has other values than the base weight (cosine of 64 samples {likeness:.2f}); the adapter has another base"
@@ -157,8 +163,7 @@ def _samples(module: AdaptedModule, pieces: Sequence[Piece]) -> npt.NDArray[np.f
     return values
 
 
-def _evidence(module: AdaptedModule, pieces: Sequence[Piece]) -> str:
-    likeness = _likeness(module, pieces)
+def _evidence(likeness: float | None) -> str:
     return "; the adapter has no samples to check it" if likeness is None else f"; values agree (cosine {likeness:.3f})"
 
 
@@ -171,7 +176,8 @@ def _by_mark(
     """Nodes that this program marked when it built the graph."""
     parts: list[Linear] = []
     for layer in layers:
-        names = (layer.node.metadata_props.get(MODULE) or "").split(",")
+        marked = layer.node.metadata_props.get(MODULE) or ""
+        names = marked.split(",") if module.name in marked else []
         if names == [module.name]:
             parts.append(layer)
         elif module.name in names:

@@ -118,6 +118,6 @@ def add(one: Match, folder: Path, held: Held | None = None) -> None:
         stored = writable(linear.weight, folder, held)
         weight = stored.T if linear.transposed else stored  # (out, in), a view
         for corner in found:
-            total = weight[corner.rows, corner.columns].astype(np.float32) + corner.delta
+            total = weight[corner.rows, corner.columns].astype(np.float32) + corner.delta.astype(np.float32)
             weight[corner.rows, corner.columns] = total.astype(stored.dtype)
         keep(linear.weight, stored)

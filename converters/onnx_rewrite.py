@@ -13,8 +13,6 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import IO, Any
 
-import numpy as np
-import numpy.typing as npt
 import onnx_ir as ir
 import xxhash
 
@@ -23,12 +21,11 @@ from diablo_export.converters import onnx_file
 from diablo_export.converters.direct_write import direct_writer
 from diablo_export.converters.onnx_match import Match, match
 from diablo_export.converters.onnx_merge import merge_module, put_head, refuse
-from diablo_export.converters.onnx_stored import Held
+from diablo_export.converters.onnx_stored import Bytes, Held
 from diablo_export.errors import ExportError, InputError
 
 CHUNK = 1 << 20  # bytes that are hashed and written while they are in the processor's cache
 
-Bytes = npt.NDArray[np.uint8]
 Changed = Mapping[int, Callable[[], Bytes]]  # what takes the place of the bytes from an offset on
 
 
@@ -38,7 +35,7 @@ def merged_copy(
     """Write a model with an adapter merged into it; of a large one a few weights are in memory at a time.
 
     Args:
-        source: the model; stays as it is.
+        source: the model; its files stay as they are.
         folder: where it is written, as `onnx_file.copy` does.
         adapter: what to merge.
 
@@ -50,11 +47,11 @@ def merged_copy(
         MatchError: adapted modules that the graph does not show.
         ExportError: weights that cannot be merged into, with the reason of each.
     """
-    model = ir.load(source.file)
+    model = source.graph
     found = match(model, adapter.modules)
     refuse(source.file, found.values())
     read, written = onnx_file.copy(source, folder, data=False), {}
-    held: Held = {}
+    held = Held()
     entries: dict[str, dict[str, Any]] = {}
 
     def merge(one: Match) -> None:
@@ -64,7 +61,7 @@ def merged_copy(
     def merged(value: ir.Value, users: list[Match]) -> Bytes:
         for one in users:
             merge(one)
-        return held.pop(str(value.name))
+        return held.give_up(str(value.name))
 
     places, inside = _places(source, found, merged)
     for file in source.files[1:]:

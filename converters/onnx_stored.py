@@ -14,11 +14,39 @@ import onnx_ir as ir
 
 from diablo_export.blockdiag import Array
 from diablo_export.converters.onnx_linears import Linear
+from diablo_export.errors import InputError
 from diablo_export.quantization import Codes, pack, unpack
 from diablo_export.requantize import Grid
 
 Index = slice | npt.NDArray[np.int64]  # rows, or (rows, 1); groups, or (rows, groups), each row's own
-Held = dict[str, npt.NDArray[np.uint8]]  # bytes of initializers, by name
+Bytes = npt.NDArray[np.uint8]
+
+
+class Held:
+    """Copies of initializers' bytes, by name, in memory that is used again: to be given new costs more than to copy."""
+
+    def __init__(self) -> None:
+        self._held: dict[str, Bytes] = {}
+        self._spare: list[Bytes] = []
+
+    def get(self, name: str, file: Path, start: int, size: int) -> Bytes:
+        """The copy; what the file has from `start` on where there is none yet."""
+        if name not in self._held:
+            fitting = (index for index, memory in enumerate(self._spare) if memory.size >= size)
+            index = next(fitting, None)
+            memory = np.empty(size, np.uint8) if index is None else self._spare.pop(index)
+            with file.open("rb", buffering=0) as stream:
+                stream.seek(start)
+                if stream.readinto(memory[:size].data) != size:
+                    raise InputError(f"{file}: cannot be read from byte {start:,} on; copy it again")
+            self._held[name] = memory[:size]
+        return self._held[name]
+
+    def give_up(self, name: str) -> Bytes:
+        """The copy, for the last time: its memory is used again once another is asked for."""
+        held = self._held.pop(name)
+        self._spare.append(held if held.base is None else np.asarray(held.base))
+        return held
 
 
 def writable(value: ir.Value, folder: Path, held: Held | None = None) -> Array:
@@ -35,12 +63,9 @@ def writable(value: ir.Value, folder: Path, held: Held | None = None) -> Array:
     file, start = folder / tensor.location, tensor.offset or 0
     size = tensor.length if tensor.length is not None else tensor.nbytes
     if held is None:
-        raw: npt.NDArray[np.uint8] = np.memmap(file, np.uint8, "r+", start, (size,))
+        raw: Bytes = np.memmap(file, np.uint8, "r+", start, (size,))
     else:
-        name = str(value.name)
-        if name not in held:
-            held[name] = np.fromfile(file, np.uint8, size, offset=start)
-        raw = held[name]
+        raw = held.get(str(value.name), file, start, size)
     return raw if narrow else raw.view(tensor.dtype.numpy()).reshape(tensor.shape.numpy())
 
 
