@@ -96,12 +96,21 @@ def fork(arguments: dict[str, Any], log: str, environment: dict[str, str] | None
         os.dup2(handle, 1)
         os.dup2(handle, 2)
         set_verbosity(20)
+        if "DS_ACCELERATOR" in (environment or {}):
+            _no_shared_memory()
         train(**arguments)
         code = 0
     except BaseException:
         traceback.print_exc()
     finally:
         os._exit(code)
+
+
+def _no_shared_memory() -> None:
+    """Have DeepSpeed's processes speak over gloo: its own way over shared memory it would compile first."""
+    import deepspeed.ops
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
 def wait_for(condition: Any, pids: list[int]) -> None:

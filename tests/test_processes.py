@@ -111,7 +111,7 @@ def test_items_are_shared_out() -> None:
     ("environment", "batch_size", "message"),
     [
         ({}, 1, "--batch-size is 1, which 2 processes share: give 2 or more"),
-        ({"ACCELERATE_USE_DEEPSPEED": "true"}, 4, "configured for DeepSpeed.* use FSDP 2"),
+        ({"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"}, 4, "stage is 3.* use FSDP 2"),
         ({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "1"}, 4, "configured for FSDP 1.*set fsdp_version: 2"),
         (SHARDED, 4, "FSDP 2 does not cut up packed weights: give a float base"),
     ],

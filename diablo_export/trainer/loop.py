@@ -42,6 +42,8 @@ def train_loop(
     seed: int = 0,
     culprit: Callable[[Sequence[Sequence[Encoded]]], str] = lambda parts: "",
     add_up: Callable[[Sequence[nn.Parameter], float], float] = lambda parameters, loss: loss,
+    backward: Callable[[Tensor, bool], None] = lambda loss, last: torch.autograd.backward(loss),
+    clip_norm: Callable[[Sequence[nn.Parameter], float], Tensor] = nn.utils.clip_grad_norm_,
     after_step: Callable[[Step], None] = lambda step: None,
 ) -> None:
     """Train from step `start` up to `steps`.
@@ -58,6 +60,8 @@ def train_loop(
         clip: largest norm of the gradient, or None.
         culprit: says where a step's batches broke the numbers, when they did.
         add_up: adds gradients, in place, and loss up over processes that train together.
+        backward: adds up the gradients of a batch's loss; told whether it is the step's last.
+        clip_norm: clips the gradient to a norm, and says what that was before.
         after_step: sees each finished step, to log, evaluate and save; what it raises ends the training.
 
     Raises:
@@ -74,10 +78,10 @@ def train_loop(
         total = 0.0
         for part in parts:
             share = loss(part) / count
-            share.backward()  # type: ignore[no-untyped-call]
+            backward(share, part is parts[-1])
             total += share.item()
         total = add_up(parameters, total)
-        norm = whole(nn.utils.clip_grad_norm_(parameters, clip or math.inf)).item()
+        norm = whole(clip_norm(parameters, clip or math.inf)).item()
         if not (math.isfinite(total) and math.isfinite(norm)):
             torch.manual_seed(seed * 1_000_003 + step)  # the same dropout again
             raise _diverged(step, total, norm, rate(step), culprit(parts))

@@ -7,9 +7,10 @@ the whole model, or, where accelerate's configuration says FSDP 2, a part of eac
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +24,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from diablo_export.console import log
 from diablo_export.errors import InputError, require
 from diablo_export.trainer.data import Encoded
+from diablo_export.trainer.zero import read_config
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,7 @@ class Processes:
     count: int = 1
     accelerator: Any = None  # accelerate's, where there are several
     sharded: bool = False  # each process holds only a part of each weight
+    deepspeed: dict[str, Any] | None = None  # its configuration, where it is to step
 
     @property
     def first(self) -> bool:
@@ -72,7 +75,7 @@ class Processes:
         """Add up gradients (in place) and loss over all processes: all then take the same step."""
         if self.accelerator is None:
             return loss
-        if not self.sharded:  # else they were on their way back
+        if not self.sharded and self.deepspeed is None:  # else they were on their way back
             parts = [p.grad if p.grad is not None else torch.zeros_like(p) for p in parameters]
             total = self.accelerator.reduce(torch.cat([part.flatten() for part in parts]), "sum")
             for parameter, part in zip(parameters, total.split([part.numel() for part in parts]), strict=True):
@@ -110,8 +113,7 @@ def join_processes(device: str, batch_size: int, packed: bool = False) -> Proces
     require("accelerate", "train")
     from accelerate import Accelerator
 
-    if _set("ACCELERATE_USE_DEEPSPEED"):
-        raise InputError(_DEEPSPEED)
+    deepspeed = read_config() if _set("ACCELERATE_USE_DEEPSPEED") else None
     if _set("ACCELERATE_USE_FSDP") and os.environ.get("FSDP_VERSION") != "2":
         raise InputError(
             "accelerate is configured for FSDP 1, which cannot mix frozen and trained weights of several types; "
@@ -121,22 +123,26 @@ def join_processes(device: str, batch_size: int, packed: bool = False) -> Proces
         raise InputError(
             "FSDP 2 does not cut up packed weights: give a float base without --base-quantize, or start plain processes"
         )
-    accelerator = Accelerator(cpu=device == "cpu" or not torch.cuda.is_available(), mixed_precision="no")
+    with _unset("ACCELERATE_USE_DEEPSPEED"):  # which accelerate has for GPUs only
+        accelerator = Accelerator(cpu=device == "cpu" or not torch.cuda.is_available(), mixed_precision="no")
     if accelerator.process_index:
         log.setLevel(logging.ERROR)  # the first one speaks for all
-    return Processes(accelerator.process_index, count, accelerator, _set("ACCELERATE_USE_FSDP"))
-
-
-_DEEPSPEED = (
-    "accelerate is configured for DeepSpeed, which steps and clips by itself and is not supported: blocks are a few "
-    "percent of the weights, so that there is little to save in their optimizer; to cut the base's weights among GPUs "
-    "use FSDP 2 (accelerate launch --use_fsdp --fsdp_version 2), else plain processes (--multi_gpu)"
-)
+    return Processes(accelerator.process_index, count, accelerator, _set("ACCELERATE_USE_FSDP"), deepspeed)
 
 
 def _set(name: str) -> bool:
     """Whether `accelerate launch` has switched something on, from its options or its configuration file."""
     return os.environ.get(name, "false").lower() in ("1", "true")
+
+
+@contextlib.contextmanager
+def _unset(name: str) -> Iterator[None]:
+    value = os.environ.pop(name, None)
+    try:
+        yield
+    finally:
+        if value is not None:
+            os.environ[name] = value
 
 
 def whole(tensor: Tensor) -> Tensor:

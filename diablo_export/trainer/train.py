@@ -40,6 +40,7 @@ from diablo_export.trainer.prepare import Lesson, open_base, prepare
 from diablo_export.trainer.processes import join_processes
 from diablo_export.trainer.state import CHECKPOINT, load_state, save_state, unfinished
 from diablo_export.trainer.watch import watching
+from diablo_export.trainer.zero import Zero
 
 # options that a resumed run must share with its beginning, beside those that are worked out from several
 _KEPT = (
@@ -176,11 +177,15 @@ def train(
     processes.spread(network)
     if gradient_checkpointing:
         checkpoint_activations(network)
-    if not autocast and not processes.sharded:
+    if not (autocast or processes.sharded or processes.deepspeed):
         fold_blocks(diablo_layers(network).values())
 
     trained = list(learner.parameters.values())
-    optimizer = torch.optim.AdamW(trained, lr=lr, weight_decay=weight_decay)
+    optimizer: Any = torch.optim.AdamW(trained, lr=lr, weight_decay=weight_decay)
+    by: dict[str, Any] = {}  # how gradients are added up and clipped, where that is not torch's way
+    if processes.deepspeed:
+        optimizer = Zero(network, optimizer, processes.deepspeed, count=processes.count, clip=clip or None)
+        by = {"backward": optimizer.backward, "clip_norm": optimizer.norm}
     objective = Objective(network, lesson.labels is not None, lesson.pad, place, autocast, processes)
     batches = Batches(lesson.items, batch_size, grad_accumulation, seed)
     steps = max_steps or math.ceil(epochs * batches.steps_per_epoch)
@@ -200,7 +205,7 @@ def train(
     run = functools.partial(
         train_loop, optimizer, batches=batches, loss=objective.loss, targets=objective.targets,
         rate=learning_rate(lr, steps, warmup, schedule), clip=clip or None, seed=seed + (processes.rank << 32),
-        culprit=objective.culprit, add_up=processes.add_up,
+        culprit=objective.culprit, add_up=processes.add_up, **by,
     )  # fmt: skip
     if dry_run:
         network.train()

