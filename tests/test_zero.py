@@ -27,7 +27,7 @@ def test_spread_optimizers_come_to_the_weights_of_one(tiny_model: Callable[[str]
     text = tmp_path / "text.jsonl"
     text.write_text(json.dumps({"text": "the cat sat on the mat and the dog sat on the log. " * 12}) + "\n")
     common = {"model": str(tiny_model("llama")), "data": str(text), **RUN}
-    # as `accelerate launch --deepspeed_config_file` gives it; sizes of steps and clipping are the trainer's all the same
+    # a file for `accelerate launch`; sizes of steps and clipping are the trainer's all the same
     config = {
         "train_batch_size": "auto", "gradient_accumulation_steps": 7, "gradient_clipping": 1e-3,
         "zero_optimization": {"stage": 2, "reduce_bucket_size": 5000, "overlap_comm": False},
@@ -69,7 +69,7 @@ def test_what_would_train_something_else_is_refused(monkeypatch: pytest.MonkeyPa
     wanted = ["optimizer: steps are", "bf16: steps are", "stage is 0; it must be 1 or 2", "offload_optimizer: not supp"]
     assert len(lines) == 4 and all(part in line for part, line in zip(wanted, lines, strict=True))
     monkeypatch.setenv("ACCELERATE_DEEPSPEED_CONFIG_FILE", "nowhere.json")
-    with pytest.raises(InputError, match="accelerate cannot read its DeepSpeed configuration: .*nowhere.json"):
+    with pytest.raises(InputError, match=r"accelerate cannot read its DeepSpeed configuration: .*nowhere\.json"):
         read_config()
 
 
