@@ -18,7 +18,12 @@ registered kernel of that name takes the function's place.
     Y = MatMulNBitsBlockDiag(X, B, scales, D, zero_points)      attributes K, N, bits, block_size, accuracy_level
 
 is com.microsoft's MatMulNBits(X, B, scales, zero_points) and BlockDiagMatMul behind it as one node, D of X's type. Its
-kernel for CUDA reads codes and blocks in one launch; elsewhere it is the two, one after the other.
+kernel for CUDA reads codes and blocks in one launch; elsewhere it is the two, one after the other. Two and three of
+these that read the same X, in one launch as well, are MatMulNBitsBlockDiagPair and MatMulNBitsBlockDiagTriple:
+
+    Y, Y2, … = MatMulNBitsBlockDiagPair(X, B, scales, D, B2, scales2, D2, …, zero_points, zero_points2, …)
+
+with the outputs' sizes in N, N2, … and the other attributes shared; zero points are there for all layers or for none.
 """
 
 from __future__ import annotations
@@ -39,11 +44,10 @@ DOMAIN = "ai.diablo"
 NAME = "BlockDiagMatMul"
 NAME_INT8 = "BlockDiagMatMulInt8"
 NAME_FUSED = "MatMulNBitsBlockDiag"
+NAMES_FUSED = {1: NAME_FUSED, 2: f"{NAME_FUSED}Pair", 3: f"{NAME_FUSED}Triple"}  # by how many layers
 VERSION = 1
 INPUTS = ("X", "D", "Y0")
 INPUTS_INT8 = ("X", "D", "S", "Y0")
-INPUTS_FUSED = ("X", "B", "scales", "D", "zero_points")  # the last is optional: without it every zero point is 8
-ATTRIBUTES_FUSED = ("K", "N", "bits", "block_size", "accuracy_level")  # MatMulNBits' own
 OUTPUTS = ("Y",)
 TYPES = ("float", "float16", "bfloat16")  # what T may be
 MIN_OPSET = 15  # of the standard operators in the body: Shape has `start` and `end` since 15
@@ -115,30 +119,54 @@ def function(opset: int = 18, name: str = NAME) -> onnx.FunctionProto:
     return onnx.parser.parse_function(text)
 
 
+def fused_inputs(layers: int = 1, zero_points: bool = False) -> list[str]:
+    """Names of the inputs of a node of so many layers; without zero points each of them is 8."""
+    each = [f"{name}{nth}" for nth in _nth(layers) for name in ("B", "scales", "D")]
+    return ["X", *each, *(f"zero_points{nth}" for nth in _nth(layers) if zero_points)]
+
+
+def fused_attributes(layers: int = 1) -> list[str]:
+    """Names of its attributes, MatMulNBits' own: an N for each layer, the others for all."""
+    return ["K", *(f"N{nth}" for nth in _nth(layers)), "bits", "block_size", "accuracy_level"]
+
+
+def _nth(layers: int) -> list[str]:
+    return ["", "2", "3"][:layers]
+
+
 _FUSED_BODY = """
 <domain: "ai.diablo", opset_import: ["" : {opset}, "com.microsoft" : 1, "ai.diablo" : {version}]>
-{name} <{attributes}> ({inputs}) => (Y)
+{name} <{attributes}> ({inputs}) => ({outputs})
 {{
-  Y0 = com.microsoft.MatMulNBits <{given}> (X, B, scales{zeros})
-  Y = ai.diablo.BlockDiagMatMul (X, D, Y0)
+{layers}
 }}
 """
 
+_FUSED_LAYER = """
+  Y0_{nth} = com.microsoft.MatMulNBits <K: int = @K, N: int = @N{nth}, bits: int = @bits, block_size: int = @block_size,
+                                        accuracy_level: int = @accuracy_level> (X, B{nth}, scales{nth}{zeros})
+  Y{nth} = ai.diablo.BlockDiagMatMul (X, D{nth}, Y0_{nth})
+"""
 
-def fused_function(opset: int = 18, zero_points: bool = False) -> onnx.FunctionProto:
-    """MatMulNBitsBlockDiag as a function over com.microsoft's MatMulNBits and BlockDiagMatMul, whose own must be there.
+
+def fused_function(opset: int = 18, zero_points: bool = False, layers: int = 1) -> onnx.FunctionProto:
+    """The operator of so many layers as a function over com.microsoft's MatMulNBits and BlockDiagMatMul, whose own must
+    be there.
 
     A function cannot leave an input out of a call that it makes, so a model's nodes have zero points all or none.
     """
-    inputs = INPUTS_FUSED if zero_points else INPUTS_FUSED[:-1]
+    body = (
+        _FUSED_LAYER.format(nth=nth, zeros=f", zero_points{nth}" if zero_points else "").strip("\n")
+        for nth in _nth(layers)
+    )
     text = _FUSED_BODY.format(
         opset=max(opset, MIN_OPSET),
         version=VERSION,
-        name=NAME_FUSED,
-        attributes=", ".join(ATTRIBUTES_FUSED),
-        inputs=", ".join(inputs),
-        given=", ".join(f"{name}: int = @{name}" for name in ATTRIBUTES_FUSED),
-        zeros=", zero_points" if zero_points else "",
+        name=NAMES_FUSED[layers],
+        attributes=", ".join(fused_attributes(layers)),
+        inputs=", ".join(fused_inputs(layers, zero_points)),
+        outputs=", ".join(f"Y{nth}" for nth in _nth(layers)),
+        layers="\n".join(body),
     )
     return onnx.parser.parse_function(text)
 

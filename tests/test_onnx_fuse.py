@@ -100,7 +100,7 @@ def test_the_kernel_is_the_weight_and_its_branch(rows: int, dtype: Any, symmetri
         tensors["zero_points"] = stored.zero_points
         names.append("zero_points")
     node = helper.make_node(opschema.NAME_FUSED, names, ["Y"], domain=opschema.DOMAIN)
-    for name, number in zip(opschema.ATTRIBUTES_FUSED, (K, N, 4, stored.group_size, 0), strict=True):
+    for name, number in zip(opschema.fused_attributes(), (K, N, 4, stored.group_size, 0), strict=True):
         node.attribute.append(helper.make_attribute(name, number))
     inputs = [value("X", element, ["m", K]), value("D", element, ["b", "i", "o"])]
     made = helper.make_graph(
@@ -130,7 +130,6 @@ def test_what_does_not_fit_is_explained() -> None:
 @pytest.mark.parametrize(
     ("model", "why"),
     [
-        (graph(layer(symmetric=False)), "zero points"),
         (graph(layer(group=16)), "groups of 16"),
         (graph(layer(bits=8)), "8 bits"),
         (graph(layer(), FLOAT), "FLOAT: the kernel multiplies in float16 or bfloat16"),

@@ -41,22 +41,31 @@ __device__ inline void store_whole(void* to, const void* from) {
   load_whole<Bytes>(from, to);
 }
 
+// Sixteen bytes that nobody reads again: past the first cache, which keeps what is shared, and more of the same row at once.
+__device__ inline void load_once(const void* from, uint32_t (&to)[4]) {
+  asm("ld.global.nc.L1::no_allocate.L2::128B.v4.u32 {%0,%1,%2,%3}, [%4];"
+      : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
+      : "l"(from));
+}
+
+__device__ inline uint32_t load_word(const void* from) { return __ldg(static_cast<const unsigned*>(from)); }
+
 __device__ inline uint32_t load_pair(const void* from) { return *static_cast<const uint32_t*>(from); }
 
-// (code - zero) * scale for a code in the lower 4 bits of each half: behind the bits of 1024, or 128, it is that number
-// plus the code, and the difference is exact.
-__device__ inline uint32_t dequantize_pair(uint32_t codes, __half zero, __half scale) {
-  const uint32_t bits = codes | 0x64006400u;
-  const __half2 offset = __half2half2(__hadd(__ushort_as_half(0x6400), zero));
-  const __half2 value = __hmul2(__hsub2(*reinterpret_cast<const __half2*>(&bits), offset), __half2half2(scale));
+// (code - zero) * scale for a code and a zero point in the lower 4 bits of each half: behind the bits of 1024, or 128,
+// either is that number plus itself, and the difference is exact.
+__device__ inline uint32_t dequantize_pair(uint32_t codes, uint32_t zeros, __half scale) {
+  const uint32_t bits = codes | 0x64006400u, offset = zeros | 0x64006400u;
+  const __half2 value = __hmul2(__hsub2(*reinterpret_cast<const __half2*>(&bits), *reinterpret_cast<const __half2*>(&offset)),
+                                __half2half2(scale));
   return *reinterpret_cast<const uint32_t*>(&value);
 }
 
-__device__ inline uint32_t dequantize_pair(uint32_t codes, __nv_bfloat16 zero, __nv_bfloat16 scale) {
-  const uint32_t bits = codes | 0x43004300u;
-  const __nv_bfloat162 offset = __bfloat162bfloat162(__hadd(__ushort_as_bfloat16(0x4300), zero));
-  const __nv_bfloat162 value =
-      __hmul2(__hsub2(*reinterpret_cast<const __nv_bfloat162*>(&bits), offset), __bfloat162bfloat162(scale));
+__device__ inline uint32_t dequantize_pair(uint32_t codes, uint32_t zeros, __nv_bfloat16 scale) {
+  using Pair = __nv_bfloat162;
+  const uint32_t bits = codes | 0x43004300u, offset = zeros | 0x43004300u;
+  const Pair value = __hmul2(__hsub2(*reinterpret_cast<const Pair*>(&bits), *reinterpret_cast<const Pair*>(&offset)),
+                             __bfloat162bfloat162(scale));
   return *reinterpret_cast<const uint32_t*>(&value);
 }
 

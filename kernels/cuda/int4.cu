@@ -1,4 +1,4 @@
-// The int4 layer with its branch on CUDA devices: types, launches, errors.
+// int4 layers with their branches on CUDA devices: types, launches, errors.
 #include "diablo/int4.h"
 
 #include "device.cuh"
@@ -9,50 +9,80 @@ namespace {
 
 using namespace diablo;
 
+constexpr int64_t kMostGroup = 4096, kMostInputs = INT32_MAX / 2;  // whose passes stay in 32 bits
+
 bool starts_whole(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
 
-bool is_empty(const DiabloShape& s) { return s.num_blocks == 0 || s.block_size_in == 0 || s.block_size_out == 0; }
+template <class T>
+cudaError_t launch_rows(const DiabloInt4Layer* layers, int count, const void* x, cudaStream_t stream) {
+  const Int4Job<T> job = int4_job<T>(layers, count, x);
+  const dim3 grid(static_cast<unsigned>(job.tiles), static_cast<unsigned>(job.row_tiles < 65535 ? job.row_tiles : 65535));
+  if (job.whole)
+    int4_rows<T, true><<<grid, kInt4Threads, 0, stream>>>(job);
+  else
+    int4_rows<T, false><<<grid, kInt4Threads, 0, stream>>>(job);
+  return cudaGetLastError();
+}
 
 template <class T>
-cudaError_t launch(const DiabloShape& s, const DiabloInt4& weights, const void* x, const void* blocks, void* y,
-                   cudaStream_t stream) {
-  const int64_t tiles = (s.rows + kInt4Rows - 1) / kInt4Rows, columns = (s.out_features + kInt4Outputs - 1) / kInt4Outputs;
-  const Int4Job<T> job{s,
-                       (s.in_features + weights.group_size - 1) / weights.group_size,
-                       static_cast<int>(weights.group_size),
-                       tiles,
-                       starts_whole(x) && s.x_stride % 8 == 0,
-                       !is_empty(s),
-                       static_cast<const T*>(x),
-                       static_cast<const uint8_t*>(weights.codes),
-                       static_cast<const T*>(weights.scales),
-                       weights.zeros,
-                       static_cast<const T*>(blocks),
-                       static_cast<T*>(y)};
-  if (columns > INT32_MAX) return cudaErrorInvalidConfiguration;
-  const dim3 grid(static_cast<unsigned>(columns), static_cast<unsigned>(tiles < 65535 ? tiles : 65535));
-  int4_rows<T><<<grid, kInt4Threads, 0, stream>>>(job);
+cudaError_t launch_dense(const DiabloInt4Layer& given, void* dense, cudaStream_t stream) {
+  const int64_t inputs = given.shape.in_features, across = (inputs + kDenseInputs - 1) / kDenseInputs,
+                down = (given.shape.out_features + kDenseOutputs - 1) / kDenseOutputs;
+  if (across > 65535 || down > INT32_MAX) return cudaErrorInvalidConfiguration;
+  const dim3 grid(static_cast<unsigned>(down), static_cast<unsigned>(across));
+  int4_dense<T><<<grid, kDenseThreads, 0, stream>>>(int4_layer<T>(given, 0), inputs, dense_aligned(dense, inputs),
+                                                    static_cast<T*>(dense));
   return cudaGetLastError();
+}
+
+DiabloError answer(cudaError_t code, const char** cause) {
+  if (code == cudaSuccess) return DIABLO_OK;
+  if (cause != nullptr) *cause = cudaGetErrorString(code);
+  return DIABLO_CUDA_FAILED;
 }
 
 }  // namespace
 
-int diablo_int4_takes(const DiabloShape* shape, const DiabloInt4* weights) {
-  const bool type = shape->type == DIABLO_F16 || shape->type == DIABLO_BF16;
-  return type && shape->block_type == shape->type && weights->group_size > 0 && weights->group_size % kInt4Lane == 0 &&
-         weights->group_size <= 4096 && starts_whole(weights->codes);
+int diablo_int4_takes(const DiabloInt4Layer* layers, int count) {
+  if (count < 1 || count > DIABLO_INT4_LAYERS) return 0;
+  const DiabloShape& first = layers[0].shape;
+  const int64_t size = layers[0].weights.group_size;
+  if (first.type != DIABLO_F16 && first.type != DIABLO_BF16) return 0;
+  if (size < kInt4Lane || size > kMostGroup || (size & (size - 1)) != 0 || first.in_features > kMostInputs) return 0;
+  int64_t outputs = 0;
+  for (const DiabloInt4Layer* layer = layers; layer != layers + count; ++layer) {
+    const DiabloShape& s = layer->shape;
+    if (s.type != first.type || s.block_type != first.type || s.rows != first.rows || s.x_stride != first.x_stride) return 0;
+    if (s.in_features != first.in_features || layer->weights.group_size != size) return 0;
+    if (!starts_whole(layer->weights.codes) || s.out_features > INT32_MAX) return 0;
+    outputs += s.out_features;
+  }
+  return outputs <= INT32_MAX;
 }
 
-DiabloError diablo_int4_cuda(const DiabloShape* shape, const DiabloInt4* weights, const void* x, const void* blocks,
-                             void* y, void* stream, const char** cause) {
-  const DiabloError error = diablo_check(shape);
-  if (error != DIABLO_OK) return error;
-  if (!diablo_int4_takes(shape, weights)) return DIABLO_UNKNOWN_TYPE;
-  if (shape->rows == 0 || shape->out_features == 0) return DIABLO_OK;
+DiabloError diablo_int4_cuda(const DiabloInt4Layer* layers, int count, const void* x, void* stream, const char** cause) {
+  for (int i = 0; i < count; ++i) {
+    const DiabloError error = diablo_check(&layers[i].shape);
+    if (error != DIABLO_OK) return error;
+  }
+  if (!diablo_int4_takes(layers, count)) return DIABLO_UNKNOWN_TYPE;
+  int64_t outputs = 0;
+  for (int i = 0; i < count; ++i) outputs += layers[i].shape.out_features;
+  if (layers[0].shape.rows == 0 || outputs == 0) return DIABLO_OK;
   cudaStream_t queue = static_cast<cudaStream_t>(stream);
-  const cudaError_t code = shape->type == DIABLO_F16 ? launch<__half>(*shape, *weights, x, blocks, y, queue)
-                                                     : launch<__nv_bfloat16>(*shape, *weights, x, blocks, y, queue);
-  if (code == cudaSuccess) return DIABLO_OK;
-  if (cause != nullptr) *cause = cudaGetErrorString(code);
-  return DIABLO_CUDA_FAILED;
+  return answer(layers[0].shape.type == DIABLO_F16 ? launch_rows<__half>(layers, count, x, queue)
+                                                   : launch_rows<__nv_bfloat16>(layers, count, x, queue),
+                cause);
+}
+
+DiabloError diablo_int4_dense_cuda(const DiabloInt4Layer* layer, void* dense, void* stream, const char** cause) {
+  const DiabloShape& s = layer->shape;
+  const DiabloError error = diablo_check(&s);
+  if (error != DIABLO_OK) return error;
+  if (!diablo_int4_takes(layer, 1)) return DIABLO_UNKNOWN_TYPE;
+  if (s.in_features == 0 || s.out_features == 0) return DIABLO_OK;
+  cudaStream_t queue = static_cast<cudaStream_t>(stream);
+  return answer(s.type == DIABLO_F16 ? launch_dense<__half>(*layer, dense, queue)
+                                     : launch_dense<__nv_bfloat16>(*layer, dense, queue),
+                cause);
 }

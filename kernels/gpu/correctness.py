@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from library import NAMES, Kernels
+from library import NAMES, Int4, Kernels
 from torch import Tensor
 
 PAIRS = [
@@ -44,8 +44,9 @@ def main() -> None:
         dtype, stored = PAIRS[call % len(PAIRS)]
         name, error = branch(kernels, asked.device, dtype, stored, graph=call % 10 == 0)
         worst[name] = max(worst.get(name, 0.0), error)
-        if asked.device == "cuda" and call % 4 == 0:
-            name, error = int4(kernels, asked.device, (torch.float16, torch.bfloat16)[call // 4 % 2])
+        if kernels.takes_int4(asked.device) and call % 4 == 0:
+            dtype = (torch.float16, torch.bfloat16)[call // 4 % 2]
+            name, error = int4(kernels, asked.device, dtype, as_dense=call % 12 == 8)
             worst[name] = max(worst.get(name, 0.0), error)
     # An error of 1 is what is allowed
     print(json.dumps({"calls": asked.calls, "worst": worst, "held": all(error <= 1 for error in worst.values())}))
@@ -132,22 +133,49 @@ def replayed(call: Any, changed: Tensor | None) -> None:
     torch.cuda.synchronize()
 
 
-def int4(kernels: Kernels, device: str, dtype: torch.dtype) -> tuple[str, float]:
-    count, size_in, size_out, inputs, outputs = sizes()
-    group, rows = random.choice([32, 64, 128]), random.randint(1, 20)
+def int4(kernels: Kernels, device: str, dtype: torch.dtype, as_dense: bool) -> tuple[str, float]:
+    """One to three layers of an input in one launch; or, as for prompts, the first one as a dense matrix."""
+    first = sizes()
+    group, rows, inputs = random.choice([32, 64, 128]), random.randint(1, 20), first[3]
+    layers = [int4_layer(first, group, dtype, device)]
+    for _ in range(random.randint(0, 2)):
+        count, size_out = random.randint(1, 8), random.choice(SIZES)
+        layers.append(
+            int4_layer((count, -(-inputs // count), size_out, inputs, count * size_out), group, dtype, device)
+        )
+    x = matrix(rows, inputs, dtype, device)
+    outputs = [matrix(rows, len(layer.codes), dtype, device, fill=False) for layer in layers]
+    if as_dense:
+        dense = torch.full((len(layers[0].codes), inputs), float("nan"), dtype=dtype, device=device)
+        kernels.dense(layers[0], dense)
+        eye = torch.eye(inputs, dtype=torch.float64, device=device)
+        wanted = wanted_branch(eye, layers[0].blocks, None, weight_of(layers[0], inputs).double().T).T
+        return f"dense {NAMES[dtype]}", error_of(dense, wanted, dtype)
+    kernels.int4(x, layers, outputs)
+    errors = []
+    for layer, y in zip(layers, outputs, strict=True):
+        base = x.double() @ weight_of(layer, inputs).to(dtype).double().T  # as the kernel rounds it
+        errors.append(error_of(y, wanted_branch(x, layer.blocks, None, base), dtype))
+    return f"int4 {NAMES[dtype]}", max(errors)
+
+
+def int4_layer(of: tuple[int, int, int, int, int], group: int, dtype: torch.dtype, device: str) -> Int4:
+    count, size_in, size_out, inputs, outputs = of
     groups = -(-inputs // group)
     codes = torch.randint(0, 256, (outputs, groups, group // 2), dtype=torch.uint8, device=device)
     scales = (torch.randn(outputs, groups, device=device) / 10).to(dtype)
     zeros = torch.randint(0, 256, (outputs, -(-groups // 2)), dtype=torch.uint8, device=device)
-    symmetric = random.random() < 0.5
     blocks = torch.randn(count, size_in, size_out, device=device).to(dtype)
-    x, y = matrix(rows, inputs, dtype, device), matrix(rows, outputs, dtype, device, fill=False)
-    kernels.int4(x, codes, scales, None if symmetric else zeros, group, blocks, y)
-    unpacked = torch.stack([codes & 15, codes >> 4], -1).view(outputs, groups, group).float()
+    return Int4(codes, scales, zeros if random.random() < 0.5 else None, group, blocks)
+
+
+def weight_of(layer: Int4, inputs: int) -> Tensor:
+    """(out_features, in_features) in float32."""
+    outputs, groups = layer.scales.shape
+    unpacked = torch.stack([layer.codes & 15, layer.codes >> 4], -1).view(outputs, groups, layer.group_size).float()
+    zeros = torch.full((outputs, -(-groups // 2)), 0x88, device=unpacked.device) if layer.zeros is None else layer.zeros
     zero = torch.stack([zeros & 15, zeros >> 4], -1).view(outputs, -1)[:, :groups, None].float()
-    weight = ((unpacked - (8 if symmetric else zero)) * scales[..., None].float()).to(dtype)  # as the kernel rounds it
-    base = x.double() @ weight.double().view(outputs, -1)[:, :inputs].T
-    return f"int4 {NAMES[dtype]}", error_of(y, wanted_branch(x, blocks, None, base), dtype)
+    return ((unpacked - zero) * layer.scales[..., None].float()).view(outputs, -1)[:, :inputs]
 
 
 if __name__ == "__main__":

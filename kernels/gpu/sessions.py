@@ -5,7 +5,8 @@
 FOLDER holds exports (`run.py --prepare` makes them): each is run on the CPU and on the device, with the kernel library,
 without it and with fused layers, without adapter and with each of its own; and a profile says where each node ran. The
 layers are MatMulNBits of Llama 3 8B's sizes in fp16, so many copies that none finds its weights in the cache: alone,
-with a branch, with LoRA of as many parameters, and fused, replayed from a CUDA graph.
+with a branch, with LoRA of as many parameters, and fused, replayed from a CUDA graph. Those that read the same input
+are timed together, too, fused into one node; and one with zero points.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 from onnx import TensorProto, helper, numpy_helper
-from speed import LLAMA, SMALL, copies_for
+from speed import JOINED, LLAMA, SMALL, copies_for
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
@@ -52,8 +53,11 @@ def main() -> None:
     found: dict[str, Any] = {"onnxruntime": ort.__version__, "models": {}, "layers": []}
     for folder in sorted(asked.models.iterdir()) if asked.models else []:
         found["models"][folder.name] = model(folder, library, asked.device)
-    for name, sizes in (SMALL if asked.small else LLAMA).items():
-        found["layers"] += layers(name, *sizes, library, asked.device, asked.small)
+    shapes = SMALL if asked.small else LLAMA
+    for name, parts in ({name: (name,) for name in shapes} | JOINED).items():
+        if set(parts) <= set(shapes):
+            found["layers"] += layers(name, [shapes[part] for part in parts], library, asked.device, asked.small)
+    found["layers"] += layers("q, zero points", [shapes["q"]], library, asked.device, asked.small, zeros=True)
     found["held"] = all(run["held"] for one in found["models"].values() for run in one["runs"])
     print(json.dumps(found))
 
@@ -119,7 +123,13 @@ def model(folder: Path, library: Path, device: str) -> dict[str, Any]:
             elsewhere = placed(Path(opened.end_profiling()), device)
         error = max(float(np.abs(a - b).max() / np.abs(b).max()) for a, b in zip(got, wanted, strict=True))
         held = error <= LOGITS and not (device == "cuda" and kernels is not None and elsewhere)
-        runs.append({"library": name, "error": error, "not_on_device": elsewhere, "held": held and apart > 0})
+        runs.append({
+            "library": name,
+            "error": error,
+            "allowed": LOGITS,
+            "not_on_device": elsewhere,
+            "held": held and apart > 0,
+        })
     return {"adapters": len(adapters) - 1, "adapters_move_logits_by": apart, "runs": runs}
 
 
@@ -132,65 +142,100 @@ def placed(profile: Path, device: str) -> list[str]:
     return sorted(ran - shapes)
 
 
-def stacked(kind: str, inputs: int, outputs: int, copies: int, num_blocks: int) -> bytes:
-    """`copies` layers side by side, each with weights of its own."""
-    random, value = np.random.default_rng(0), helper.make_tensor_value_info
-    groups, shape = -(-inputs // GROUP), BlockShape.for_linear(inputs, outputs, num_blocks).blocks
-    rank = max(1, round(inputs * outputs / num_blocks / (inputs + outputs)))
-    nodes, tensors, results = [], [], []
-    numbers = {"K": inputs, "N": outputs, "bits": 4, "block_size": GROUP}
+class Stack:
+    """`copies` layers side by side, or families of layers with an input in common, each with weights of its own."""
 
-    def stored(name: str, values: Any) -> str:
-        tensors.append(numpy_helper.from_array(values, name))
+    def __init__(self, kind: str, sizes: list[tuple[int, int]], num_blocks: int, zeros: bool) -> None:
+        self.kind, self.inputs, self.outputs = kind, sizes[0][0], [n for _, n in sizes]
+        self.num_blocks, self.zeros = num_blocks, zeros
+        self.random = np.random.default_rng(0)
+        self.nodes: list[onnx.NodeProto] = []
+        self.tensors: list[onnx.TensorProto] = []
+
+    def model(self, copies: int) -> bytes:
+        value, results = helper.make_tensor_value_info, []
+        for i in range(copies):
+            outputs = [f"Y{i}_{j}" for j in range(len(self.outputs))]
+            results += [value(y, HALF, ["m", n]) for y, n in zip(outputs, self.outputs, strict=True)]
+            if self.kind == "fused":
+                self._fused(outputs)
+            else:
+                for y, n in zip(outputs, self.outputs, strict=True):
+                    self._apart(y, n)
+        graph = helper.make_graph(self.nodes, "layers", [value("X", HALF, ["m", self.inputs])], results, self.tensors)
+        imports = [helper.make_opsetid(d, v) for d, v in (("", 18), ("com.microsoft", 1), (opschema.DOMAIN, 1))]
+        functions = [opschema.function(), opschema.fused_function(18, self.zeros, len(self.outputs))]
+        made = helper.make_model(graph, functions=functions, opset_imports=imports, ir_version=10)
+        onnx.checker.check_model(made)
+        return bytes(made.SerializeToString())
+
+    def _stored(self, values: Any) -> str:
+        name = f"w{len(self.tensors)}"
+        self.tensors.append(numpy_helper.from_array(values, name))
         return name
 
-    def half(name: str, *size: int) -> str:
-        return stored(name, (random.standard_normal(size, np.float32) / 100).astype(np.float16))
+    def _half(self, *size: int) -> str:
+        return self._stored((self.random.standard_normal(size, np.float32) / 100).astype(np.float16))
 
-    for i in range(copies):
-        codes = stored(f"B{i}", random.integers(0, 256, (outputs, groups, GROUP // 2), np.uint8))
-        given = ["X", codes, half(f"s{i}", outputs, groups)]
-        y = f"Y{i}"
-        first = y if kind == "base" else f"base{i}"
-        if kind == "fused":
-            node = helper.make_node(opschema.NAME_FUSED, [*given, half(f"D{i}", *shape)], [y], domain=opschema.DOMAIN)
-            attributes = {**numbers, "accuracy_level": 0}
-            node.attribute.extend(helper.make_attribute(name, number) for name, number in attributes.items())
-            nodes.append(node)
-        else:
-            nodes.append(helper.make_node("MatMulNBits", given, [first], domain="com.microsoft", **numbers))
-        if kind == "branch":
-            given = ["X", half(f"D{i}", *shape), first]
-            nodes.append(helper.make_node(opschema.NAME, given, [y], domain=opschema.DOMAIN))
-        if kind == "lora":
-            nodes.append(helper.make_node("MatMul", ["X", half(f"A{i}", inputs, rank)], [f"low{i}"]))
-            nodes.append(helper.make_node("MatMul", [f"low{i}", half(f"U{i}", rank, outputs)], [f"delta{i}"]))
-            nodes.append(helper.make_node("Add", [first, f"delta{i}"], [y]))
-        results.append(value(y, HALF, ["m", outputs]))
-    graph = helper.make_graph(nodes, "layers", [value("X", HALF, ["m", inputs])], results, tensors)
-    imports = [helper.make_opsetid(d, v) for d, v in (("", 18), ("com.microsoft", 1), (opschema.DOMAIN, 1))]
-    functions = [opschema.function(), opschema.fused_function()]
-    made = helper.make_model(graph, functions=functions, opset_imports=imports, ir_version=10)
-    onnx.checker.check_model(made)
-    return bytes(made.SerializeToString())
+    def _bytes(self, *size: int) -> str:
+        return self._stored(self.random.integers(0, 256, size, np.uint8))
+
+    def _weight(self, n: int) -> tuple[list[str], list[str]]:
+        """Codes and scales; zero points or none."""
+        groups = -(-self.inputs // GROUP)
+        given = [self._bytes(n, groups, GROUP // 2), self._half(n, groups)]
+        return given, [self._bytes(n, -(-groups // 2))] if self.zeros else []
+
+    def _blocks(self, n: int) -> str:
+        return self._half(*BlockShape.for_linear(self.inputs, n, self.num_blocks).blocks)
+
+    def _fused(self, outputs: list[str]) -> None:
+        count, own, zeros = len(outputs), [], []
+        for n in self.outputs:
+            weight, zero_points = self._weight(n)
+            own += [*weight, self._blocks(n)]
+            zeros += zero_points
+        numbers = [self.inputs, *self.outputs, 4, GROUP, 0]
+        attributes = dict(zip(opschema.fused_attributes(count), numbers, strict=True))
+        name = opschema.NAMES_FUSED[count]
+        self.nodes.append(helper.make_node(name, ["X", *own, *zeros], outputs, domain=opschema.DOMAIN, **attributes))
+
+    def _apart(self, y: str, n: int) -> None:
+        first = y if self.kind == "base" else f"base_{y}"
+        weight, zeros = self._weight(n)
+        numbers = {"K": self.inputs, "N": n, "bits": 4, "block_size": GROUP}
+        given = ["X", *weight, *zeros]
+        self.nodes.append(helper.make_node("MatMulNBits", given, [first], domain="com.microsoft", **numbers))
+        if self.kind == "branch":
+            given = ["X", self._blocks(n), first]
+            self.nodes.append(helper.make_node(opschema.NAME, given, [y], domain=opschema.DOMAIN))
+        if self.kind == "lora":
+            rank = max(1, round(self.inputs * n / self.num_blocks / (self.inputs + n)))
+            self.nodes.append(helper.make_node("MatMul", ["X", self._half(self.inputs, rank)], [f"low_{y}"]))
+            self.nodes.append(helper.make_node("MatMul", [f"low_{y}", self._half(rank, n)], [f"delta_{y}"]))
+            self.nodes.append(helper.make_node("Add", [first, f"delta_{y}"], [y]))
 
 
-def layers(name: str, inputs: int, outputs: int, library: Path, device: str, small: bool) -> list[dict[str, Any]]:
-    """Times of one layer, by rows and kind; `ratio` is over MatMulNBits alone."""
-    copies = 2 if small else copies_for(inputs * outputs * 9 // 16, 128 << 20)
+def layers(
+    name: str, sizes: list[tuple[int, int]], library: Path, device: str, small: bool, zeros: bool = False
+) -> list[dict[str, Any]]:
+    """Times of layers with an input in common, by rows and kind; `ratio` is over MatMulNBits alone."""
+    copies = 2 if small else copies_for(sum(i * o for i, o in sizes) * 9 // 16, 128 << 20)
     rows = [1, 8] if small else [1, 512, 2048]
     found = {m: {"layer": name, "rows": m, "copies": copies} for m in rows}
+    outputs = [n for _, n in sizes]
     for kind in KINDS:
-        opened = session(stacked(kind, inputs, outputs, copies, 4 if small else 64), device, library, device == "cuda")
+        model = Stack(kind, sizes, 4 if small else 64, zeros).model(copies)
+        opened = session(model, device, library, device == "cuda")
         for turn, m in enumerate(rows):
-            taken = seconds(opened, m, inputs, outputs, copies, device, turn) / copies
+            taken = seconds(opened, m, sizes[0][0], outputs * copies, device, turn) / copies
             found[m][f"{kind}_us"] = taken * 1e6
     for one in found.values():
         one["ratio"] = {kind: one[f"{kind}_us"] / one["base_us"] for kind in KINDS[1:]}
     return list(found.values())
 
 
-def seconds(opened: Any, rows: int, inputs: int, outputs: int, copies: int, device: str, graph_id: int) -> float:
+def seconds(opened: Any, rows: int, inputs: int, outputs: list[int], device: str, graph_id: int) -> float:
     """Of one run with everything on the device, the median of many."""
     binding, options = opened.io_binding(), ort.RunOptions()
     if device == "cuda":
@@ -198,11 +243,11 @@ def seconds(opened: Any, rows: int, inputs: int, outputs: int, copies: int, devi
     x = np.random.default_rng(0).standard_normal((rows, inputs), np.float32).astype(np.float16)
     kept = [ort.OrtValue.ortvalue_from_numpy(x, device, 0)]  # addresses that a graph may keep
     binding.bind_ortvalue_input("X", kept[0])
-    for i in range(copies):
-        kept.append(ort.OrtValue.ortvalue_from_shape_and_type([rows, outputs], np.float16, device, 0))
-        binding.bind_ortvalue_output(f"Y{i}", kept[-1])
+    for value, size in zip(opened.get_outputs(), outputs, strict=True):
+        kept.append(ort.OrtValue.ortvalue_from_shape_and_type([rows, size], np.float16, device, 0))
+        binding.bind_ortvalue_output(value.name, kept[-1])
     times = []
-    for _ in range(5 if device == "cpu" else 30):
+    for _ in range(5 if device == "cpu" else 22):
         began = time.perf_counter()
         opened.run_with_iobinding(binding, options)
         binding.synchronize_outputs()

@@ -18,13 +18,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from library import Kernels
+from library import Int4, Kernels
 
 LLAMA = {
     "q": (4096, 4096), "k": (4096, 1024), "v": (4096, 1024), "o": (4096, 4096),
     "gate": (4096, 14336), "up": (4096, 14336), "down": (14336, 4096),
 }  # fmt: skip
-SMALL = {"q": (256, 256), "down": (896, 256)}
+SMALL = {"q": (256, 256), "k": (256, 64), "v": (256, 64), "down": (896, 256)}
+JOINED = {"q+k+v": ("q", "k", "v"), "gate+up": ("gate", "up")}  # layers that read the same input
 Call = Callable[[], None]
 
 
@@ -45,7 +46,9 @@ def main() -> None:
         "empty_call": empty_call(kernels, device),
         "branch": [],
         "int4": [],
+        "dense": [],
     }
+    few = [m for m in rows if m <= (16 if device == "cuda" else 1)] if kernels.takes_int4(device) else []
     for name, (inputs, outputs) in shapes.items():
         for m in rows:
             found["branch"].append({
@@ -53,12 +56,15 @@ def main() -> None:
                 "rows": m,
                 **branch(kernels, device, m, inputs, outputs, asked.num_blocks, spread, bandwidth),
             })
-            if device == "cuda" and m <= 16:
-                found["int4"].append({
-                    "layer": name,
-                    "rows": m,
-                    **int4(kernels, m, inputs, outputs, asked.num_blocks, spread, bandwidth),
-                })
+        if few:
+            taken = dense(kernels, device, inputs, outputs, asked.num_blocks, spread, bandwidth)
+            found["dense"].append({"layer": name, "rows": 0, **taken})
+    single: dict[str, tuple[str, ...]] = {name: (name,) for name in shapes}
+    for name, parts in (single | JOINED).items():
+        for m in few if set(parts) <= set(shapes) else []:
+            sizes = [shapes[part] for part in parts]
+            taken = int4(kernels, device, m, sizes, asked.num_blocks, spread, bandwidth)
+            found["int4"].append({"layer": name, "rows": m, **taken})
     print(json.dumps(found))
 
 
@@ -130,24 +136,41 @@ def branch(
     return result(seconds(calls, device), moved, bandwidth)
 
 
-def int4(
-    kernels: Kernels, rows: int, inputs: int, outputs: int, count: int, spread: int, bandwidth: float
-) -> dict[str, float]:
-    """The int4 layer with its branch in fp16, symmetric groups of 32."""
-    half: dict[str, Any] = {"dtype": torch.float16, "device": "cuda"}
+def layer(inputs: int, outputs: int, count: int, device: str) -> tuple[Int4, int]:
+    """A layer in fp16, symmetric groups of 32, and the bytes of its weight and blocks."""
+    half: dict[str, Any] = {"dtype": torch.float16, "device": device}
     shape, groups = (count, -(-inputs // count), -(-outputs // count)), -(-inputs // 32)
-    moved = outputs * groups * 18 + 2 * (shape[0] * shape[1] * shape[2] + rows * (inputs + outputs))
+    codes = torch.randint(0, 256, (outputs, groups, 16), dtype=torch.uint8, device=device)
+    made = Int4(codes, torch.rand(outputs, groups, **half), None, 32, torch.randn(shape, **half))
+    return made, outputs * groups * 18 + 2 * shape[0] * shape[1] * shape[2]
+
+
+def int4(
+    kernels: Kernels, device: str, rows: int, sizes: list[tuple[int, int]], count: int, spread: int, bandwidth: float
+) -> dict[str, float]:
+    """Layers of one input with their branches, in one launch."""
+    half: dict[str, Any] = {"dtype": torch.float16, "device": device}
+    inputs = sizes[0][0]
+    moved = sum(layer(*size, count, "meta")[1] for size in sizes) + 2 * rows * (inputs + sum(n for _, n in sizes))
     calls: list[Call] = []
-    for _ in range(copies_for(moved, spread)):
-        codes = torch.randint(0, 256, (outputs, groups, 16), dtype=torch.uint8, device="cuda")
-        scales, blocks = torch.rand(outputs, groups, **half), torch.randn(shape, **half)
-        x, y = torch.randn(rows, inputs, **half), torch.zeros(rows, outputs, **half)
-        calls.append(
-            lambda x=x, y=y, codes=codes, scales=scales, blocks=blocks: kernels.int4(
-                x, codes, scales, None, 32, blocks, y
-            )
-        )
-    return result(seconds(calls, "cuda"), moved, bandwidth)
+    for _ in range(copies_for(moved, spread if device == "cuda" else 0)):
+        layers = [layer(*size, count, device)[0] for size in sizes]
+        x, outputs = torch.randn(rows, inputs, **half), [torch.zeros(rows, n, **half) for _, n in sizes]
+        calls.append(lambda x=x, layers=layers, outputs=outputs: kernels.int4(x, layers, outputs))
+    return result(seconds(calls, device), moved, bandwidth)
+
+
+def dense(
+    kernels: Kernels, device: str, inputs: int, outputs: int, count: int, spread: int, bandwidth: float
+) -> dict[str, float]:
+    """The weight and its blocks written out, which is what a prompt costs beside a product of dense matrices."""
+    moved = layer(inputs, outputs, count, "meta")[1] + 2 * inputs * outputs
+    target = torch.zeros(outputs, inputs, dtype=torch.float16, device=device)
+    calls: list[Call] = []
+    for _ in range(copies_for(moved, spread if device == "cuda" else 0)):
+        one = layer(inputs, outputs, count, device)[0]
+        calls.append(lambda one=one: kernels.dense(one, target))
+    return result(seconds(calls, device), moved, bandwidth)
 
 
 if __name__ == "__main__":

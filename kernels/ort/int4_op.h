@@ -1,4 +1,5 @@
-// The operator ai.diablo::MatMulNBitsBlockDiag for ONNX Runtime: com.microsoft's MatMulNBits and the branch as one node.
+// The operators ai.diablo::MatMulNBitsBlockDiag for ONNX Runtime: com.microsoft's MatMulNBits and the branch as one node;
+// …Pair and …Triple are two and three such layers that read the same X.
 #pragma once
 
 #include "op.h"
@@ -7,7 +8,9 @@ namespace diablo {
 
 // What ONNX Runtime sees of it, for X, scales, blocks and Y of one type.
 struct Int4Op : Op {
-  Int4Op(DiabloType type, Device device, ort::Api api);
+  int layers;
+
+  Int4Op(DiabloType type, Device device, int layers, ort::Api api);
 };
 
 }  // namespace diablo

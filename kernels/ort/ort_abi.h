@@ -26,6 +26,8 @@ struct OrtShapeInferContext;
 struct OrtTensorTypeAndShapeInfo;
 struct OrtOp;
 struct OrtOpAttr;
+struct OrtMemoryInfo;
+struct OrtAllocator;
 
 struct OrtApi {
   const void* functions[1];  // as many as the version has
@@ -171,6 +173,29 @@ struct Api {
     return at<Function>(214)(context, op, inputs, input_count, outputs, output_count);
   }
   void release_op(OrtOp* op) const { at<void(ORT_CALL*)(OrtOp*)>(215)(op); }
+  // Memory for the length of a call, on its stream, and a tensor in it; the caller gives back both.
+  OrtStatus* memory_info(const OrtValue* value, const OrtMemoryInfo** info) const {
+    return at<OrtStatus*(ORT_CALL*)(const OrtValue*, const OrtMemoryInfo**)>(194)(value, info);
+  }
+  OrtStatus* borrow(const OrtKernelContext* context, const OrtMemoryInfo* info, size_t bytes, void** memory) const {
+    using Function = OrtStatus*(ORT_CALL*)(const OrtKernelContext*, const OrtMemoryInfo*, size_t, void**);
+    return at<Function>(277)(context, info, bytes, memory);
+  }
+  OrtStatus* give_back(const OrtKernelContext* context, const OrtMemoryInfo* info, void* memory) const {
+    OrtAllocator* allocator = nullptr;
+    using Function = OrtStatus*(ORT_CALL*)(const OrtKernelContext*, const OrtMemoryInfo*, OrtAllocator**);
+    if (OrtStatus* status = at<Function>(253)(context, info, &allocator)) return status;
+    OrtStatus* status = at<OrtStatus*(ORT_CALL*)(OrtAllocator*, void*)>(76)(allocator, memory);
+    at<void(ORT_CALL*)(OrtAllocator*)>(132)(allocator);
+    return status;
+  }
+  OrtStatus* tensor_in(const OrtMemoryInfo* info, void* memory, size_t bytes, const int64_t* sizes, size_t rank,
+                       OrtElementType element, OrtValue** value) const {
+    using Function =
+        OrtStatus*(ORT_CALL*)(const OrtMemoryInfo*, void*, size_t, const int64_t*, size_t, OrtElementType, OrtValue**);
+    return at<Function>(49)(info, memory, bytes, sizes, rank, element, value);
+  }
+  void release_value(OrtValue* value) const { at<void(ORT_CALL*)(OrtValue*)>(96)(value); }
   // A tensor's own sizes, without a copy on the heap; from kShapeReferenceVersion on.
   OrtStatus* shape_reference(const OrtValue* value, OrtElementType* element, const int64_t** sizes,
                              size_t* rank) const {

@@ -3,6 +3,7 @@
 #include <new>
 
 #include "block_diag_op.h"
+#include "diablo/int4.h"
 #include "export.h"
 #include "int4_op.h"
 
@@ -40,7 +41,7 @@ constexpr Device kDevices[] = {
 struct Domain {
   alignas(BlockDiagOp) unsigned char ops[sizeof kPairs / sizeof *kPairs * sizeof kDevices / sizeof *kDevices *
                                          sizeof(BlockDiagOp)];
-  alignas(diablo::Int4Op) unsigned char int4[sizeof kInt4 / sizeof *kInt4 * sizeof(diablo::Int4Op)];
+  alignas(diablo::Int4Op) unsigned char int4[sizeof kInt4 / sizeof *kInt4 * DIABLO_INT4_LAYERS * sizeof(diablo::Int4Op)];
   OrtCustomOpDomain* handle = nullptr;
   OrtStatus* status = nullptr;
 
@@ -53,10 +54,11 @@ struct Domain {
         status = api.add_op(handle, new (next++) BlockDiagOp(pair.type, pair.blocks, device, api));
       }
     diablo::Int4Op* next_int4 = reinterpret_cast<diablo::Int4Op*>(int4);
-    for (const auto& kind : kInt4) {
-      if (status != nullptr) return;
-      status = api.add_op(handle, new (next_int4++) diablo::Int4Op(kind.type, kind.device, api));
-    }
+    for (int layers = 1; layers <= DIABLO_INT4_LAYERS; ++layers)
+      for (const auto& kind : kInt4) {
+        if (status != nullptr) return;
+        status = api.add_op(handle, new (next_int4++) diablo::Int4Op(kind.type, kind.device, layers, api));
+      }
   }
 };
 

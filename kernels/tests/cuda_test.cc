@@ -3,9 +3,8 @@
 //
 // This shows wrong indexes, misaligned accesses, reading what is not there and missing barriers. It says nothing about
 // speed. `cuda_test 2000 7` runs 2,000 random calls, seed 7.
-#include "emulator.h"
+#include "int4_grid.h"
 
-#include "../cuda/int4.cuh"
 #include "../cuda/matrix.cuh"
 
 namespace {
@@ -167,72 +166,130 @@ void test_cropped_runs() {
   }
 }
 
-// The int4 layer with its branch against both in double, from the weights as they round to T.
-template <class T>
-void check_int4(std::mt19937& random, DiabloType type) {
-  DiabloShape s = random_shape(random);
-  s.rows = upto(random, 20), s.type = s.block_type = type;
-  const int64_t size = 32 << random() % 3, groups = divide_up(s.in_features, size);
-  const bool branch = random() % 8 != 0, symmetric = random() % 2;
-  if (!branch) s.num_blocks = s.block_size_in = s.block_size_out = 0;
-  Placed x(type, (s.rows - 1) * s.x_stride + s.in_features, upto(random, 3) == 1 ? 1 : 0),
-      y(type, (s.rows - 1) * s.y_stride + s.out_features, 0), scales(type, s.out_features * groups, 0),
-      blocks(type, s.num_blocks * s.block_size_in * s.block_size_out, 0);
-  x.poison(), y.poison();
-  fill(x, random, s.rows, s.in_features, s.x_stride, 1);
-  fill(blocks, random, 1, static_cast<int64_t>(blocks.all.size()), 0, 1);
-  fill(scales, random, 1, s.out_features * groups, 0, 0.1f);
-  std::vector<uint8_t> codes(static_cast<size_t>(s.out_features * groups * size / 2)),
-      zeros(static_cast<size_t>(s.out_features * ((groups + 1) / 2)));
-  for (uint8_t& pair : codes) pair = static_cast<uint8_t>(random());
-  for (uint8_t& pair : zeros) pair = static_cast<uint8_t>(random());
-  const int64_t tiles = divide_up(s.rows, kInt4Rows);
-  const Int4Job<T> job{s,
-                       groups,
-                       static_cast<int>(size),
-                       tiles,
-                       starts_whole(x.data(), 16) && s.x_stride % 8 == 0,
-                       branch,
-                       static_cast<const T*>(x.data()),
-                       codes.data(),
-                       static_cast<const T*>(scales.data()),
-                       symmetric ? nullptr : zeros.data(),
-                       static_cast<const T*>(blocks.data()),
-                       static_cast<T*>(y.data())};
-  gridDim = {static_cast<int>(divide_up(s.out_features, kInt4Outputs)), static_cast<int>(std::min<int64_t>(tiles, 2))};
-  for (blockIdx.y = 0; blockIdx.y < gridDim.y; ++blockIdx.y)
-    for (blockIdx.x = 0; blockIdx.x < gridDim.x; ++blockIdx.x)
-      emulated::run_block(kInt4Threads, random, [&] { int4_rows<T>(job); }, threadIdx);
+// An int4 layer with its branch: what the device reads, and how it is right.
+struct Int4Case {
+  DiabloShape s;
+  int64_t size, groups;
+  bool symmetric;
+  Placed scales, blocks, y;
+  std::vector<uint8_t> codes, zeros;
 
+  Int4Case(std::mt19937& random, DiabloShape shape, int64_t group_size, bool branch)
+      : s(without(shape, !branch)),
+        size(group_size),
+        groups(divide_up(s.in_features, size)),
+        symmetric(random() % 2),
+        scales(s.type, s.out_features * groups, 0),
+        blocks(s.type, s.num_blocks * s.block_size_in * s.block_size_out, 0),
+        y(s.type, (s.rows - 1) * s.y_stride + s.out_features, 0),
+        codes(static_cast<size_t>(s.out_features * groups * size / 2)),
+        zeros(static_cast<size_t>(s.out_features * ((groups + 1) / 2))) {
+    y.poison();
+    fill(blocks, random, 1, static_cast<int64_t>(blocks.all.size()), 0, 1);
+    fill(scales, random, 1, s.out_features * groups, 0, 0.1f);
+    for (uint8_t& pair : codes) pair = static_cast<uint8_t>(random());
+    for (uint8_t& pair : zeros) pair = static_cast<uint8_t>(random());
+  }
+  static DiabloShape without(DiabloShape s, bool empty) {
+    if (empty) s.num_blocks = s.block_size_in = s.block_size_out = 0;
+    return s;
+  }
+  DiabloInt4Layer layer() {
+    return {s, {size, codes.data(), scales.data(), symmetric ? nullptr : zeros.data()}, blocks.data(), y.data()};
+  }
+  float weight(int64_t n, int64_t k) const {  // not rounded to T
+    const int64_t group = k / size, at = (n * groups * size + k) / 2;
+    const int code = codes[static_cast<size_t>(at)] >> (k % 2 * 4) & 15;
+    const int zero = symmetric ? 8 : zeros[static_cast<size_t>(n * ((groups + 1) / 2) + group / 2)] >> (group % 2 * 4) & 15;
+    return static_cast<float>(code - zero) * scales.get(n * groups + group);
+  }
+  float branch(int64_t n, int64_t k) const {
+    if (s.num_blocks == 0 || k / s.block_size_in != n / s.block_size_out) return 0;
+    return blocks.get(k * s.block_size_out + n % s.block_size_out);
+  }
+};
+
+// y against both in double, from the weights as they round to T.
+template <class T>
+void check_int4_numbers(const Int4Case& one, const Placed& x) {
+  const DiabloShape& s = one.s;
   for (int64_t r = 0; r < s.rows; ++r)
     for (int64_t n = 0; n < s.out_features; ++n) {
       double wanted = 0, all = 0;  // `all` without signs: what errors are measured against
       for (int64_t k = 0; k < s.in_features; ++k) {
-        const int64_t group = k / size, at = (n * groups * size + k) / 2;
-        const int code = codes[static_cast<size_t>(at)] >> (k % 2 * 4) & 15;
-        const int zero = symmetric ? 8 : zeros[static_cast<size_t>(n * ((groups + 1) / 2) + group / 2)] >> (group % 2 * 4) & 15;
         T rounded;
-        from_float(static_cast<float>(code - zero) * scales.get(n * groups + group), rounded);
-        double weight = to_float(rounded);
-        if (branch && k / s.block_size_in == n / s.block_size_out)
-          weight += blocks.get(k * s.block_size_out + n % s.block_size_out);
+        from_float(one.weight(n, k), rounded);
+        const double weight = static_cast<double>(to_float(rounded)) + one.branch(n, k);
         wanted += x.get(r * s.x_stride + k) * weight;
         all += std::fabs(x.get(r * s.x_stride + k) * weight);
       }
-      const double got = y.get(r * s.y_stride + n), bit = type == DIABLO_F16 ? 0x1p-11 : 0x1p-8;
+      const double got = one.y.get(r * s.y_stride + n), bit = s.type == DIABLO_F16 ? 0x1p-11 : 0x1p-8;
       // One rounding to y's type, and float32 sums
       CHECK(std::fabs(got - wanted) <= std::fabs(wanted) * bit + all * 1e-6 + 1e-6,
-            "int4 %s M %lld %lld x %lld, groups of %lld, blocks %lld x %lld: y[%lld][%lld] %g, not %g", name_of(type),
-            (long long)s.rows, (long long)s.in_features, (long long)s.out_features, (long long)size,
+            "int4 %s M %lld %lld x %lld, groups of %lld, blocks %lld x %lld: y[%lld][%lld] %g, not %g", name_of(s.type),
+            (long long)s.rows, (long long)s.in_features, (long long)s.out_features, (long long)one.size,
             (long long)s.block_size_in, (long long)s.block_size_out, (long long)r, (long long)n, got, wanted);
     }
   for (int64_t i = 0; i < (s.rows - 1) * s.y_stride + s.out_features; ++i)
-    CHECK(i % s.y_stride < s.out_features || std::isnan(y.get(i)), "between rows y[%lld] was written", (long long)i);
+    CHECK(i % s.y_stride < s.out_features || std::isnan(one.y.get(i)), "between rows y[%lld] was written", (long long)i);
+}
+
+// One to three layers of the same x, of other outputs, blocks and zero points each.
+template <class T>
+void check_int4(std::mt19937& random, DiabloType type) {
+  const int64_t size = 32 << random() % 3;
+  DiabloShape first = random_shape(random);
+  first.rows = upto(random, 20), first.type = first.block_type = type;
+  if (random() % 2) {  // whole loads of x
+    first.in_features = divide_up(first.in_features, 32) * 32, first.x_stride = first.in_features;
+    first.block_size_in = divide_up(first.in_features, first.num_blocks);
+  }
+  std::vector<std::unique_ptr<Int4Case>> cases;
+  std::vector<DiabloInt4Layer> layers;
+  for (int i = upto(random, DIABLO_INT4_LAYERS); i > 0; --i) {
+    DiabloShape s = first;
+    if (i > 1) {
+      s.num_blocks = upto(random, 5), s.block_size_out = upto(random, 50);
+      s.block_size_in = divide_up(s.in_features, s.num_blocks);
+      s.out_features = upto(random, static_cast<int>(s.num_blocks * s.block_size_out));
+      s.y_stride = s.out_features + random() % 3;
+    }
+    cases.push_back(std::make_unique<Int4Case>(random, s, size, random() % 8 != 0));
+    layers.push_back(cases.back()->layer());
+  }
+  Placed x(type, (first.rows - 1) * first.x_stride + first.in_features, upto(random, 3) == 1 ? 1 : 0);
+  x.poison();
+  fill(x, random, first.rows, first.in_features, first.x_stride, 1);
+
+  const int tiles = static_cast<int>(divide_up(first.rows, kInt4Rows));
+  run_int4<T>(layers.data(), static_cast<int>(layers.size()), x.data(), random, random() % 2 ? tiles : 1);
+  for (const auto& one : cases) check_int4_numbers<T>(*one, x);
+}
+
+// The weight written out, blocks and all, is the sum rounded once.
+template <class T>
+void check_dense(std::mt19937& random, DiabloType type) {
+  DiabloShape s = random_shape(random);
+  s.type = s.block_type = type, s.rows = 1, s.x_stride = s.in_features, s.y_stride = s.out_features;
+  Int4Case one(random, s, 32 << random() % 3, random() % 8 != 0);
+  Placed dense(type, s.out_features * s.in_features, random() % 4 == 0);
+  dense.poison();
+  run_dense<T>(one.layer(), dense.data(), random);
+  for (int64_t n = 0; n < s.out_features; ++n)
+    for (int64_t k = 0; k < s.in_features; ++k) {
+      T wanted;
+      from_float(one.weight(n, k) + one.branch(n, k), wanted);
+      const float got = dense.get(n * s.in_features + k);
+      CHECK(got == to_float(wanted), "dense %s %lld x %lld, groups of %lld: [%lld][%lld] %g, not %g", name_of(type),
+            (long long)s.in_features, (long long)s.out_features, (long long)one.size, (long long)n, (long long)k, got,
+            to_float(wanted));
+    }
 }
 
 void test_int4(int calls, unsigned seed) {
   std::mt19937 random(seed);
   for (int i = 0; i < calls; ++i) i % 2 ? check_int4<Half>(random, DIABLO_F16) : check_int4<Brain>(random, DIABLO_BF16);
+  for (int i = 0; i < calls; ++i) i % 2 ? check_dense<Half>(random, DIABLO_F16) : check_dense<Brain>(random, DIABLO_BF16);
 }
 
 // Every element of every tile is read by one thread: the sums say so for one shape, this for many.

@@ -23,6 +23,7 @@
 #define __global__
 #define __shared__ static
 #define __launch_bounds__(...)
+#define __grid_constant__
 
 using __half = Half;
 using __nv_bfloat16 = Brain;
@@ -150,19 +151,24 @@ inline void store_whole(void* to, const void* from) {
   load_whole<Bytes>(from, to);
 }
 
-inline uint32_t load_pair(const void* from) {
-  uint32_t pair;
-  CHECK(reinterpret_cast<uintptr_t>(from) % 4 == 0, "a pair is misaligned");
-  std::memcpy(&pair, from, sizeof pair);
-  return pair;
+inline void load_once(const void* from, uint32_t (&to)[4]) { load_whole<16>(from, to); }
+
+inline uint32_t load_word(const void* from) {
+  CHECK(reinterpret_cast<uintptr_t>(from) % 4 == 0, "a word is misaligned");
+  uint32_t word;
+  std::memcpy(&word, from, sizeof word);
+  return word;
 }
 
+inline uint32_t load_pair(const void* from) { return load_word(from); }
+
 template <class T>
-inline uint32_t dequantize_pair(uint32_t codes, T zero, T scale) {
+inline uint32_t dequantize_pair(uint32_t codes, uint32_t zeros, T scale) {
   uint32_t pair = 0;
   for (int i = 0; i < 2; ++i) {
     T value;
-    from_float((static_cast<float>(codes >> (16 * i) & 15) - to_float(zero)) * to_float(scale), value);
+    const int code = static_cast<int>(codes >> (16 * i) & 15), zero = static_cast<int>(zeros >> (16 * i) & 15);
+    from_float(static_cast<float>(code - zero) * to_float(scale), value);
     pair |= static_cast<uint32_t>(value.bits) << (16 * i);
   }
   return pair;
