@@ -40,6 +40,18 @@ def test_trains_and_reports(
     assert "step 2 of 2: loss" in caplog.text and "step 2 of 2: held-out loss" in caplog.text
 
 
+def test_of_several_processes_the_first_reports(run: Callable[..., Result], monkeypatch: pytest.MonkeyPatch) -> None:
+    from diablo_export.trainer import train as module
+
+    done = module.Training(Path("a"), 1, 2, 3.0, [])
+    monkeypatch.setattr(module, "train", lambda **options: done)
+    said = []
+    for rank in ("0", "1"):
+        monkeypatch.setenv("RANK", rank)
+        said.append(run("train", "--model", "m", "--data", "d", "--output", "a", "--json").stdout)
+    assert json.loads(said[0])["loss"] == 3.0 and said[1] == ""
+
+
 def test_bad_input_is_one_message_and_code_2(
     run: Callable[..., Result], tiny_model: Callable[[str], Path], tmp_path: Path
 ) -> None:

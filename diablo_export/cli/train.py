@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +97,8 @@ def command(as_json: bool, **options: Any) -> None:
     from diablo_export.trainer.train import train
 
     done = train(**options)
+    if int(os.environ.get("RANK", "0")):
+        return  # the first of several processes speaks for all
     report = vars(done) | {"output": str(done.output)}
     plan = report.pop("plan")
     if plan is not None:
