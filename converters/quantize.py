@@ -96,10 +96,13 @@ def quantize(
     room = new_folder(output, overwrite, checkpoint_bytes(source))
     with room as folder, hashing(model, source.folder, source.files) as base:
         network, tokenizer = load_base(source.folder, task)
-        text = _text(network, tokenizer, calibration, task, seed)
-        before = _loss(network, text, task)
-        packed, modules = _pack(source, network, text.fitted, how, method)
-        loss = {"float": before, "quantized": _loss(network, text, task)}
+        text = _text(network, tokenizer, calibration, task, seed, fitted=_FITTED if method in FITTED else 1)
+        pad = tokenizer.pad_token_id or 0
+        objective = Objective(network, False, pad, torch.device("cpu"), False)
+        before = _loss(objective, text, task)
+        moments = InputMoments(network, text.fitted, batch_size=_BATCH, pad=pad) if method in FITTED else None
+        packed, modules = _pack(source, network, moments, how, method)
+        loss = {"float": before, "quantized": _loss(objective, text, task)}
         _write(source, folder, packed)
         settings = json.dumps({**source.config, "quantization_config": how}, indent=2)
         (folder / "config.json").write_text(settings + "\n", encoding="utf-8")
@@ -115,29 +118,28 @@ def _check(bits: int, size: int, method: str, task: str) -> None:
             raise InputError(f"{name} is {value!r}; choose one of {', '.join(allowed)}")
 
 
-def _text(network: nn.Module, tokenizer: Any, calibration: str | Path | None, task: str, seed: int) -> Text:
+def _text(
+    network: nn.Module, tokenizer: Any, calibration: str | Path | None, task: str, seed: int, fitted: int
+) -> Text:
     classifier = task == "text-classification"
-    more = _SHORT if classifier else 1
-    how: dict[str, Any] = {"length": _LENGTH, "classifier": classifier, "judged": _JUDGED, "fitted": _FITTED * more}
+    how: dict[str, Any] = {"length": _LENGTH, "classifier": classifier, "judged": _JUDGED}
+    how["fitted"] = fitted * (_SHORT if classifier else 1)
     if calibration is not None:
         return given_text(calibration, tokenizer, **how)
     return written_text(network, tokenizer, seed=seed, **how)
 
 
-def _loss(network: nn.Module, text: Text, task: str) -> float | None:
+def _loss(objective: Objective, text: Text, task: str) -> float | None:
     """A language model's, per token of the text that nothing is fitted to."""
-    if task != "causal-lm":
-        return None
-    return Objective(network, False, 0, torch.device("cpu"), False).evaluate(text.judged, _BATCH)["eval_loss"]
+    return objective.evaluate(text.judged, _BATCH)["eval_loss"] if task == "causal-lm" else None
 
 
 def _pack(
-    source: Checkpoint, network: nn.Module, items: Any, how: dict[str, Any], method: str
+    source: Checkpoint, network: nn.Module, moments: InputMoments | None, how: dict[str, Any], method: str
 ) -> tuple[Packed, list[dict[str, Any]]]:
     """Quantize the linear layers of the model's blocks, one after the other; the network gets their values."""
     targets = choose_targets(network, ALL)
     _refuse_absent(source, targets)
-    moments = InputMoments(network, items, batch_size=_BATCH) if method in FITTED else None
     found: dict[str, PackedGrid] = {}
     modules = []
     with progress("quantizing", len(targets)) as advance:
