@@ -72,6 +72,13 @@ def touched(shape: BlockShape, size: int) -> Iterator[tuple[slice, slice]]:
             yield outputs, slice(inputs.start // size, -(-inputs.stop // size))
 
 
+def met(shape: BlockShape, size: int) -> Iterator[tuple[slice, slice]]:
+    """Per block, also one that meets nothing, the inputs in the groups that it meets, up to the last, and its rows."""
+    for inputs, outputs in shape.slices():
+        stop = -(-inputs.stop // size) * size if inputs.start < inputs.stop else 0
+        yield slice(min(inputs.start // size * size, stop), min(stop, shape.in_features)), outputs
+
+
 def with_touched(base: Grid, target: Float32, shape: BlockShape, choose: Callable[[Float32, Grid, int], Grid]) -> Grid:
     """The grid of a whole layer, (out, groups, size), with touched groups chosen anew.
 

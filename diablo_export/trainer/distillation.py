@@ -1,7 +1,7 @@
 """Distilling on the grid: codes that make a merged int4 model answer as the base with its float branch does.
 
 Adam on what is missing of the branch's effect in the grid state of the same network: in nats, in squares, and in gain;
-only latents of codes under the blocks are trained (`trainer.grid`). Rounding comes in by degrees: latents that begin at
+only codes of touched groups are trained (`trainer.grid`). Rounding comes in by degrees: latents that begin at
 the float branch are codes in the end, and in between the one make up for what the others lose. Any text will do: what
 is learned is what the branch says to it.
 """
@@ -16,9 +16,10 @@ from torch.nn import functional
 
 from diablo_export.trainer.batches import Batches, collate
 from diablo_export.trainer.data import Encoded
-from diablo_export.trainer.grid import GridLinear, grid_layers, set_state
+from diablo_export.trainer.grid import CodedLinear, grid_layers, set_state
 
 HARD = 0.8  # of the steps, after which latents are fully rounded
+STRETCH = 0.1  # of the learning rate: a tenth of a code unit is about what a scale grows by at the grid's ends
 _NOTHING = 1e-12  # an adapter without effect
 _SHRINKAGE = 3.0  # how much the gain counts: 10 cost more cosine than it gave
 
@@ -63,7 +64,7 @@ def distil(
 
 
 def optimise(
-    layers: Collection[GridLinear],
+    layers: Collection[CodedLinear],
     loss: Callable[[int], Tensor],
     *,
     steps: int,
@@ -71,7 +72,7 @@ def optimise(
     hard: float = HARD,
     advance: Callable[[float], None] = lambda amount: None,
 ) -> list[float]:
-    """Train the latents of grid layers, from float to rounded.
+    """Train the latents of grid layers, from float to rounded, and their scales.
 
     Args:
         layers: each begun on a grid.
@@ -83,13 +84,15 @@ def optimise(
     Returns:
         The loss of each step.
     """
-    optimizer = torch.optim.Adam([layer.latent for layer in layers if layer.latent is not None], lr=lr)
+    latents = [layer.latent for layer in layers if layer.latent is not None]
+    stretches = [layer.stretch for layer in layers if layer.stretch is not None]
+    optimizer = torch.optim.Adam([{"params": latents}, {"params": stretches}], lr=lr)
     losses: list[float] = []
     for step in range(steps):
         for layer in layers:
             layer.hardness = min(1.0, step / (hard * steps)) if hard else 1.0
-        for group in optimizer.param_groups:
-            group["lr"] = lr * (1 - step / steps)
+        for group, share in zip(optimizer.param_groups, (1.0, STRETCH), strict=True):
+            group["lr"] = share * lr * (1 - step / steps)
         lost = loss(step)
         optimizer.zero_grad()
         torch.autograd.backward(lost)
