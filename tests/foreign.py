@@ -60,12 +60,18 @@ def build(model: Path, folder: Path, precision: str = "fp32", *options: str, pro
     return folder
 
 
-def export_with_torch(model: Path, file: Path, length: int | None = None) -> Path:
-    """`torch.onnx.export(dynamo=True)` of a folder's model: ids in, logits out; fixed to `length` tokens, or free."""
+def export_with_torch(model: Path, file: Path, length: int | None = None, adapter: Path | None = None) -> Path:
+    """`torch.onnx.export(dynamo=True)` of a folder's model: ids in, logits out; fixed to `length` tokens, or free.
+
+    With an adapter of PEFT's beside its weights, where there is one.
+    """
+    import peft
     import torch
 
     network = load(model).eval()
     network.config.use_cache = False
+    if adapter is not None:
+        network = peft.PeftModel.from_pretrained(network, adapter).eval()
 
     class Logits(torch.nn.Module):
         def forward(self, input_ids: Any) -> Any:

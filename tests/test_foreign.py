@@ -232,6 +232,15 @@ def test_plain_torch_exports_with_free_and_with_fixed_length(
         require_pass(judge(base, model, adapters["lora"]), base)
 
 
+@pytest.mark.slow  # an export by torch
+def test_an_adapter_beside_its_base_in_a_plain_torch_export(
+    model: Path, adapters: dict[str, Path], tmp_path: Path
+) -> None:
+    out = foreign.export_with_torch(model, tmp_path / "dora" / "m.onnx", adapter=adapters["dora"]).parent
+    report = judge(out, model, adapters["dora"], modules=True)
+    assert report["verdict"] == "pass" and len(report["modules"]) == 15, exports.failed(report)
+
+
 def test_float16_exports_are_held_to_float16(
     model: Path, adapters: dict[str, Path], built: Callable[..., Path]
 ) -> None:

@@ -100,6 +100,21 @@ def test_outputs_are_looked_for_behind_what_adapters_are_made_of_and_no_further(
     assert kinds == [("y", "none"), ("l", "float"), ("m", "float"), ("o", "float")]  # r is another part of the network
 
 
+def test_what_is_computed_from_stored_values_alone_is_no_other_part_of_the_network(tmp_path: Path) -> None:
+    """DoRA's norms, as torch exports them where the adapter was not merged."""
+    text = """g (float[1, t, 16] x, float[1, t, 16] r) => (float[1, t, 16] z) {
+        y = MatMul(x, w)
+        norm = ReduceL2<keepdims = 0>(v, axes)
+        by = Div(magnitude, norm)
+        m = Mul(y, by)
+        other = ReduceL2(r, axes)
+        z = Mul(m, other)
+    }"""
+    stored = {"w": W[0], "v": W[0] + W[1], "magnitude": W[0][0], "axes": np.array([0])}
+    here = graph(tmp_path / "a.onnx", text, **stored)
+    assert [end.y for end in ends(here, Found(here.proto.graph.node[0], (0, 16)))] == ["y", "m"]
+
+
 def test_a_run_of_a_split_value_is_followed(tmp_path: Path) -> None:
     text = """g (float[1, t, 16] x) => (float[1, t, 16] q, float[1, t, 16] v) {
         y = MatMul(x, w)

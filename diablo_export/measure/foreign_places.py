@@ -239,13 +239,32 @@ def _made_of(graph: Graph, operands: list[str], roots: set[str]) -> str | None:
             if name not in graph.stored and name not in _adapters(graph):
                 return None
         elif source.op_type != "Constant":
-            if source.op_type not in _OF_ADAPTERS or len(seen) > _FAR:
+            if len(seen) > _FAR:
+                return None
+            if source.op_type not in _OF_ADAPTERS:
+                if _is_stored(graph, source):
+                    continue  # such as the norms of DoRA's weights
                 return None
             if source.op_type in LINEAR:
                 made = "float" if coded(graph, source) is None else "coded"
                 products = max(products, made, key=_PRODUCTS.index)
             waiting += source.input[: 1 if source.op_type in _MOVED else None]
     return products
+
+
+def _is_stored(graph: Graph, node: onnx.NodeProto) -> bool:
+    """Whether a node computes from stored values alone."""
+    waiting, seen = list(node.input), set[str]()
+    while waiting and len(seen) <= _FAR:
+        name = waiting.pop()
+        if name in seen or not name or name in graph.stored or name in _adapters(graph):
+            continue
+        seen.add(name)
+        source = graph.maker(name)
+        if source is None:
+            return False
+        waiting += source.input
+    return not waiting
 
 
 def _adapters(graph: Graph) -> set[str]:
