@@ -1,4 +1,4 @@
-"""The float road: blocks into float weights, then every weight quantized by k-quant, HQQ or GPTQ.
+"""The float road: blocks into float weights, then every weight quantized by k-quant, HQQ, GPTQ or learned rounding.
 
 What rounds the base rounds the merge as well, so nothing of the model stays as another program's int4 had it. Survival
 is measured as in any merge, against the base quantized in the same way with the float branch beside it; how far all of
@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from diablo_export.adapter import TASKS, AdaptedModule, Adapter
-from diablo_export.algorithms import Algorithm
+from diablo_export.algorithms import LEARNED, Algorithm
 from diablo_export.blockdiag import Array, add_to_weight
 from diablo_export.checkpoint import Checkpoint
 from diablo_export.console import log
@@ -27,9 +27,11 @@ from diablo_export.converters import budget
 from diablo_export.converters.calibration import Text, given_text, written_text
 from diablo_export.converters.grid_network import GridNetwork, grid_network, target
 from diablo_export.converters.grid_report import against_runtime, reported
+from diablo_export.converters.learned_road import TRAINED_COPIES, learned_road
 from diablo_export.converters.onnx_file import MODEL
 from diablo_export.converters.onnx_graph import Graph
 from diablo_export.converters.onnx_match import match
+from diablo_export.converters.sizes import memory_fault
 from diablo_export.errors import InputError
 from diablo_export.fingerprint import ValuesDigest, fingerprint
 from diablo_export.measure.exported_base import base_weight
@@ -45,7 +47,7 @@ from diablo_export.trainer.model import load_tuned
 from diablo_export.trainer.moments import InputMoments, input_moments
 
 _LENGTH = 128  # tokens of a sequence
-_JUDGED, _FITTED = 16, 64  # sequences: to measure on, to take moments of
+_JUDGED, _FITTED = 16, 512  # sequences: to measure on, to take moments of and to train on
 _SHORT = 16  # so many more of a classifier's, which give one answer each
 _TEXT_SHARE, _PASSES = 0.4, 4  # of the seconds for so many readings of the text
 _LOGITS = 1 << 26  # that are kept of the judged text
@@ -96,20 +98,35 @@ def float_road(
     moments = InputMoments(tuned.network, tuned.text.fitted, batch_size=tuned.batch, pad=tuned.pad)
     algorithm = Algorithm(method, moments)
     built = build(algorithm)
+    steps: dict[str, int] = {}
+    if method == LEARNED:
+        steps = _learned(folder, tuned, source, max_seconds, seed)
+        built = replace(built, hashes={})  # the file is another one now
     graph = ir.load(folder / MODEL)
     found = match(graph, {name: _merged(source, module) for name, module in adapter.modules.items()})
     made = grid_network(graph, folder, adapter, found, source.folder)
     bases = {name: _base(algorithm, name, grid, source) for name, grid in made.grids.items()}
     kept = _Kept(tuned, made, bases)
-    row = {"method": method, **kept.figures(min_survival), "seconds": round(time.perf_counter() - start, 2)}
+    row = {"method": method, **kept.figures(min_survival), **steps, "seconds": round(time.perf_counter() - start, 2)}
     log.info(
         "%s: gain %.3f, cosine %.3f, KL to the float tuned model %.2g", method, row["gain"], row["cosine"],
         row["tuned_kl"],
     )  # fmt: skip
     alike = kept.against(folder, source)
     survival = reported([row], method, method, row["holds"], min_survival, tuned.text, alike)
-    survival["reference"] = f"the base quantized by {method} with the float branch, in torch"
+    by = "gptq" if method == LEARNED else method
+    survival["reference"] = f"the base quantized by {by} with the float branch, in torch"
     return built, [_entry(module, built, method, kept) for module in adapter.modules.values()], survival
+
+
+def _learned(folder: Path, tuned: _Tuned, source: Checkpoint, max_seconds: float, seed: int) -> dict[str, int]:
+    """Train the codes of the file that was built; how many steps that were."""
+    fault = memory_fault(source, copies=TRAINED_COPIES)
+    if fault is not None:
+        log.warning("learned layer by layer, which keeps less than all layers together: %s", fault)
+    seconds = (1 - _TEXT_SHARE) * max_seconds
+    how: dict[str, Any] = {"whole": fault is None, "seconds": seconds, "pad": tuned.pad, "seed": seed}
+    return learned_road(folder, tuned.network, tuned.text.fitted, **how)
 
 
 class _Tuned:

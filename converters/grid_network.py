@@ -99,7 +99,7 @@ def lay(
     for name, module in list(part.named_modules(prefix=path)):
         if not is_linear(module):
             continue
-        one = found.get(name) or _match(graph, name, module)
+        one = found.get(name) or matched(graph, name, module)
         if one is None:
             bare.append(name)
             continue
@@ -114,8 +114,8 @@ def lay(
     return grids, bare
 
 
-def _match(graph: ir.Model, name: str, module: nn.Module) -> Match | None:
-    """Where a layer without blocks lies; None where the graph does not show it."""
+def matched(graph: ir.Model, name: str, module: nn.Module) -> Match | None:
+    """Where a linear layer lies, as a module of one block of zeros; None where the graph does not show it."""
     inputs, outputs = features(module)
     weight = _oriented(module)
     nothing: Array = np.zeros((1, 1, 1), np.float32)

@@ -61,7 +61,7 @@ def merge(
         asymmetric: a zero point for each group, when quantizing; None: likewise.
         precision: fp32 or fp16, of what an ONNX file holds unquantized.
         method: how quantized weights take the blocks, see docs/merging.md: rtn, refit, calibrated, distilled, or
-            k_quant, hqq, gptq, by which every weight of a float model is quantized with the blocks in it; or
+            k_quant, hqq, gptq, learned, by which every weight of a float model is quantized with the blocks in it; or
             auto, the first of these that keeps `min_survival`. None: auto for 4 bits and fewer, rtn for 8; refit
             for a Hugging Face checkpoint that is quantized already, which takes that or rtn.
         calibration: data to measure and calibrate on; None: text that the tuned model writes.

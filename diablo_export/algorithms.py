@@ -5,6 +5,7 @@
              Quantization, Badri and Shaji 2023)
     gptq     column after column, each rounding error pushed into the columns that are not rounded yet, by the inverse
              of the inputs' second moments (arXiv 2210.17323)
+    learned  begins as gptq does; codes and scales are trained in the file (`trainer.rounding`)
 
 The first two are onnxruntime's own code, and give its codes bit for bit. Its GPTQ gives values, not codes, and rounds
 them once more on another grid; the one here keeps the codes that it chose.
@@ -22,7 +23,8 @@ from diablo_export.errors import require
 from diablo_export.quantization import Codes, Float32, Quantized, fresh_grid, pack
 from diablo_export.requantize import Grid, grouped, refitted
 
-ALGORITHMS = ("k_quant", "hqq", "gptq")
+LEARNED = "learned"
+ALGORITHMS = ("k_quant", "hqq", "gptq", LEARNED)
 HAVE_ZEROS = ("k_quant", "hqq")  # with zero points whatever is asked for
 _AT_ONCE = 1 << 22  # weights: temporaries of a dozen times that stay small
 _DAMPING = 0.01  # of the moments' mean diagonal, added to it
@@ -35,7 +37,7 @@ class Algorithm:
 
     Attributes:
         name: one of ALGORITHMS.
-        moments: for gptq, E[x xᵀ] of a module's inputs, (in_features, in_features), by module path.
+        moments: for gptq and learned, E[x xᵀ] of a module's inputs, (in_features, in_features), by module path.
     """
 
     name: str
@@ -55,7 +57,7 @@ class Algorithm:
 
     def grid(self, module: str, bits: int, group_size: int, symmetric: bool, weight: Float32) -> Grid:
         """The same, unpacked: (out_features, groups, group_size)."""
-        if self.name == "gptq":
+        if self.name in ("gptq", LEARNED):
             assert self.moments is not None
             return gptq(weight, bits, group_size, symmetric, self.moments(module))
         rows = max(1, _AT_ONCE // weight.shape[1])

@@ -74,6 +74,8 @@ def test_float_road_runs(
         max_steps=2, lr=0.05, max_length=32, target_modules=["q_proj", "down_proj"],
     )  # fmt: skip
     given = ["--data-dir", data, "--work", tmp_path, "--group-size", 32, "--method", "rtn", "--tokens", 256]
-    whole, ours = printed("float_road.py", given, monkeypatch, capsys)
-    assert whole[1] == "float" and ours[1] == "diablo-export, rtn"
-    assert 0 < float(ours[3]) < 1
+    whole, ours = printed("float_road.py", [*given, "--seed", 0, "--sequences", 2], monkeypatch, capsys)
+    assert whole[1] == "float" and ours[1:3] == ["diablo-export, rtn", "4.50"]
+    left, spread = ours[4].split(" ± ")
+    assert 0 < float(left) < 1 and float(spread) == 0  # one seed
+    assert float(ours[6]) > 0 and float(ours[8]) > 100  # seconds; megabytes, torch among them

@@ -13,7 +13,7 @@ import onnx_ir as ir
 import pytest
 from click.testing import Result
 
-from diablo_export.converters import float_road
+from diablo_export.converters import float_road, learned_road
 from diablo_export.converters.merge import merge
 from diablo_export.converters.onnx_linears import linears, numpy_of
 from diablo_export.measure.parity import parity
@@ -29,15 +29,18 @@ def little_text(monkeypatch: pytest.MonkeyPatch) -> None:
     """Enough to run every line."""
     for name, value in (("_LENGTH", 32), ("_JUDGED", 4), ("_FITTED", 8)):
         monkeypatch.setattr(float_road, name, value)
+    monkeypatch.setattr(learned_road, "LAYER_STEPS", 40)
+    monkeypatch.setattr(learned_road, "STEPS", 40)
 
 
-@pytest.mark.parametrize("method", ["k_quant", "hqq", "gptq"])
+@pytest.mark.parametrize("method", ["k_quant", "hqq", "gptq", "learned"])
 def test_every_weight_is_quantized_so(method: str, tiny_model: Get, tiny_adapter: Get, tmp_path: Path) -> None:
     out = tmp_path / "out"
     manifest = merge(tiny_model("llama"), tiny_adapter("llama"), out, quantize="int4", method=method, min_survival=0.8)
     survival = manifest["survival"]
     assert (survival["method"], manifest["options"]["method"], survival["passed"]) == (method, method, True)
-    assert survival["reference"].startswith(f"the base quantized by {method} ")
+    by = "gptq" if method == "learned" else method
+    assert survival["reference"].startswith(f"the base quantized by {by} ")
     assert {entry["algorithm"] for entry in manifest["modules"]} == {method}
     (row,) = survival["tried"]
     assert row["kl"] < 0.3 * row["base_kl"] and row["tuned_kl"] < 0.3 * row["base_kl"]  # measured 0.1 to 0.15
@@ -45,10 +48,25 @@ def test_every_weight_is_quantized_so(method: str, tiny_model: Get, tiny_adapter
     assert survival["runtime_cosine"] > 0.998  # what was measured is the file
     layers = [layer for layer in linears(ir.load(out / "model.onnx")) if layer.bits]
     kinds = {None if layer.zero_points is None else numpy_of(layer.zero_points).dtype for layer in layers}
-    assert kinds == {{"k_quant": np.dtype(np.uint8), "hqq": np.dtype(np.float32), "gptq": None}[method]}
+    assert kinds == {{"k_quant": np.dtype(np.uint8), "hqq": np.dtype(np.float32)}.get(method)}
     assert len(layers) == 15  # the head, too
     report = parity(out, limit={"adapter.survival_gain": 0.5})  # of random weights int4 loses more than of trained ones
     assert report["verdict"] == "pass", [check for check in report["checks"] if not check["pass"]]
+
+
+def test_what_does_not_fit_is_learned_layer_by_layer(
+    tiny_model: Get,
+    tiny_adapter: Get,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(float_road, "memory_fault", lambda source, copies: f"{copies:.0f} copies are too large")
+    how: Any = {"quantize": "int4", "method": "learned", "min_survival": 0.5}
+    manifest = merge(tiny_model("llama"), tiny_adapter("llama"), tmp_path / "out", **how)
+    (row,) = manifest["survival"]["tried"]
+    assert row["layer_steps"] == 40 and "steps" not in row
+    assert "learned layer by layer, which keeps less than all layers together: 7 copies are too large" in caplog.text
 
 
 @pytest.mark.slow
@@ -58,11 +76,12 @@ def test_less_is_lost_than_by_rounding(real_data: Path, tmp_path: Path, monkeypa
     (tmp_path / "text.txt").write_text(text[:20_000])
     adapter = tiny.make_adapter(base, tmp_path / "adapter", num_blocks=8, scale=0.02)
     lost = {}
-    for method in ("rtn", "k_quant", "hqq", "gptq"):
+    for method in ("rtn", "k_quant", "hqq", "gptq", "learned"):
         merge(base, adapter, tmp_path / method, quantize="int4", method=method, min_survival=0.5)
         report = parity(tmp_path / method, data=tmp_path / "text.txt", max_tokens=2048, modules=False)
         lost[method] = report["kl"]["mean"]
     assert max(lost["k_quant"], lost["hqq"]) < lost["rtn"] and lost["gptq"] < 0.8 * lost["rtn"], lost
+    assert lost["learned"] < 0.9 * lost["gptq"], lost
 
 
 @pytest.mark.slow
@@ -72,6 +91,7 @@ def test_other_models(tiny_model: Get, tiny_adapter: Get, tmp_path: Path) -> Non
         ("phi3", "gptq", {}),  # fused layers in parts
         ("qwen2", "hqq", {"precision": "fp16"}),  # zero points in fp16, a tied head
         ("bert", "k_quant", {}),
+        ("phi3", "learned", {"asymmetric": True, "precision": "fp16"}),
     ):
         out = tmp_path / architecture
         manifest = merge(tiny_model(architecture), tiny_adapter(architecture), out, method=method, **options, **more)

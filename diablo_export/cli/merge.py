@@ -42,8 +42,8 @@ from diablo_export.errors import CheckFailed
 @precision_option
 @click.option(
     "--method", type=click.Choice(["auto", "rtn", "refit", "calibrated", "distilled", "layerwise", *ALGORITHMS]),
-    help="How quantized weights take the blocks; k_quant, hqq, gptq: every weight of a float model is quantized so, "
-    "with the blocks in it.  [default: auto for 4 bits and fewer, rtn for 8; refit for a "
+    help="How quantized weights take the blocks; k_quant, hqq, gptq, learned: every weight of a float model is "
+    "quantized so, with the blocks in it.  [default: auto for 4 bits and fewer, rtn for 8; refit for a "
     "Hugging Face checkpoint that is quantized]",
 )  # fmt: skip
 @click.option(

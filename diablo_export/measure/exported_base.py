@@ -17,7 +17,7 @@ import numpy.typing as npt
 import onnx
 
 from diablo_export.adapter import AdaptedModule, Adapter, stored_transposed
-from diablo_export.algorithms import HAVE_ZEROS, Algorithm
+from diablo_export.algorithms import HAVE_ZEROS, LEARNED, Algorithm
 from diablo_export.blockdiag import Array, BlockShape
 from diablo_export.checkpoint import Checkpoint
 from diablo_export.errors import InputError
@@ -25,7 +25,7 @@ from diablo_export.quantization import Float32, Quantized, quantize
 
 Mask = npt.NDArray[np.bool_]
 
-_ACROSS = ("hqq", "gptq")  # algorithms that look at more than one group at a time
+_ACROSS = ("hqq", "gptq", LEARNED)  # algorithms that look at more than one group at a time
 _EMBEDDINGS = ("embed_tokens.weight", "wte.weight")  # a tied output head is stored there
 
 

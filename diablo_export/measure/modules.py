@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from diablo_export.adapter import Adapter
+from diablo_export.algorithms import LEARNED
 from diablo_export.blockdiag import Array
 from diablo_export.checkpoint import Checkpoint
 from diablo_export.measure import exported, sources
@@ -134,9 +135,8 @@ def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
 
 def _is_fitted(manifest: Mapping[str, Any]) -> Fitted:
     """Which codes were chosen for the least error of outputs, which takes them steps away from the weights."""
-    if (manifest.get("survival") or {}).get("method") == "gptq":
-        return "all"
-    return (manifest.get("survival") or {}).get("method") in ("calibrated", "distilled")
+    method = (manifest.get("survival") or {}).get("method")
+    return "all" if method in ("gptq", LEARNED) else method in ("calibrated", "distilled")
 
 
 def _decodes(taps: OnnxTaps | TorchTaps, adapter: Adapter) -> bool:

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from diablo_export.errors import ExportError
 from diablo_export.trainer.data import Encoded
-from diablo_export.trainer.distillation import inputs, optimise, unpadded
-from diablo_export.trainer.grid import State, grid_layers, set_state
+from diablo_export.trainer.distillation import HARD, inputs, optimise, unpadded
+from diablo_export.trainer.grid import State, coded_layers, set_state
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -85,11 +85,16 @@ class Layers:
     def __init__(self, network: Any, path: str) -> None:
         """Put stand-ins where the layers at `path` are."""
         self._network = network
-        places: Any = network.get_submodule(path)
-        self.layers: list[nn.Module] = list(places)
+        self._places: Any = network.get_submodule(path)
+        self.layers: list[nn.Module] = list(self._places)
         self._standins = [_Standin(layer) for layer in self.layers]
         for index, standin in enumerate(self._standins):
-            places[index] = standin
+            self._places[index] = standin
+
+    def put_back(self) -> None:
+        """Give the network its layers again."""
+        for index, layer in enumerate(self.layers):
+            self._places[index] = layer
 
     @torch.no_grad()
     def listen(self, items: Sequence[Encoded], pad: int, states: Collection[State]) -> Batch:
@@ -120,7 +125,15 @@ class Layers:
         return answer
 
     def distil(
-        self, index: int, layer: nn.Module, batches: Sequence[Batch], *, steps: int, lr: float = 0.05, seed: int = 0
+        self,
+        index: int,
+        layer: nn.Module,
+        batches: Sequence[Batch],
+        *,
+        steps: int,
+        lr: float = 0.05,
+        hard: float = HARD,
+        seed: int = 0,
     ) -> list[float]:
         """Train the latents of one layer on what it gives beside its float blocks; then pass the batches on.
 
@@ -132,7 +145,7 @@ class Layers:
             layer: with its weights; its grid layers begun.
             batches: with hidden states of branch and grid.
             steps: of Adam.
-            lr: peak learning rate in code units.
+            lr, hard: as `distillation.distil`'s.
             seed: of the order of batches.
 
         Returns:
@@ -150,8 +163,8 @@ class Layers:
             shares: Tensor = apart / wanted.square().sum(-1).clamp_min(1e-12)
             return shares[mask].mean()
 
-        trained = [one for one in grid_layers(layer).values() if one.latent is not None]
-        losses = optimise(trained, loss, steps=steps, lr=lr) if trained else []
+        trained = [one for one in coded_layers(layer) if one.latent is not None]
+        losses = optimise(trained, loss, steps=steps, lr=lr, hard=hard) if trained else []
         with torch.no_grad():
             for batch in batches:
                 batch.hidden["grid"] = self.run(index, layer, batch, "grid")

@@ -4,19 +4,24 @@
     python examples/benchmarks/float_road.py --data-dir DATA --work WORK [--autoround PYTHON] [--gptqmodel PYTHON]
 
 PYTHON is the interpreter of an environment that has the tool; a tool without one is left out. The tuned model is
-TinyStories-656K with the Shakespeare adapter of train_quality.py. Every road quantizes the seven projections of each
-layer to symmetric int4 in groups of the same size, with the same training text; the output head is left in float, or
-put back to float. Judged in torch on held-out text against the tuned float model. Prints a Markdown table row each.
+TinyStories-656K with the Shakespeare adapter of train_quality.py. Every road is a command of its own, gets the same
+text to calibrate on (drawn anew from the training text for each seed), and quantizes the seven projections of each
+layer to int4 in groups of the same size, scales in 16 bits; the output head is put back to float. Judged in torch on
+held-out text against the float tuned model. Prints a Markdown table, with standard deviations over the seeds.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import subprocess
+import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +29,12 @@ import numpy as np
 import onnx_ir as ir
 import torch
 from held_out import HeldOut, compared
+from other_quantizers import LENGTH
+from train_quality import write
 
 from diablo_export import merge
 from diablo_export.adapter import Adapter
+from diablo_export.algorithms import HAVE_ZEROS
 from diablo_export.checkpoint import Checkpoint
 from diablo_export.converters.grid_network import grid_network
 from diablo_export.converters.onnx_match import match
@@ -35,9 +43,26 @@ from diablo_export.quantization import Float32
 from diablo_export.trainer.model import load_base
 from diablo_export.trainer.targets import ALL, choose_targets
 
-METHODS = ("rtn", "calibrated", "distilled", "gptq")
+METHODS = ("rtn", "k_quant", "hqq", "gptq", "learned")
+OURS = (sys.executable, "-c", "from diablo_export.cli import main; main()", "merge", "-q")
 TOOLS = Path(__file__).parent / "other_quantizers.py"
+ZEROS = {"hqq": 16, "k_quant": 4}  # bits of a zero point, where there are any
 Weights = dict[str, Float32]
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Of one command.
+
+    Attributes:
+        seconds: on the clock.
+        processor: seconds, of all its threads.
+        megabytes: of memory at its peak.
+    """
+
+    seconds: float
+    processor: float
+    megabytes: float
 
 
 def main() -> None:
@@ -48,8 +73,10 @@ def main() -> None:
     parser.add_argument("--gptqmodel", type=Path, metavar="PYTHON")
     parser.add_argument("--group-size", type=int, action="append", help="Default: 32 and 128.")
     parser.add_argument("--method", action="append", help=f"Of `merge`; default: {', '.join(METHODS)}.")
-    parser.add_argument("--sequences", type=int, default=512, help="Of 128 tokens, that the tools calibrate on.")
+    parser.add_argument("--sequences", type=int, default=512, help="Of 128 tokens, that all calibrate on.")
     parser.add_argument("--tokens", type=int, default=8192, help="Of held-out text to judge on.")
+    parser.add_argument("--seed", type=int, action="append", help="Of the text to calibrate on; default: 0, 1 and 2.")
+    parser.add_argument("--iterations", type=int, default=200, help="Of AutoRound for each layer.")
     options = parser.parse_args()
     if options.data_dir is None:
         parser.error("give --data-dir, or set DIABLO_EXPORT_TEST_DATA")
@@ -59,8 +86,8 @@ def main() -> None:
 
 
 def rows(base: Path, scratch: Path, options: argparse.Namespace) -> Iterator[str]:
-    """The table, row by row."""
-    adapter, text = Adapter.load(options.work / "shakespeare-adapter"), options.work / "shakespeare.jsonl"
+    """The table: what each road leaves, one row for all seeds."""
+    adapter = Adapter.load(options.work / "shakespeare-adapter")
     assert adapter.path is not None
     merge(base, adapter.path, scratch / "tuned")
     tuned, tokenizer = load_base(scratch / "tuned", "causal-lm")
@@ -68,40 +95,106 @@ def rows(base: Path, scratch: Path, options: argparse.Namespace) -> Iterator[str
     held = HeldOut(options.work / "shakespeare-held-out.jsonl", tokenizer, False, options.tokens)
     wanted, start = held.logits(tuned), held.logits(network)
     names = choose_targets(tuned, [ALL])
-    yield "| group | method | loss | KL from the float model | gain | cosine | processor time |"
-    yield "|---|---|---|---|---|---|---|"
-    yield f"| – | float | {held.figure(wanted):.4f} | 0 | 1 | 1 | |"
+    texts = [drawn(options, tokenizer, scratch, seed) for seed in options.seed or (0, 1, 2)]
+    yield "| group | method | bits | loss | KL from the float model | cosine | s | processor s | MB |"
+    yield "|---|---|---|---|---|---|---|---|---|"
+    yield f"| – | float | 32 | {held.figure(wanted):.4f} | 0 | 1 | | | |"
     for size in options.group_size or (32, 128):
-        for name, weights, seconds in roads(base, adapter, names, size, text, scratch, options):
-            found = held.logits(with_weights(tuned, weights))
-            kept = compared(wanted, start, found)
-            figures = f"{kept['kl']:.4f} | {kept['gain']:.3f} | {kept['cosine']:.4f}"
-            yield f"| {size} | {name} | {held.figure(found):.4f} | {figures} | {seconds:.0f} s |"
+        found: dict[str, list[dict[str, float]]] = defaultdict(list)
+        for text in texts:
+            for name, weights, cost in roads(base, adapter, names, size, text, scratch, options):
+                said = held.logits(with_weights(tuned, weights))
+                kept = compared(wanted, start, said) | {"loss": held.figure(said)} | vars(cost)
+                found[name].append(kept)
+                print(size, text.stem, name, json.dumps(kept), file=sys.stderr, flush=True)
+        for name, kepts in found.items():
+            yield f"| {size} | {name} | {bits(name, size):.2f} | {row(kepts)} |"
+        if differences := beside(found):
+            yield f"\n{differences}\n"
+
+
+def row(kepts: Sequence[dict[str, float]]) -> str:
+    """Means over the seeds, with standard deviations of what a seed moves."""
+    mean, spread = (
+        {name: float(of([kept[name] for kept in kepts])) for name in kepts[0]} for of in (np.mean, _deviation)
+    )
+    figures = [f"{mean['loss']:.4f} ± {spread['loss']:.4f}", f"{mean['kl']:.4f} ± {spread['kl']:.4f}"]
+    figures += [f"{mean['cosine']:.4f}", *(f"{mean[name]:.0f}" for name in ("seconds", "processor", "megabytes"))]
+    return " | ".join(figures)
+
+
+def beside(found: dict[str, list[dict[str, float]]]) -> str:
+    """How far the best of ours is from the best of the others, on the same texts."""
+    means = {name: np.mean([kept["kl"] for kept in kepts]) for name, kepts in found.items()}
+    ours, others = (sorted((m, n) for n, m in means.items() if n.startswith("diablo") == own) for own in (True, False))
+    if not ours or not others:
+        return ""
+    (_, best), (_, rival) = ours[0], others[0]
+    shares = [1 - one["kl"] / two["kl"] for one, two in zip(found[best], found[rival], strict=True)]
+    return f"{best} leaves {np.mean(shares):.1%} ± {_deviation(shares):.1%} less KL than {rival}"
+
+
+def _deviation(values: Sequence[float]) -> float:
+    return float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
+
+
+def bits(name: str, size: int) -> float:
+    """Of a weight in the file, with its share of scale and zero point."""
+    return 4 + (16 + ZEROS.get(name.rpartition(" ")[2], 0)) / size
+
+
+def drawn(options: argparse.Namespace, tokenizer: Any, scratch: Path, seed: int) -> Path:
+    """A file of paragraphs of the training text, drawn at random: as many as hold the sequences asked for."""
+    lines = (options.work / "shakespeare.jsonl").read_text(encoding="utf-8").splitlines()
+    paragraphs = [part for line in lines for part in json.loads(line)["text"].split("\n\n") if part.strip()]
+    wanted, tokens = options.sequences * LENGTH, 0
+    chosen = []
+    for index in np.random.default_rng(seed).permutation(len(paragraphs)):
+        if tokens > wanted:
+            break
+        chosen.append(paragraphs[index])
+        tokens += len(tokenizer(f"{paragraphs[index]}\n\n", add_special_tokens=False)["input_ids"])
+    file = scratch / f"text-{seed}.jsonl"
+    write(file, [{"text": "\n\n".join(chosen)}])
+    return file
 
 
 def roads(
     base: Path, adapter: Adapter, names: list[str], size: int, text: Path, scratch: Path, options: argparse.Namespace
-) -> Iterator[tuple[str, Weights, float]]:
-    """Each road's name, the weights that it leaves of the projections, and its processor time."""
+) -> Iterator[tuple[str, Weights, Cost]]:
+    """Each road's name, the weights that it leaves of the projections, and what it took."""
     for method in options.method or METHODS:
-        began, out = time.process_time(), scratch / f"{method}-{size}"
-        how: dict[str, Any] = {} if method == "rtn" else {"calibration": text}
-        assert adapter.path is not None
-        merge(base, adapter.path, out, quantize="int4", group_size=size, method=method, **how)
-        yield f"diablo-export, {method}", of_graph(out, adapter, base, names), time.process_time() - began
+        out = scratch / f"{method}-{size}-{text.stem}"
+        command: list[object] = [*OURS, "--model", base, "--adapter", adapter.path, "--output", out]
+        command += ["--quantize", "int4", "--group-size", size, "--method", method]
+        command += ["--precision", "fp16", *([] if method in HAVE_ZEROS else ["--symmetric"])]
+        command += [] if method == "rtn" else ["--calibration", text, "--min-survival", 0.5]
+        cost = run(method, command)
+        yield f"diablo-export, {method}", of_graph(out, adapter, base, names), cost
     for tool, python in (("autoround", options.autoround), ("gptqmodel", options.gptqmodel)):
         if python is not None:
-            began, out = sum(os.times()[2:4]), scratch / f"{tool}-{size}"
+            out = scratch / f"{tool}-{size}-{text.stem}"
             command = [python, TOOLS, tool, scratch / "tuned", text, out, "--group-size", size]
-            quiet: dict[str, Any] = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
-            # GPTQModel refuses to work with fewer than two threads, and would compile its packing in C++
-            workable = {"GPTQMODEL_CPU_WORKERS": "2", "GPTQMODEL_DISABLE_PACK_EXT": "1", "HF_HUB_OFFLINE": "1"}
-            environment = os.environ | workable
-            given = [*map(str, command), "--sequences", str(options.sequences)]
-            done = subprocess.run(given, env=environment, check=False, **quiet)
-            if done.returncode:
-                raise SystemExit(f"{tool} failed:\n{done.stderr[-2000:]}")
-            yield tool, of_checkpoint(out, names), sum(os.times()[2:4]) - began
+            cost = run(tool, [*command, "--iterations", options.iterations])
+            yield tool, of_checkpoint(out, names), cost
+
+
+def run(name: str, command: Sequence[object]) -> Cost:
+    """Run a road, and measure it."""
+    # GPTQModel refuses to work with fewer than two threads, and would compile its packing in C++
+    workable = {"GPTQMODEL_CPU_WORKERS": "2", "GPTQMODEL_DISABLE_PACK_EXT": "1", "HF_HUB_OFFLINE": "1"}
+    with tempfile.TemporaryFile("w+") as said:
+        began = time.perf_counter()
+        started = subprocess.Popen(
+            [str(part) for part in command], env=os.environ | workable, stdout=subprocess.DEVNULL, stderr=said
+        )
+        _, status, used = os.wait4(started.pid, 0)
+        seconds = time.perf_counter() - began
+        started.returncode = os.waitstatus_to_exitcode(status)
+        if started.returncode:
+            said.seek(0)
+            raise SystemExit(f"{name} failed:\n{said.read()[-2000:]}")
+    return Cost(seconds, used.ru_utime + used.ru_stime, used.ru_maxrss / 1e3)
 
 
 def of_graph(folder: Path, adapter: Adapter, base: Path, names: list[str]) -> Weights:

@@ -3,7 +3,7 @@
     python examples/benchmarks/other_quantizers.py autoround|gptqmodel MODEL TEXT OUTPUT [--group-size 32]
 
 MODEL is a Hugging Face folder, TEXT a JSON Lines file of {"text": …}; OUTPUT becomes a checkpoint in GPTQ's format,
-symmetric, the output head left in float. Both tools get the same sequences and otherwise their own defaults.
+symmetric, the output head left in float. Both tools get the whole text and otherwise their own defaults.
 """
 
 from __future__ import annotations
@@ -26,19 +26,20 @@ def main() -> None:
     parser.add_argument("text", type=Path)
     parser.add_argument("output", type=Path)
     parser.add_argument("--group-size", type=int, default=32)
-    parser.add_argument("--sequences", type=int, default=512)
+    parser.add_argument("--iterations", type=int, default=200, help="Of AutoRound for each layer.")
     options = parser.parse_args()
     tokenizer = AutoTokenizer.from_pretrained(options.model)
     text = "\n".join(json.loads(line)["text"] for line in options.text.read_text(encoding="utf-8").splitlines())
     ids = torch.tensor(tokenizer(text)["input_ids"])
     rows = [ids[at : at + LENGTH] for at in range(0, len(ids) - LENGTH, LENGTH)]
-    step = max(1, len(rows) // options.sequences)  # spread over the whole text
-    quantize = autoround if options.tool == "autoround" else gptqmodel
-    quantize(options.model, tokenizer, rows[::step][: options.sequences], options.output, options.group_size)
+    if options.tool == "autoround":
+        autoround(options.model, tokenizer, rows, options.output, options.group_size, options.iterations)
+    else:
+        gptqmodel(options.model, tokenizer, rows, options.output, options.group_size)
 
 
-def autoround(model: Path, tokenizer: Any, rows: list[torch.Tensor], output: Path, size: int) -> None:
-    """SignRound: rounding and clipping learned block by block against the float block's outputs, 200 steps each."""
+def autoround(model: Path, tokenizer: Any, rows: list[torch.Tensor], output: Path, size: int, iterations: int) -> None:
+    """SignRound: rounding and clipping learned block by block against the float block's outputs."""
     from auto_round import AutoRound
     from transformers import AutoModelForCausalLM
 
@@ -46,7 +47,7 @@ def autoround(model: Path, tokenizer: Any, rows: list[torch.Tensor], output: Pat
     data = [{"input_ids": row[None], "attention_mask": torch.ones_like(row[None])} for row in rows]
     AutoRound(
         network, tokenizer, bits=4, group_size=size, sym=True, dataset=data, nsamples=len(data), seqlen=LENGTH,
-        device_map="cpu", enable_torch_compile=False,
+        iters=iterations, device_map="cpu", enable_torch_compile=False,
     ).quantize_and_save(str(output), format="auto_gptq")  # fmt: skip
 
 
