@@ -47,9 +47,12 @@ def onnx_bytes(checkpoint: Checkpoint, quantize: str, group_size: int, precision
     return total
 
 
-def memory_fault(checkpoint: Checkpoint, layerwise: bool = False, copies: float = _COPIES) -> str | None:
-    """Why the model, or one of its layers at a time, cannot be held in so many float32 copies here, or None."""
-    numbers = sum(math.prod(info.shape) for info in checkpoint) * copies
+def memory_fault(checkpoint: Checkpoint, layerwise: bool = False, copies: float | None = None) -> str | None:
+    """Why the model, or one of its layers at a time, cannot be held in so many float32 copies here, or None.
+
+    As many as a merge needs, where `copies` does not say.
+    """
+    numbers = sum(math.prod(info.shape) for info in checkpoint) * (copies or _COPIES)
     if layerwise:
         numbers = _outside_and_largest(checkpoint) + _HIDDEN
     needs = 4 * numbers
