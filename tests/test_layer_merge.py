@@ -63,7 +63,7 @@ def test_it_keeps_what_rounding_loses_and_changes_touched_groups_only(
 ) -> None:
     model, folder, weak = narrow
     given, adapter = folder / "model.onnx", Adapter.load(weak)
-    monkeypatch.setattr(layer_merge, "_FITTED", 512)  # of less text the codes would learn the noise, as in test_survival
+    monkeypatch.setattr(layer_merge, "_FITTED", 512)  # of less text codes learn the noise
     monkeypatch.setattr(layer_merge, "STEPS", 80)
     manifest = merge(folder, weak, tmp_path / "out", reference=model, method="layerwise", min_survival=0.1)
     survival = manifest["survival"]
