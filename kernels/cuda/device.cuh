@@ -48,25 +48,58 @@ __device__ inline void load_once(const void* from, uint32_t (&to)[4]) {
       : "l"(from));
 }
 
+// The pointer, as a number that the compiler keeps and does not compute again at each use.
+template <class T>
+__device__ inline T* kept(T* pointer) {
+  asm("" : "+l"(pointer));
+  return pointer;
+}
+
 __device__ inline uint32_t load_word(const void* from) { return __ldg(static_cast<const unsigned*>(from)); }
 
 __device__ inline uint32_t load_pair(const void* from) { return *static_cast<const uint32_t*>(from); }
 
-// (code - zero) * scale for a code and a zero point in the lower 4 bits of each half: behind the bits of 1024, or 128,
-// either is that number plus itself, and the difference is exact.
-__device__ inline uint32_t dequantize_pair(uint32_t codes, uint32_t zeros, __half scale) {
-  const uint32_t bits = codes | 0x64006400u, offset = zeros | 0x64006400u;
+// codes & Mask | Bits, as the one instruction that it is
+template <uint32_t Mask, uint32_t Bits>
+__device__ inline uint32_t masked_with(uint32_t codes) {
+  uint32_t both;
+  asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(both) : "r"(codes), "n"(Mask), "n"(Bits));
+  return both;
+}
+
+// Two 16-bit halves, from the lower halves of two pairs or from the upper ones.
+__device__ inline uint32_t lower_halves(uint32_t a, uint32_t b) { return __byte_perm(a, b, 0x5410); }
+__device__ inline uint32_t upper_halves(uint32_t a, uint32_t b) { return __byte_perm(a, b, 0x7632); }
+
+// (code - zero) * scale for codes in the lower 4 bits of each half, and a zero point in both: behind the bits of 1024, or
+// 128, either is that number plus itself, and the difference is exact.
+__device__ inline uint32_t dequantize_low(uint32_t codes, uint32_t zeros, __half scale) {
+  const uint32_t bits = masked_with<0x000f000f, 0x64006400>(codes), offset = zeros | 0x64006400u;
   const __half2 value = __hmul2(__hsub2(*reinterpret_cast<const __half2*>(&bits), *reinterpret_cast<const __half2*>(&offset)),
                                 __half2half2(scale));
   return *reinterpret_cast<const uint32_t*>(&value);
 }
 
-__device__ inline uint32_t dequantize_pair(uint32_t codes, uint32_t zeros, __nv_bfloat16 scale) {
+__device__ inline uint32_t dequantize_low(uint32_t codes, uint32_t zeros, __nv_bfloat16 scale) {
   using Pair = __nv_bfloat162;
-  const uint32_t bits = codes | 0x43004300u, offset = zeros | 0x43004300u;
+  const uint32_t bits = masked_with<0x000f000f, 0x43004300>(codes), offset = zeros | 0x43004300u;
   const Pair value = __hmul2(__hsub2(*reinterpret_cast<const Pair*>(&bits), *reinterpret_cast<const Pair*>(&offset)),
                              __bfloat162bfloat162(scale));
   return *reinterpret_cast<const uint32_t*>(&value);
+}
+
+// The same for the 4 bits above them. In float16 they are 16 times the code behind 1024: a sixteenth of that is 64 plus
+// the code, so no shift is needed.
+__device__ inline uint32_t dequantize_high(uint32_t codes, uint32_t zeros, __half scale) {
+  const uint32_t bits = masked_with<0x00f000f0, 0x64006400>(codes), offset = zeros << 4 | 0xd400d400u;  // -64 - zero
+  const __half2 code = __hfma2(*reinterpret_cast<const __half2*>(&bits), __float2half2_rn(0.0625f),
+                               *reinterpret_cast<const __half2*>(&offset));
+  const __half2 value = __hmul2(code, __half2half2(scale));
+  return *reinterpret_cast<const uint32_t*>(&value);
+}
+
+__device__ inline uint32_t dequantize_high(uint32_t codes, uint32_t zeros, __nv_bfloat16 scale) {
+  return dequantize_low(codes >> 4, zeros, scale);
 }
 
 __device__ inline void multiply_tile(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, __half) {

@@ -9,7 +9,7 @@ namespace {
 
 using namespace diablo;
 
-constexpr int64_t kMostGroup = 4096, kMostInputs = INT32_MAX / 2;  // whose passes stay in 32 bits
+constexpr int64_t kMostGroup = 4096, kMostSize = INT32_MAX / 2;  // what stays in 32 bits a few passes further
 
 bool starts_whole(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
 
@@ -30,8 +30,8 @@ cudaError_t launch_dense(const DiabloInt4Layer& given, void* dense, cudaStream_t
                 down = (given.shape.out_features + kDenseOutputs - 1) / kDenseOutputs;
   if (across > 65535 || down > INT32_MAX) return cudaErrorInvalidConfiguration;
   const dim3 grid(static_cast<unsigned>(down), static_cast<unsigned>(across));
-  int4_dense<T><<<grid, kDenseThreads, 0, stream>>>(int4_layer<T>(given, 0), inputs, dense_aligned(dense, inputs),
-                                                    static_cast<T*>(dense));
+  int4_dense<T><<<grid, kDenseThreads, 0, stream>>>(int4_layer<T>(given, 0), static_cast<int>(inputs),
+                                                    dense_aligned(dense, inputs), static_cast<T*>(dense));
   return cudaGetLastError();
 }
 
@@ -48,16 +48,17 @@ int diablo_int4_takes(const DiabloInt4Layer* layers, int count) {
   const DiabloShape& first = layers[0].shape;
   const int64_t size = layers[0].weights.group_size;
   if (first.type != DIABLO_F16 && first.type != DIABLO_BF16) return 0;
-  if (size < kInt4Lane || size > kMostGroup || (size & (size - 1)) != 0 || first.in_features > kMostInputs) return 0;
+  if (size < kInt4Lane || size > kMostGroup || (size & (size - 1)) != 0 || first.in_features > kMostSize) return 0;
   int64_t outputs = 0;
   for (const DiabloInt4Layer* layer = layers; layer != layers + count; ++layer) {
     const DiabloShape& s = layer->shape;
     if (s.type != first.type || s.block_type != first.type || s.rows != first.rows || s.x_stride != first.x_stride) return 0;
     if (s.in_features != first.in_features || layer->weights.group_size != size) return 0;
-    if (!starts_whole(layer->weights.codes) || s.out_features > INT32_MAX) return 0;
+    if (!starts_whole(layer->weights.codes) || s.block_size_in > kMostSize || s.block_size_out > kMostSize) return 0;
+    if (s.out_features > kMostSize - outputs) return 0;
     outputs += s.out_features;
   }
-  return outputs <= INT32_MAX;
+  return 1;
 }
 
 DiabloError diablo_int4_cuda(const DiabloInt4Layer* layers, int count, const void* x, void* stream, const char** cause) {

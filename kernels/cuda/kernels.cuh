@@ -26,8 +26,9 @@ __device__ inline float scale_of(const Job<T, B>& job, int64_t block) {
 // Each thread reads the same columns again and again, `vector` of them in one load, period rows further down for each
 // group of threads; the groups' sums meet in shared memory. A load may end in the row below: `split` of its elements
 // are of the first row.
+// Two thread blocks at a time: left to itself ptxas takes fewer registers than it needs, and spills.
 template <class T, class B, int Vector, int Rows>
-__global__ void __launch_bounds__(kFewThreads) few_rows(const Job<T, B> job) {
+__global__ void __launch_bounds__(kFewThreads, 2) few_rows(const Job<T, B> job) {
   constexpr int kPitch = kFewThreads + 32 / Vector;  // neither writing nor reading meets a bank twice
   __shared__ float sums[Vector][kPitch];
   const DiabloShape& s = job.shape;
@@ -38,16 +39,17 @@ __global__ void __launch_bounds__(kFewThreads) few_rows(const Job<T, B> job) {
   const int down = first / width, column = first % width, split = width - column < Vector ? width - column : Vector;
   const int depth = static_cast<int>(area.depth), step = launch.groups * launch.period;
   const B* block = job.blocks + area.block * s.block_size_in * s.block_size_out + area.first_column + column;
+  const int terms = launch.groups * launch.period, part = thread % launch.parts, mine = thread / launch.parts;
   const float scale = scale_of(job, area.block);
 
   for (int64_t tile = blockIdx.y; tile < launch.row_tiles; tile += gridDim.y) {
     const int64_t row = tile * Rows;
     const T* x = job.x + row * s.x_stride + area.input;
-    const int64_t out = row * s.y_stride + area.output + thread;
+    const int64_t out = row * s.y_stride + area.output + mine;
     float y0[Rows] = {}, sum[Rows][Vector] = {};
 #pragma unroll
     for (int r = 0; r < Rows; ++r)  // early, beside the blocks
-      if (thread < area.columns && row + r < s.rows) y0[r] = to_float(job.y0[out + r * s.y_stride]);
+      if (part == 0 && mine < area.columns && row + r < s.rows) y0[r] = to_float(job.y0[out + r * s.y_stride]);
     if (group < launch.groups && (column < area.columns || split < Vector)) {
 #pragma unroll 4
       for (int k = group * launch.period + down; k < depth; k += step) {
@@ -73,18 +75,17 @@ __global__ void __launch_bounds__(kFewThreads) few_rows(const Job<T, B> job) {
 #pragma unroll
       for (int i = 0; i < Vector; ++i) sums[i][thread] = sum[r][i];
       __syncthreads();
-      if (thread < area.columns && row + r < s.rows) {
-        float total[4] = {};
-        const int terms = launch.groups * launch.period;
-        for (int n = 0; n < terms; n += 4)
-#pragma unroll
-          for (int i = 0; i < 4; ++i) {
-            const int at = (n + i) * width + thread;
-            if (n + i < terms) total[i] += sums[at % Vector][at / Vector];
-          }
-        const float branch = (total[0] + total[1]) + (total[2] + total[3]);
-        from_float(y0[r] + scale * branch, job.y[out + r * s.y_stride]);
+      float total = 0;
+      if (mine < area.columns) {
+#pragma unroll 4
+        for (int n = part; n < terms; n += launch.parts) {
+          const int at = n * width + mine;
+          total += sums[at % Vector][at / Vector];
+        }
       }
+      for (int bits = 1; bits < launch.parts; bits *= 2) total += __shfl_xor_sync(0xffffffffu, total, bits);
+      if (part == 0 && mine < area.columns && row + r < s.rows)
+        from_float(y0[r] + scale * total, job.y[out + r * s.y_stride]);
       __syncthreads();
     }
   }

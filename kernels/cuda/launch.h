@@ -32,8 +32,9 @@ struct Launch {
   int64_t grid_x, grid_y;
   int64_t row_tiles;  // more than grid_y where that is at its limit: a thread block then takes every grid_y-th
   // kFewRows alone: a thread reads `vector` neighbouring elements at a time. `period` rows of the tile are a whole number
-  // of them, `slots`, one for each thread of a group; the `groups` share the depth.
-  int vector, period, slots, groups;
+  // of them, `slots`, one for each thread of a group; the `groups` share the depth. `parts` threads, a power of two, add up
+  // a column's sums.
+  int vector, period, slots, groups, parts;
 };
 
 // Which addresses are multiples of 16 bytes (of 8 for int8 blocks), so that eight elements, or four floats, are one load.
@@ -76,6 +77,8 @@ inline void spread_threads(const DiabloShape& s, bool aligned, Launch* launch) {
   }
   launch->slots = static_cast<int>(launch->period * launch->columns_per_tile / launch->vector);
   launch->groups = kFewThreads / launch->slots;
+  launch->parts = 1;
+  while (launch->parts < 32 && 2 * launch->parts * launch->columns_per_tile <= kFewThreads) launch->parts *= 2;
 }
 
 // Needs every size above 0. Blocks that lie behind the outputs are not launched.

@@ -113,22 +113,25 @@ def branch(kernels: Kernels, device: str, dtype: torch.dtype, stored: torch.dtyp
     y = y0 if in_place else torch.full_like(y0, float("nan"))
     if y.stride() != y0.stride():
         y = torch.empty_strided(y0.shape, y0.stride(), dtype=dtype, device=device).fill_(float("nan"))
-    wanted = wanted_branch(x, blocks, scales, y0)
-    if graph and device == "cuda":
-        replayed(lambda: kernels.branch(x, blocks, y0, y, scales), y0 if in_place else None)
-    else:
+    before = y0.clone()
+
+    def call() -> None:
         kernels.branch(x, blocks, y0, y, scales)
+
+    call()
+    if graph and device == "cuda":
+        replayed(call, x, y, before if in_place else torch.full_like(before, float("nan")))
+    wanted = wanted_branch(x, blocks, scales, before)
     return f"{NAMES[dtype]} x {NAMES[stored]}", error_of(y, wanted, dtype)
 
 
-def replayed(call: Any, changed: Tensor | None) -> None:
-    """The call as a replay of a graph; `changed` is what it works on in place, put back in between."""
-    before = None if changed is None else changed.clone()
+def replayed(call: Any, x: Tensor, y: Tensor, before: Tensor) -> None:
+    """The call as a replay of a graph, on an x that it was not recorded with; y as it was before."""
     recorded = torch.cuda.CUDAGraph()
     with torch.cuda.graph(recorded):
         call()
-    if changed is not None and before is not None:
-        changed.copy_(before)
+    x.normal_()
+    y.copy_(before)
     recorded.replay()
     torch.cuda.synchronize()
 

@@ -240,8 +240,9 @@ void check_int4(std::mt19937& random, DiabloType type) {
   const int64_t size = 32 << random() % 3;
   DiabloShape first = random_shape(random);
   first.rows = upto(random, 20), first.type = first.block_type = type;
-  if (random() % 2) {  // whole loads of x
-    first.in_features = divide_up(first.in_features, 32) * 32, first.x_stride = first.in_features;
+  if (random() % 2) {  // whole passes
+    const int64_t passes = random() % 4 ? divide_up(first.in_features, kInt4Pass) : upto(random, 48);
+    first.in_features = passes * kInt4Pass, first.x_stride = first.in_features + random() % 2 * 8;
     first.block_size_in = divide_up(first.in_features, first.num_blocks);
   }
   std::vector<std::unique_ptr<Int4Case>> cases;
@@ -302,8 +303,20 @@ void test_few_rows_read_each_element_once() {
     CHECK(launch.slots * launch.vector == launch.period * launch.columns_per_tile, "slots %d", launch.slots);
     CHECK(launch.groups >= 1 && launch.groups * launch.slots <= kFewThreads, "groups %d", launch.groups);
     CHECK(launch.period == 1 || launch.columns_per_tile == s.block_size_out, "period %d", launch.period);
-    CHECK(launch.columns_per_tile <= kFewThreads, "one thread for each output");
+    CHECK(launch.columns_per_tile * launch.parts <= kFewThreads && 32 % launch.parts == 0, "%d threads for each output",
+          launch.parts);
     if (launch.vector > 1) CHECK(launch.period * s.block_size_out % launch.vector == 0, "period %d", launch.period);
+  }
+}
+
+// What device.cuh takes for granted of numbers whose lower bits are a code or a zero point.
+void test_bits_of_codes() {
+  const auto half = [](int bits) { return to_float(Half{static_cast<uint16_t>(bits)}); };
+  for (int q = 0; q < 16; ++q) {
+    const float code = static_cast<float>(q);
+    CHECK(half(0x6400 | q) == 1024 + code && half(0x6400 | q << 4) / 16 == 64 + code, "float16, code %d", q);
+    CHECK(half(0xd400 | q << 4) == -64 - code, "float16, zero point %d", q);
+    CHECK(to_float(Brain{static_cast<uint16_t>(0x4300 | q)}) == 128 + code, "bfloat16, code %d", q);
   }
 }
 
@@ -339,6 +352,7 @@ void test_each_output_is_covered_once() {
 int main(int count, char** arguments) {
   const int calls = count > 1 ? std::atoi(arguments[1]) : 300;
   const unsigned seed = count > 2 ? static_cast<unsigned>(std::atoi(arguments[2])) : 3;
+  test_bits_of_codes();
   test_each_output_is_covered_once();
   test_few_rows_read_each_element_once();
   test_cropped_runs();

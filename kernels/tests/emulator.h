@@ -151,6 +151,11 @@ inline void store_whole(void* to, const void* from) {
   load_whole<Bytes>(from, to);
 }
 
+template <class T>
+inline T* kept(T* pointer) {
+  return pointer;
+}
+
 inline void load_once(const void* from, uint32_t (&to)[4]) { load_whole<16>(from, to); }
 
 inline uint32_t load_word(const void* from) {
@@ -162,8 +167,11 @@ inline uint32_t load_word(const void* from) {
 
 inline uint32_t load_pair(const void* from) { return load_word(from); }
 
+inline uint32_t lower_halves(uint32_t a, uint32_t b) { return (a & 0xffffu) | b << 16; }
+inline uint32_t upper_halves(uint32_t a, uint32_t b) { return a >> 16 | (b & 0xffff0000u); }
+
 template <class T>
-inline uint32_t dequantize_pair(uint32_t codes, uint32_t zeros, T scale) {
+inline uint32_t dequantize_low(uint32_t codes, uint32_t zeros, T scale) {
   uint32_t pair = 0;
   for (int i = 0; i < 2; ++i) {
     T value;
@@ -172,6 +180,11 @@ inline uint32_t dequantize_pair(uint32_t codes, uint32_t zeros, T scale) {
     pair |= static_cast<uint32_t>(value.bits) << (16 * i);
   }
   return pair;
+}
+
+template <class T>
+inline uint32_t dequantize_high(uint32_t codes, uint32_t zeros, T scale) {
+  return dequantize_low(codes >> 4, zeros, scale);
 }
 
 // D = A B + C of m16n8k16: lane l holds rows l / 4 and 8 below of A and C, in pairs of columns from l % 4 * 2 on; of B

@@ -31,7 +31,7 @@ void run_dense(const DiabloInt4Layer& given, void* dense, std::mt19937& random) 
   const bool aligned = dense_aligned(dense, inputs);
   run_blocks(static_cast<int>((outputs + kDenseOutputs - 1) / kDenseOutputs),
              static_cast<int>((inputs + kDenseInputs - 1) / kDenseInputs), kDenseThreads, random,
-             [&] { int4_dense<T>(layer, inputs, aligned, static_cast<T*>(dense)); });
+             [&] { int4_dense<T>(layer, static_cast<int>(inputs), aligned, static_cast<T*>(dense)); });
 }
 
 }  // namespace diablo
