@@ -115,7 +115,7 @@ def shakespeare(data: Path, work: Path, steps: int, seeds: int, rates: str) -> I
         yield run("weak-branch-32", 20, lr=1e-3, seed=seed, base_quantize="int4")
         yield run("weak-grid-32", 20, lr=1e-3, seed=seed, base_quantize="int4", on_grid=True)
     given = {"base_quantize": "int4", "on_grid": True, "init_adapter": work / "float"}
-    yield run("from-float-32", steps // 5, lr=best["grid"] / 2, **given)
+    yield run("from-float-32", steps // 5, lr=best["grid"] / 20, **given)
 
 
 def exactness(base: Path, folder: Path, out: Path, text: str) -> dict[str, Any]:
