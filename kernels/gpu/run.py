@@ -111,7 +111,17 @@ def build(folder: Path, architectures: str | None) -> Path:
 
 
 def prepare(kit: Path) -> None:
-    """Libraries for every GPU since Ampere, and an int4 export with two adapters, also with fused layers."""
+    """Libraries for every GPU since Ampere, and models."""
+    kit.mkdir(parents=True, exist_ok=True)
+    built = build(kit.parent / f"{kit.name}-library", "80-real;87-real;89-real;90-real;100-real;120")
+    for name in LIBRARIES:
+        shutil.copy2(built / name, kit / name)
+    make_models(kit / "models", kit.parent / f"{kit.name}-models")
+    print(f"{kit}: {sum(file.stat().st_size for file in kit.rglob('*') if file.is_file()) / 1e6:.0f} MB")
+
+
+def make_models(folder: Path, scratch: Path) -> None:
+    """int4 exports with two adapters, also with fused layers: one with biases, one with zero points."""
     sys.path.insert(0, str(ROOT))
     import onnx
 
@@ -119,23 +129,19 @@ def prepare(kit: Path) -> None:
     from diablo_export.converters.onnx_fuse import fuse_file
     from tests import tiny
 
-    kit.mkdir(parents=True, exist_ok=True)
-    built = build(kit.parent / f"{kit.name}-library", "80-real;87-real;89-real;90-real;100-real;120")
-    for name in LIBRARIES:
-        shutil.copy2(built / name, kit / name)
-    scratch = kit.parent / f"{kit.name}-models"
-    model = tiny.make_model("llama", scratch / "model")
-    adapters = {"a": tiny.make_adapter(model, scratch / "a"), "b": tiny.make_other_adapter(model, scratch / "b")}
-    folder = kit / "models" / "int4"
-    export(model, adapters, folder, quantize="int4", precision="fp16", overwrite=True)
-    graph = onnx.load(folder / "model.onnx", load_external_data=False)
-    for node in graph.graph.node:  # on the CPU level 4 multiplies in int8, which CUDA does not
-        kept = [attribute for attribute in node.attribute if attribute.name != "accuracy_level"]
-        del node.attribute[:]
-        node.attribute.extend(kept)
-    onnx.save(graph, folder / "model.onnx")
-    fuse_file(folder / "model.onnx", folder / "fused.onnx")
-    print(f"{kit}: {sum(file.stat().st_size for file in kit.rglob('*') if file.is_file()) / 1e6:.0f} MB")
+    for architecture, asymmetric in (("qwen2", False), ("llama", True)):
+        place = scratch / architecture
+        model = tiny.make_model(architecture, place / "model")
+        adapters = {"a": tiny.make_adapter(model, place / "a"), "b": tiny.make_other_adapter(model, place / "b")}
+        made = folder / f"{architecture}-int4"
+        export(model, adapters, made, quantize="int4", precision="fp16", asymmetric=asymmetric, overwrite=True)
+        graph = onnx.load(made / "model.onnx", load_external_data=False)
+        for node in graph.graph.node:  # on the CPU level 4 multiplies in int8, which CUDA does not
+            kept = [attribute for attribute in node.attribute if attribute.name != "accuracy_level"]
+            del node.attribute[:]
+            node.attribute.extend(kept)
+        onnx.save(graph, made / "model.onnx")
+        fuse_file(made / "model.onnx", made / "fused.onnx")
 
 
 def parts(library: Path, models: Path | None, device: str, small: bool) -> list[tuple[str, list[str], int]]:

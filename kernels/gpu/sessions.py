@@ -34,6 +34,7 @@ from diablo_export.blockdiag import BlockShape
 HALF, GROUP = TensorProto.FLOAT16, 32
 # Of the largest logit: two layers in float16, some ten roundings of 2^-11 each, on the same dequantized weights
 LOGITS = 0.01
+LENGTHS = (1, 9, 40)  # tokens: decoding, and few and many rows of the fused layers
 KINDS = ("base", "branch", "lora", "fused")
 
 
@@ -82,36 +83,40 @@ def session(
     return opened
 
 
-def feeds(opened: Any) -> dict[str, Any]:
-    """A prompt of nine tokens."""
+def feeds(opened: Any, count: int) -> dict[str, Any]:
+    """A prompt of so many tokens."""
     made: dict[str, Any] = {}
     for value in opened.get_inputs():
         if value.name == "input_ids":
-            made[value.name] = np.array([[5, 17, 254, 3, 90, 41, 7, 200, 11]], np.int64)
+            made[value.name] = (np.arange(count, dtype=np.int64)[None] * 71 + 5) % 300
         elif value.name == "position_ids":
-            made[value.name] = np.arange(9, dtype=np.int64)[None]
+            made[value.name] = np.arange(count, dtype=np.int64)[None]
         elif value.name.startswith("past"):
             made[value.name] = np.zeros((1, value.shape[1], 0, value.shape[3]), np.float16)
         elif value.name == "attention_mask":
-            made[value.name] = np.ones((1, 9), np.int64)
+            made[value.name] = np.ones((1, count), np.int64)
     return made
 
 
-def logits(opened: Any, adapter: Path | None) -> Any:
+def logits(opened: Any, adapter: Path | None, count: int) -> Any:
     options = ort.RunOptions()
     if adapter is not None:
         loaded = ort.LoraAdapter()
         loaded.Load(str(adapter))
         options.add_active_adapter(loaded)
-    return opened.run(["logits"], feeds(opened), options)[0].astype(np.float32)
+    return opened.run(["logits"], feeds(opened, count), options)[0].astype(np.float32)
 
 
 def model(folder: Path, library: Path, device: str) -> dict[str, Any]:
     """Every way to run an export against the CPU without the library."""
     adapters: list[Path | None] = [None, *sorted((folder / "adapters").glob("*.onnx_adapter"))]
     plain = session(folder / "model.onnx", "cpu", None)
-    wanted = [logits(plain, adapter) for adapter in adapters]
-    apart = min(float(np.abs(wanted[0] - other).max()) for other in wanted[1:])  # adapters that do nothing show nothing
+    prompts = [(adapter, count) for count in LENGTHS for adapter in adapters]
+    wanted = [logits(plain, *prompt) for prompt in prompts]
+    # adapters that do nothing show nothing
+    apart = min(float(np.abs(wanted[0] - other).max()) for other in wanted[1 : len(adapters)])
+        float(np.abs(wanted[0] - other).max()) for other in wanted[1 : len(adapters)]
+    )  # adapters that do nothing show nothing
     files = {"without": (folder / "model.onnx", None), "with": (folder / "model.onnx", library)}
     if (folder / "fused.onnx").is_file():
         files["fused"] = (folder / "fused.onnx", library)
@@ -119,7 +124,7 @@ def model(folder: Path, library: Path, device: str) -> dict[str, Any]:
     for name, (file, kernels) in files.items():
         with tempfile.TemporaryDirectory() as scratch:
             opened = session(file, device, kernels, profile=Path(scratch) / "profile")
-            got = [logits(opened, adapter) for adapter in adapters]
+            got = [logits(opened, *prompt) for prompt in prompts]
             elsewhere = placed(Path(opened.end_profiling()), device)
         error = max(float(np.abs(a - b).max() / np.abs(b).max()) for a, b in zip(got, wanted, strict=True))
         held = error <= LOGITS and not (device == "cuda" and kernels is not None and elsewhere)
