@@ -115,8 +115,6 @@ def model(folder: Path, library: Path, device: str) -> dict[str, Any]:
     wanted = [logits(plain, *prompt) for prompt in prompts]
     # adapters that do nothing show nothing
     apart = min(float(np.abs(wanted[0] - other).max()) for other in wanted[1 : len(adapters)])
-        float(np.abs(wanted[0] - other).max()) for other in wanted[1 : len(adapters)]
-    )  # adapters that do nothing show nothing
     files = {"without": (folder / "model.onnx", None), "with": (folder / "model.onnx", library)}
     if (folder / "fused.onnx").is_file():
         files["fused"] = (folder / "fused.onnx", library)
