@@ -10,6 +10,7 @@ several nodes.
 from __future__ import annotations
 
 import ast
+import functools
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -246,8 +247,13 @@ def _of_path(layers: Iterable[Linear], path: list[str]) -> Iterator[Linear]:
 
 def _paths(layer: Linear) -> list[list[str]]:
     """What a node's name and its weight's name say about the module: the words before the operator's."""
-    node = re.sub(r"/(MatMul|Gemm)\w*$", "", layer.name)
-    weight = re.sub(r"(\.MatMul)?\.weight\w*$", "", layer.weight.name or "")
+    return _said(layer.name, layer.weight.name or "")
+
+
+@functools.lru_cache(1 << 12)  # each module asks every layer
+def _said(node: str, weight: str) -> list[list[str]]:
+    node = re.sub(r"/(MatMul|Gemm)\w*$", "", node)
+    weight = re.sub(r"(\.MatMul)?\.weight\w*$", "", weight)
     return [_path(node), _path(weight)]
 
 

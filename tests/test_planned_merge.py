@@ -118,7 +118,10 @@ def test_auto_takes_what_is_needed(run: Run, tiny_model: Get, tiny_adapter: Get,
     assert survival["passed"] and not alone["holds"]
     assert plan["cosine"] >= 0.99 > alone["cosine"] and abs(plan["gain"] - 1) <= 0.01 and plan["kl"] < alone["kl"]
     assert plan["choices"]["int4"] > 0 and plan["choices"]["int8"] > 0
-    assert re.search(r"plan \(plan.toml\): \d+ int4, \d+ int8; gain", result.stdout)
+    assert "with all modules merged alike:\n→ refit" in result.stdout
+    assert re.search(r"with plan.toml: \d+ modules int4, \d+ modules int8\n  gain", result.stdout)
+    more = plan["bytes"] - plan["least_bytes"]
+    assert f"{plan['bytes']:,} bytes, {more:,} ({more / plan['least_bytes']:.1%}) more than all merged" in result.stdout
     # done again it is the same to the byte
     again = run(*arguments, "--plan", out / "plan.toml", "--min-survival", 0.99, "-o", tmp_path / "again")
     assert again.exit_code == 0, again.output

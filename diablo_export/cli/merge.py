@@ -111,7 +111,9 @@ def print_survival(manifest: Mapping[str, Any]) -> None:
     survival = manifest.get("survival")
     if survival is None or not log.isEnabledFor(logging.INFO):
         return
-    click.echo(f"survival on {survival['text']}:")
+    plan = survival.get("plan")
+    alike = "" if plan is None else ", with all modules merged alike"
+    click.echo(f"survival on {survival['text']}{alike}:")
     for row in survival["tried"]:
         mark = "→" if row["method"] == survival["method"] else " "
         click.echo(
@@ -120,13 +122,19 @@ def print_survival(manifest: Mapping[str, Any]) -> None:
         )
         if "tuned_kl" in row:
             click.echo(f"  KL to the float tuned model {row['tuned_kl']:.2g}")
-    plan = survival.get("plan")
     if plan is not None:
-        said = ", ".join(f"{count} {choice}" for choice, count in plan["choices"].items())
-        click.echo(
-            f"plan ({plan['file']}): {said}; gain {plan['gain']:.3f}  cosine {plan['cosine']:.3f}  "
-            f"KL {plan['kl']:.2g}  {plan['bytes']:,} bytes"
-        )
+        _print_plan(plan)
+
+
+def _print_plan(plan: Mapping[str, Any]) -> None:
+    """What was decided, what it keeps, and what it costs."""
+    said = ", ".join(f"{count} modules {choice}" for choice, count in plan["choices"].items())
+    more = plan["bytes"] - plan["least_bytes"]
+    click.echo(f"with {plan['file']}: {said}")
+    click.echo(
+        f"  gain {plan['gain']:.3f}  cosine {plan['cosine']:.3f}  KL {plan['kl']:.2g} of {plan['base_kl']:.2g}  "
+        f"{plan['bytes']:,} bytes, {more:,} ({more / plan['least_bytes']:.1%}) more than all merged alike"
+    )
 
 
 def _missed(survival: Mapping[str, Any], output: Path) -> str:
