@@ -76,12 +76,11 @@ def test_less_is_lost_than_by_rounding(real_data: Path, tmp_path: Path, monkeypa
     (tmp_path / "text.txt").write_text(text[:20_000])
     adapter = tiny.make_adapter(base, tmp_path / "adapter", num_blocks=8, scale=0.02)
     lost = {}
-    for method in ("rtn", "k_quant", "hqq", "gptq", "learned"):
+    for method in ("rtn", "k_quant", "hqq", "gptq"):
         merge(base, adapter, tmp_path / method, quantize="int4", method=method, min_survival=0.5)
         report = parity(tmp_path / method, data=tmp_path / "text.txt", max_tokens=2048, modules=False)
         lost[method] = report["kl"]["mean"]
     assert max(lost["k_quant"], lost["hqq"]) < lost["rtn"] and lost["gptq"] < 0.8 * lost["rtn"], lost
-    assert lost["learned"] < 0.9 * lost["gptq"], lost
 
 
 @pytest.mark.slow
