@@ -11,7 +11,7 @@ import hashlib
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import onnx_ir as ir
 import xxhash
@@ -21,8 +21,8 @@ from diablo_export.converters import onnx_file
 from diablo_export.converters.direct_write import direct_writer
 from diablo_export.converters.onnx_match import Match, match
 from diablo_export.converters.onnx_merge import merge_module, put_head, refuse
-from diablo_export.converters.onnx_stored import Bytes, Held
-from diablo_export.errors import ExportError, InputError
+from diablo_export.converters.onnx_stored import Bytes, Held, fill
+from diablo_export.errors import ExportError
 
 CHUNK = 1 << 20  # bytes that are hashed and written while they are in the processor's cache
 
@@ -124,7 +124,7 @@ def rewrite(source: Path, target: Path, changed: Changed) -> tuple[str, str]:
             while done < count:
                 room = out.room(1)
                 piece = room[: min(room.size, CHUNK, count - done)]
-                _fill(stream, piece, source)
+                fill(stream, piece, source)
                 old.update(piece.data)
                 if instead is not None:
                     piece[:] = instead[done : done + piece.size]
@@ -142,12 +142,3 @@ def rewrite(source: Path, target: Path, changed: Changed) -> tuple[str, str]:
             at += copy(instead.size, instead)
         copy(source.stat().st_size - at)
     return old.hexdigest(), new.hexdigest()
-
-
-def _fill(stream: IO[bytes], piece: Bytes, source: Path) -> None:
-    filled = 0
-    while filled < piece.size:
-        got: int = stream.readinto(piece[filled:].data)  # type: ignore[attr-defined]
-        if not got:
-            raise InputError(f"{source}: became shorter while it was read; copy it again")
-        filled += got

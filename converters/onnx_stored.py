@@ -7,6 +7,7 @@ copies that are held until the file is rewritten.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 import numpy.typing as npt
@@ -37,8 +38,7 @@ class Held:
             memory = np.empty(size, np.uint8) if index is None else self._spare.pop(index)
             with file.open("rb", buffering=0) as stream:
                 stream.seek(start)
-                if stream.readinto(memory[:size].data) != size:
-                    raise InputError(f"{file}: cannot be read from byte {start:,} on; copy it again")
+                fill(stream, memory[:size], file)
             self._held[name] = memory[:size]
         return self._held[name]
 
@@ -47,6 +47,20 @@ class Held:
         held = self._held.pop(name)
         self._spare.append(held if held.base is None else np.asarray(held.base))
         return held
+
+
+def fill(stream: IO[bytes], memory: Bytes, file: Path) -> None:
+    """Read the next bytes of a file, as many as there is memory.
+
+    Raises:
+        InputError: it has fewer.
+    """
+    filled = 0
+    while filled < memory.size:
+        got: int = stream.readinto(memory[filled:].data)  # type: ignore[attr-defined]
+        if not got:
+            raise InputError(f"{file}: became shorter while it was read; copy it again")
+        filled += got
 
 
 def writable(value: ir.Value, folder: Path, held: Held | None = None) -> Array:
