@@ -57,7 +57,7 @@ def main() -> None:
     parser.add_argument("--only", choices=["shakespeare", "sst2", "repair"])
     parser.add_argument("--steps", type=int, default=100, help="On Shakespeare.")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--rates", default="0.03,0.1,0.2", help="Learning rates on Shakespeare.")
+    parser.add_argument("--rates", default="0.03,0.06,0.1,0.2,0.3", help="Learning rates on Shakespeare.")
     parser.add_argument("--bases", default=",".join(BASES), help="Of SST-2.")
     parser.add_argument("--sentences", type=int, default=6920, help="Of SST-2, in one epoch.")
     parser.add_argument("--words", type=int, default=100, help="Leave out longer sentences of SST-2.")
