@@ -75,7 +75,8 @@ template <class T>
 Int4Job<T> int4_job(const DiabloInt4Layer* layers, int count, const void* x) {
   const DiabloShape& s = layers[0].shape;
   Int4Job<T> job{s.rows, s.in_features, s.x_stride, (s.rows + kInt4Rows - 1) / kInt4Rows, false, 0, static_cast<const T*>(x), {}};
-  job.whole = reinterpret_cast<uintptr_t>(x) % 16 == 0 && (s.rows == 1 || s.x_stride % 8 == 0) && s.in_features % kInt4Pass == 0;
+  const bool rows_aligned = reinterpret_cast<uintptr_t>(x) % 16 == 0 && (s.rows == 1 || s.x_stride % 8 == 0);
+  job.whole = rows_aligned && s.in_features > 0 && s.in_features % kInt4Pass == 0;
   for (int i = 0; i < count; ++i) {
     job.layers[i] = int4_layer<T>(layers[i], job.tiles);
     job.tiles += static_cast<int>((layers[i].shape.out_features + kInt4Outputs - 1) / kInt4Outputs);
