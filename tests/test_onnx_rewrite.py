@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import shutil
 from collections.abc import Callable
@@ -13,13 +14,13 @@ import onnx_ir as ir
 import pytest
 
 from diablo_export.adapter import AdaptedModule, Adapter, file_sha256
-from diablo_export.converters import onnx_rewrite
+from diablo_export.converters import direct_write, onnx_rewrite
 from diablo_export.converters.merge import merge
 from diablo_export.converters.onnx_file import find
 from diablo_export.converters.onnx_linears import linears
 from diablo_export.converters.onnx_merge import onnx_merge
 from diablo_export.converters.onnx_rewrite import merged_copy, rewrite
-from diablo_export.errors import ExportError, InputError
+from diablo_export.errors import ExportError, InputError, OutputError
 from diablo_export.manifest import file_xxh3
 from tests.test_onnx_producers import IN, OUT, PRODUCERS, float_model, module, save
 
@@ -112,6 +113,18 @@ def test_the_manifest_has_the_hashes_of_what_passed(genai_graph: Get, tiny_adapt
         assert entry["sha256"] == file_sha256(tmp_path / "out" / name)
     for name, digest in manifest["base"]["files"].items():
         assert digest == file_xxh3(given.parent / name)
+
+
+def test_a_disk_that_fills_up(
+    genai_graph: Get, tiny_adapter: Get, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(descriptor: int, view: memoryview) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(direct_write, "_write_all", full)
+    with pytest.raises(OutputError, match="the disk is full"):
+        merge(genai_graph("llama", "int4").parent, tiny_adapter("llama"), tmp_path / "out", method="rtn")
+    assert not any(tmp_path.iterdir())
 
 
 def test_weights_with_bytes_in_common_are_refused(tmp_path: Path) -> None:
