@@ -1,9 +1,9 @@
 """Learned rounding: all codes and scales of a linear layer trained beside the float weight that they stand for.
 
-`grid.GridLinear` moves the codes under blocks, on scales that stay. Here the whole weight is on its way to a grid: each
-code may be rounded another way and each group's scale may shrink or grow. The idea is SignRound's (arXiv 2309.05516)
-and OmniQuant's (2308.13137), who train layer after layer on its outputs; where the whole model fits, the same latents
-are trained on its answers.
+`grid.GridLinear` moves the groups that a block meets, beside a base that stays on its grid. Here the whole weight is on
+its way to a grid: each code may be rounded another way and each group's scale may shrink or grow. The idea is
+SignRound's (arXiv 2309.05516) and OmniQuant's (2308.13137), who train layer after layer on its outputs; where the whole
+model fits, the same latents are trained on its answers.
 """
 
 from __future__ import annotations

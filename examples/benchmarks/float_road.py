@@ -45,7 +45,7 @@ from diablo_export.trainer.targets import ALL, choose_targets
 
 METHODS = ("rtn", "k_quant", "hqq", "gptq", "learned")
 OURS = (sys.executable, "-c", "from diablo_export.cli import main; main()", "merge", "-q")
-TOOLS = Path(__file__).parent / "other_quantizers.py"
+TOOLS = Path(__file__).absolute().parent / "other_quantizers.py"
 ZEROS = {"hqq": 16, "k_quant": 4}  # bits of a zero point, where there are any
 Weights = dict[str, Float32]
 
@@ -80,6 +80,9 @@ def main() -> None:
     options = parser.parse_args()
     if options.data_dir is None:
         parser.error("give --data-dir, or set DIABLO_EXPORT_TEST_DATA")
+    for name in ("data_dir", "work", "autoround", "gptqmodel"):  # roads run in a folder that is thrown away
+        if (given := getattr(options, name)) is not None:
+            setattr(options, name, Path(given).absolute())
     with tempfile.TemporaryDirectory() as scratch:
         for row in rows(options.data_dir / "tinystories656k-hf", Path(scratch), options):
             print(row, flush=True)
@@ -183,11 +186,10 @@ def run(name: str, command: Sequence[object]) -> Cost:
     """Run a road, and measure it."""
     # GPTQModel refuses to work with fewer than two threads, and would compile its packing in C++
     workable = {"GPTQMODEL_CPU_WORKERS": "2", "GPTQMODEL_DISABLE_PACK_EXT": "1", "HF_HUB_OFFLINE": "1"}
-    with tempfile.TemporaryFile("w+") as said:
+    with tempfile.TemporaryFile("w+") as said, tempfile.TemporaryDirectory() as here:  # GPTQModel leaves logs
+        quiet: dict[str, Any] = {"cwd": here, "stdout": subprocess.DEVNULL, "stderr": said}
         began = time.perf_counter()
-        started = subprocess.Popen(
-            [str(part) for part in command], env=os.environ | workable, stdout=subprocess.DEVNULL, stderr=said
-        )
+        started = subprocess.Popen([str(part) for part in command], env=os.environ | workable, **quiet)
         _, status, used = os.wait4(started.pid, 0)
         seconds = time.perf_counter() - began
         started.returncode = os.waitstatus_to_exitcode(status)
