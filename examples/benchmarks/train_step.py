@@ -38,12 +38,13 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--only", choices=sorted(MODELS))
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--times", type=int, default=1, help="So many times as many items.")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     clock = time.thread_time if options.threads == 1 else time.perf_counter  # the former is deaf to a busy machine
     missed = False
     for name in [options.only] if options.only else sorted(MODELS):
-        figures = measure(name, options.rounds, clock)
+        figures = measure(name, options.rounds, clock, options.times)
         missed |= not all(figures["reached"].values())
         print(json.dumps(figures))
     sys.exit(missed)
@@ -69,10 +70,11 @@ def encoder() -> tuple[Any, Tensor, int]:
 MODELS = {"llama": llama, "encoder": encoder}
 
 
-def measure(name: str, rounds: int, clock: Callable[[], float]) -> dict[str, Any]:
+def measure(name: str, rounds: int, clock: Callable[[], float], times: int) -> dict[str, Any]:
     """Time and memory of a step of each kind, and their ratios."""
     torch.manual_seed(0)
     model, ids, num_blocks = MODELS[name]()
+    ids = ids.repeat(times, 1)
     model.requires_grad_(False).train()
     model.config.use_cache = False
     targets = choose_targets(model)
@@ -81,16 +83,16 @@ def measure(name: str, rounds: int, clock: Callable[[], float]) -> dict[str, Any
     for kind, make in kinds.items():
         own = copy.deepcopy(model)
         steps[kind], memory[kind], sizes[kind] = peak(lambda make=make, own=own: make(own, targets, num_blocks, ids))
-    times: dict[str, list[float]] = {kind: [] for kind in kinds}
+    took: dict[str, list[float]] = {kind: [] for kind in kinds}
     for turn in range(rounds + 2):
         for kind in sorted(kinds, key=lambda kind: (list(kinds).index(kind) + turn) % 3):
             began = clock()
             steps[kind]()
             if turn > 1:
-                times[kind].append(clock() - began)
+                took[kind].append(clock() - began)
 
     def ratio(first: str, second: str) -> float:
-        return statistics.median(a / b for a, b in zip(times[first], times[second], strict=True))
+        return statistics.median(a / b for a, b in zip(took[first], took[second], strict=True))
 
     figures = {
         "time / LoRA": ratio("diablo", "lora"),
@@ -101,7 +103,7 @@ def measure(name: str, rounds: int, clock: Callable[[], float]) -> dict[str, Any
     return {
         "model": name,
         "parameters": {kind: size for kind, size in sizes.items() if size},
-        "ms": {kind: round(statistics.median(values) * 1e3, 1) for kind, values in times.items()},
+        "ms": {kind: round(statistics.median(values) * 1e3, 1) for kind, values in took.items()},
         "MB": {kind: round(value / 1e6, 1) for kind, value in memory.items()},
         **{key: round(value, 3) for key, value in figures.items()},
         "reached": {key: figures[key] <= limit for key, limit in LIMITS.items()},
