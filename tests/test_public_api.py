@@ -14,8 +14,8 @@ from diablo_export.cli import COMMANDS
 
 def test_all_is_pinned() -> None:
     assert diablo_export.__all__ == [
-        "__version__", "bench", "convert", "demo", "doctor", "export", "inspect", "merge", "parity", "patch", "quantize",
-        "sweep", "train", "verify",
+        "__version__", "bench", "convert", "demo", "doctor", "export", "inspect", "merge", "parity", "patch",
+        "quantize", "sweep", "train", "verify",
     ]  # fmt: skip
     assert dir(diablo_export) == diablo_export.__all__
 
