@@ -92,13 +92,13 @@ def test_other_models(tiny_model: Get, tiny_adapter: Get, tmp_path: Path) -> Non
         ("bert", "k_quant", {}),
         ("phi3", "learned", {"asymmetric": True, "precision": "fp16"}),
     ):
-        out = tmp_path / architecture
+        out = tmp_path / f"{architecture}-{method}"
         manifest = merge(tiny_model(architecture), tiny_adapter(architecture), out, method=method, **options, **more)
-        assert manifest["survival"]["runtime_cosine"] > 0.98, architecture
+        assert manifest["survival"]["runtime_cosine"] > 0.98, out.name
         # random weights, as above; a random classifier's answers are noise altogether
         report = parity(out, limit={"adapter.survival_gain": 0.3, "top1_agreement.drop": 0.5, "kl.share": 1.0})
         failed = [check["name"] for check in report["checks"] if not check["pass"]]
-        assert not failed, (architecture, failed)
+        assert not failed, (out.name, failed)
 
 
 def test_calibration_data_is_read(run: Run, tiny_model: Get, tiny_adapter: Get, tmp_path: Path) -> None:
