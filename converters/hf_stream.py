@@ -11,7 +11,7 @@ import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -19,7 +19,7 @@ import xxhash
 
 from diablo_export.adapter import AdaptedModule
 from diablo_export.blockdiag import Array
-from diablo_export.checkpoint import DTYPE_NAMES, DTYPES, TensorInfo
+from diablo_export.checkpoint import DTYPE_NAMES, DTYPES, TensorInfo, fill
 from diablo_export.converters.direct_write import DirectWriter, direct_writer
 from diablo_export.errors import AdapterError, CheckpointError
 from diablo_export.manifest import file_xxh3
@@ -121,19 +121,11 @@ def _read(part: Part, out: DirectWriter, base: _InPassing) -> Iterator[Bytes]:
             room = out.room(row)
             most = min(room.size, max(CHUNK, row), source.nbytes - done)
             piece = room[: most // row * row]
-            _fill(stream, piece, source)
+            if not fill(stream, piece):
+                raise CheckpointError(f"{source.file}: ends inside tensor {source.name!r}; copy the file again")
             base.see(source.file, source.start + done, piece)
             done += piece.size
             yield piece
-
-
-def _fill(stream: IO[bytes], piece: Bytes, source: TensorInfo) -> None:
-    filled = 0
-    while filled < piece.size:
-        got: int = stream.readinto(piece[filled:].data)  # type: ignore[attr-defined]
-        if not got:
-            raise CheckpointError(f"{source.file}: ends inside tensor {source.name!r}; copy the file again")
-        filled += got
 
 
 class _InPassing:

@@ -21,7 +21,7 @@ from diablo_export.converters import onnx_file
 from diablo_export.converters.direct_write import direct_writer
 from diablo_export.converters.onnx_match import Match, match
 from diablo_export.converters.onnx_merge import merge_module, put_head, refuse
-from diablo_export.converters.onnx_stored import Bytes, Held, fill
+from diablo_export.converters.onnx_stored import Bytes, Held, read_on
 from diablo_export.errors import ExportError
 
 CHUNK = 1 << 20  # bytes that are hashed and written while they are in the processor's cache
@@ -124,7 +124,7 @@ def rewrite(source: Path, target: Path, changed: Changed) -> tuple[str, str]:
             while done < count:
                 room = out.room(1)
                 piece = room[: min(room.size, CHUNK, count - done)]
-                fill(stream, piece, source)
+                read_on(stream, piece, source)
                 old.update(piece.data)
                 if instead is not None:
                     piece[:] = instead[done : done + piece.size]

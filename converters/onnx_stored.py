@@ -14,6 +14,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from diablo_export.blockdiag import Array
+from diablo_export.checkpoint import fill
 from diablo_export.converters.onnx_linears import Linear
 from diablo_export.errors import InputError
 from diablo_export.quantization import Codes, pack, unpack
@@ -38,7 +39,7 @@ class Held:
             memory = np.empty(size, np.uint8) if index is None else self._spare.pop(index)
             with file.open("rb", buffering=0) as stream:
                 stream.seek(start)
-                fill(stream, memory[:size], file)
+                read_on(stream, memory[:size], file)
             self._held[name] = memory[:size]
         return self._held[name]
 
@@ -49,18 +50,14 @@ class Held:
         return held
 
 
-def fill(stream: IO[bytes], memory: Bytes, file: Path) -> None:
+def read_on(stream: IO[bytes], memory: Bytes, file: Path) -> None:
     """Read the next bytes of a file, as many as there is memory.
 
     Raises:
         InputError: it has fewer.
     """
-    filled = 0
-    while filled < memory.size:
-        got: int = stream.readinto(memory[filled:].data)  # type: ignore[attr-defined]
-        if not got:
-            raise InputError(f"{file}: became shorter while it was read; copy it again")
-        filled += got
+    if not fill(stream, memory):
+        raise InputError(f"{file}: became shorter while it was read; copy it again")
 
 
 def writable(value: ir.Value, folder: Path, held: Held | None = None) -> Array:

@@ -13,10 +13,11 @@ import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import ml_dtypes
 import numpy as np
+import numpy.typing as npt
 
 from diablo_export.blockdiag import Array
 from diablo_export.errors import CheckpointError, require
@@ -75,13 +76,8 @@ class TensorInfo:
         values = np.empty(self.shape, DTYPES[self.dtype])
         with self.file.open("rb", buffering=0) as file:
             file.seek(self.start)
-            filled = 0
-            buffer = values.reshape(-1).view(np.uint8).data if values.size else memoryview(b"")
-            while filled < self.nbytes:
-                count = file.readinto(buffer[filled:])
-                if not count:
-                    raise CheckpointError(f"{self.file}: ends inside tensor {self.name!r}; copy the file again")
-                filled += count
+            if values.size and not fill(file, values.reshape(-1).view(np.uint8)):
+                raise CheckpointError(f"{self.file}: ends inside tensor {self.name!r}; copy the file again")
         return values
 
 
@@ -273,3 +269,14 @@ def _weight_files(folder: Path) -> list[Path]:
     pickles = sorted(path.name for path in folder.glob("*.bin"))
     hint = f" (only {', '.join(pickles)}, which are pickles and are not opened)" if pickles else ""
     raise CheckpointError(f"{folder}: holds no {SINGLE} or {INDEX}{hint}; save the model with safe_serialization=True")
+
+
+def fill(stream: IO[bytes], memory: npt.NDArray[np.uint8]) -> bool:
+    """Read the next bytes of an unbuffered file to where they are held; False where it has fewer."""
+    filled = 0
+    while filled < memory.size:
+        got: int = stream.readinto(memory[filled:].data)  # type: ignore[attr-defined]
+        if not got:
+            return False
+        filled += got
+    return True

@@ -115,3 +115,14 @@ def test_a_layer_is_learned_and_put_back(network: nn.Module) -> None:
     with torch.no_grad():
         changed = logits(network, items[:2], 0, "grid")
     assert changed.shape == whole.shape and not torch.equal(changed, whole)
+
+
+@pytest.mark.parametrize("outputs", [32, 48])
+def test_a_transposed_weight_is_told_by_the_kind_of_layer(outputs: int) -> None:
+    """A square one as well, whose sizes tell nothing."""
+    layer = Conv1D(outputs, 32)
+    weight = layer.weight.detach().T.contiguous()  # (out, in)
+    one = RoundedLinear(layer, rounded(weight.numpy(), 16))
+    x = torch.randn(3, 32)
+    one.state = "branch"
+    torch.testing.assert_close(one(x), layer(x))  # the same float32 products in another order

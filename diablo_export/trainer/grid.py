@@ -18,10 +18,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from transformers.pytorch_utils import Conv1D
 
 from diablo_export.blockdiag import Array, BlockShape
 from diablo_export.requantize import Grid, met
-from diablo_export.trainer.layer import add_branch, features
+from diablo_export.trainer.layer import add_branch
 
 State = Literal["base", "branch", "grid"]
 
@@ -30,18 +31,28 @@ class CodedLinear(nn.Module):
     """A linear layer whose codes are trained, as numbers that round to them.
 
     Attributes:
+        weight: (out, in); frozen.
+        bias: or None.
         latent: in code units: what is trained; None where nothing is.
         stretch: by what share each scale grows, trained likewise.
         state: which weights the layer computes with.
         hardness: 1: latents are rounded; 0: not at all; between the two, so much of the way.
     """
 
+    weight: Tensor
+    bias: Tensor | None
     latent: nn.Parameter | None
     stretch: nn.Parameter | None
     _grid: Grid
 
-    def __init__(self) -> None:
+    def __init__(self, linear: nn.Module) -> None:
+        """Take over the weight and the bias of `linear` (nn.Linear or Conv1D), frozen."""
         super().__init__()
+        weight, bias = linear.get_parameter("weight").detach(), linear.bias
+        if isinstance(linear, Conv1D):
+            weight = weight.T
+        self.register_buffer("weight", weight.contiguous(), persistent=False)
+        self.register_buffer("bias", bias.detach() if isinstance(bias, Tensor) else None, persistent=False)
         self.state: State = "grid"
         self.hardness = 1.0
 
@@ -70,8 +81,6 @@ class GridLinear(CodedLinear):
         state: which of the three the layer computes.
     """
 
-    weight: Tensor
-    bias: Tensor | None
     blocks: Tensor
     _codes: Tensor
     _scales: Tensor
@@ -79,15 +88,11 @@ class GridLinear(CodedLinear):
 
     def __init__(self, linear: nn.Module, shape: BlockShape, blocks: Array, grid: Grid | None) -> None:
         """Take over `linear` (nn.Linear or Conv1D); with a grid (out, groups, size) its values replace the weight."""
-        super().__init__()
-        weight = linear.get_parameter("weight").detach()
-        if features(linear) != (weight.shape[1], weight.shape[0]):
-            weight = weight.T  # Conv1D
+        super().__init__(linear)
         self.shape = shape
-        self.register_buffer("weight", weight.contiguous(), persistent=False)
-        bias = linear.bias
-        self.register_buffer("bias", bias.detach() if isinstance(bias, Tensor) else None, persistent=False)
-        self.register_buffer("blocks", torch.from_numpy(blocks.astype(np.float32)).to(weight.device), persistent=False)
+        self.register_buffer(
+            "blocks", torch.from_numpy(blocks.astype(np.float32)).to(self.weight.device), persistent=False
+        )
         self.latent = self.stretch = None
         self._start: Tensor | None = None  # the grid's values at its beginning, where they are not the base's
         if grid is not None:

@@ -21,7 +21,6 @@ from diablo_export.trainer.batches import Batches
 from diablo_export.trainer.data import Encoded
 from diablo_export.trainer.distillation import divergence, logits, optimise
 from diablo_export.trainer.grid import CodedLinear, State
-from diablo_export.trainer.layer import features
 from diablo_export.trainer.model import replace_module
 
 
@@ -37,8 +36,6 @@ class RoundedLinear(CodedLinear):
 
     latent: nn.Parameter
     stretch: nn.Parameter
-    weight: Tensor
-    bias: Tensor | None
     _zeros: Tensor
     _scales: Tensor
 
@@ -47,18 +44,12 @@ class RoundedLinear(CodedLinear):
 
         Measured: latents that began nearer to the float weights, at the edges of their codes, all moved at once.
         """
-        super().__init__()
-        weight = linear.get_parameter("weight").detach()
-        if features(linear) != (weight.shape[1], weight.shape[0]):
-            weight = weight.T  # Conv1D
-        bias = linear.bias
-        self.register_buffer("weight", weight.contiguous(), persistent=False)
-        self.register_buffer("bias", bias.detach() if isinstance(bias, Tensor) else None, persistent=False)
+        super().__init__(linear)
         self._grid = grid
         for name, values in (("_scales", grid.scales), ("_zeros", grid.zeros)):
-            kept = torch.from_numpy(values.astype(np.float32)[..., None]).to(weight.device)
+            kept = torch.from_numpy(values.astype(np.float32)[..., None]).to(self.weight.device)
             self.register_buffer(name, kept, persistent=False)
-        self.latent = nn.Parameter(torch.from_numpy(grid.codes.astype(np.float32)).to(weight.device))
+        self.latent = nn.Parameter(torch.from_numpy(grid.codes.astype(np.float32)).to(self.weight.device))
         self.stretch = nn.Parameter(torch.zeros_like(self._scales))
 
     def forward(self, x: Tensor) -> Tensor:
