@@ -86,7 +86,7 @@ def settle(
         options: of all modules; several of one module are alternatives.
         measure: the survival when these modules are done so, all others merged.
         least: survival asked for.
-        room: bytes that may be added.
+        room: bytes that may be added; below 0 none are.
         advance: is called with 1 after each measurement.
     """
     known: dict[frozenset[tuple[str, str]], Settled] = {}
@@ -107,7 +107,7 @@ def settle(
         if found is not None:
             return found
     needed = None if room == float("inf") else (_least(ordered, measured, least) or _least(exact, measured, least))
-    fitting = [one for one in known.values() if sum(option.bytes for option in one.options) <= room]
+    fitting = [one for one in known.values() if sum(option.bytes for option in one.options) <= max(0, room)]
     nearest = min(fitting, key=lambda one: one.survival.distance)
     needs = None if needed is None else sum(option.bytes for option in needed.options)
     return Settled(nearest.options, nearest.survival, needs)

@@ -73,6 +73,13 @@ def test_a_budget_that_is_too_small() -> None:
     assert found.needs == 30_000  # a, b and c
 
 
+def test_no_room_at_all() -> None:
+    """A bound between the merged model and that with a branch's function in it."""
+    measure, _ = measured()
+    found = settle(OPTIONS, measure, 0.9, -1)
+    assert found.options == () and found.survival.cosine == pytest.approx(0.05) and found.needs == 30_000
+
+
 def test_bytes_are_those_that_are_stored() -> None:
     weight = np.random.default_rng(0).normal(size=(24, 80)).astype(np.float32)
     for bits, symmetric in ((2, False), (4, True), (4, False), (8, False)):
