@@ -252,10 +252,10 @@ def _to_onnx(
 
         done = onnx_merge(folder / onnx_file.MODEL, adapter)
     else:
+        from diablo_export.converters.onnx_graph import remove
 
         def rebuild(merged: Adapter, wide: Collection[str]) -> Mapping[str, Mapping[str, Any]]:
-            for path in folder.iterdir():
-                path.unlink()  # and not overwritten: what is mapped stays as it is
+            remove(list(folder.iterdir()))  # and not overwritten: what is mapped stays as it is
             return _built(source, adapter, folder, laid, merged=merged, wide=wide).modules
 
         # an adapter that was trained on the grid was so beside its float head

@@ -10,7 +10,7 @@ import contextlib
 import importlib
 import json
 import shutil
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -129,7 +129,7 @@ def build_graph(
             return Graph("genai", genai_graph.reason(checkpoint.config, precision), modules, hashes)
         except ExportError as error:
             refusal = str(error)
-            _remove(set(folder.iterdir()) - before)
+            remove(set(folder.iterdir()) - before)
     log.info("exporting with torch: %s", refusal)
     try:
         modules, hashes = take(torch_graph, task=task)
@@ -185,7 +185,10 @@ def _write_config(checkpoint: Checkpoint, folder: Path, adapter: Adapter | None)
         shutil.copyfile(generation, folder / generation.name)
 
 
-def _remove(files: set[Path]) -> None:
-    """Remove what the first road wrote, before the second begins."""
-    for path in files:
-        path.unlink()
+def remove(paths: Iterable[Path]) -> None:
+    """Remove what one road wrote, files and folders, before another begins."""
+    for path in paths:
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import onnx_ir as ir
 import onnxruntime
 import pytest
 from click.testing import Result
+from transformers import AutoTokenizer
 
 from diablo_export import runtime
 from diablo_export.adapter import Adapter
@@ -196,6 +198,18 @@ def test_plans_that_do_not_fit(planned: Path, run: Run, tiny_model: Get, tiny_ad
         assert (result.exit_code, "Traceback" in result.output) == (2, False), result.output
         assert message in " ".join(result.stderr.split()), result.stderr
         assert not out.exists()
+
+
+def test_a_tokenizer_with_several_templates(planned: Path, tiny_model: Get, tiny_adapter: Get, tmp_path: Path) -> None:
+    """They are a folder in the model's: what 8 bits are built anew in takes it away and has it again."""
+    shutil.copytree(tiny_model("llama"), tmp_path / "model")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
+    tokenizer.chat_template = {"default": "{{ messages }}", "tool_use": "{{ tools }}"}
+    tokenizer.save_pretrained(tmp_path / "model")
+    arguments: Any = (tmp_path / "model", tiny_adapter("llama"), tmp_path / "out")
+    manifest = merge(*arguments, quantize="int4", plan=planned / "plan.toml", min_survival=0.5)
+    assert manifest["survival"]["plan"]["choices"]["int8"] == 1
+    assert "additional_chat_templates/tool_use.jinja" in manifest["files"]
 
 
 def test_json_has_the_plan(planned: Path) -> None:
