@@ -18,6 +18,7 @@ from diablo_export.adapter import Adapter
 from diablo_export.base_grid import described
 from diablo_export.checkpoint import Checkpoint
 from diablo_export.console import log, progress
+from diablo_export.converters import onnx_file
 from diablo_export.converters.grid_methods import METHODS, Bench, Tried
 from diablo_export.converters.grid_network import grid_network
 from diablo_export.converters.onnx_file import MODEL
@@ -213,6 +214,6 @@ def _grid_in_words(grids: Mapping[str, Grid]) -> str:
 
 def _size(folder: Path) -> int:
     """Bytes of the graph and its data."""
-    return sum(
-        path.stat().st_size for path in folder.iterdir() if path.name.startswith(MODEL) or path.suffix == ".data"
-    )
+    model = onnx_file.find(folder / MODEL)
+    assert model is not None
+    return sum(path.stat().st_size for path in model.files)

@@ -200,6 +200,16 @@ def test_plans_that_do_not_fit(planned: Path, run: Run, tiny_model: Get, tiny_ad
         assert not out.exists()
 
 
+def test_data_of_any_name_counts(genai_graph: Get, tiny_adapter: Get, tmp_path: Path) -> None:
+    folder = genai_graph("llama", "int4").parent
+    shutil.copytree(folder, tmp_path / "model")
+    ir.save(ir.load(folder / "model.onnx"), tmp_path / "model/model.onnx", external_data="weights.bin")
+    (tmp_path / "model/model.onnx.data").unlink()
+    size = sum((tmp_path / "model" / name).stat().st_size for name in ("model.onnx", "weights.bin"))
+    with pytest.raises(InputError, match=f"max_bytes is 100,000, but the model takes {size:,} with every module"):
+        merge(tmp_path / "model", tiny_adapter("llama"), tmp_path / "out", plan="auto", max_bytes=100_000)
+
+
 def test_a_tokenizer_with_several_templates(planned: Path, tiny_model: Get, tiny_adapter: Get, tmp_path: Path) -> None:
     """They are a folder in the model's: what 8 bits are built anew in takes it away and has it again."""
     shutil.copytree(tiny_model("llama"), tmp_path / "model")
