@@ -54,7 +54,8 @@ def quantized(
         method: one of METHODS.
         moments: E[x xᵀ] of the inputs, (in_features, in_features), for those of FITTED.
     """
-    rows = max(1, _AT_ONCE // weight.shape[1])
+    # GPTQ inverts the moments each time that it is called, and takes little memory beside them
+    rows = len(weight) if method == "gptq" else max(1, _AT_ONCE // weight.shape[1])
     parts = [
         _chosen(weight[at : at + rows], bits, group_size, symmetric, method, moments)
         for at in range(0, len(weight), rows)
