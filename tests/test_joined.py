@@ -68,6 +68,15 @@ def test_frozen_inputs_cost_no_gradient(monkeypatch: pytest.MonkeyPatch) -> None
     assert blocks.grad is not None and x.grad is None
 
 
+@pytest.mark.parametrize("trained", ["weight", "bias"])
+def test_a_layer_that_is_trained_itself_gets_its_gradient(trained: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(joined, "DEVICES", ("cpu",))
+    layer = DiabloLinear.from_linear(nn.Linear(12, 8), num_blocks=4)
+    parameter = layer.base.get_parameter(trained).requires_grad_(True)
+    layer(torch.randn(3, 12)).sum().backward()
+    assert parameter.grad is not None
+
+
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("bits", [2, 4, 8])
 def test_packed_is_the_layer_on_its_grid(bits: int, symmetric: bool) -> None:

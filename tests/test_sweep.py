@@ -174,6 +174,14 @@ def test_killed_sweep_goes_on(
     assert len(ran) == len(results) == 3 and {result.get("steps", 2) for result in results} == {2}
 
 
+def test_settings_with_results_are_not_written_again(tmp_path: Path) -> None:
+    """A kill in the middle of that would leave results that nothing can go on from."""
+    (tmp_path / RESULTS).write_text("{}\n")
+    (tmp_path / SETTINGS).write_text('{  "max_steps": 4}')
+    with sweep_module._workspace(tmp_path, {"max_steps": 4}):
+        assert (tmp_path / SETTINGS).read_text() == '{  "max_steps": 4}'
+
+
 KILLED = """
 import sys
 from diablo_export.trainer.sweep import sweep

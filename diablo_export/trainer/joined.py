@@ -28,6 +28,8 @@ def beside(base: nn.Module, x: Tensor, blocks: Tensor) -> Tensor | None:
     if x.device.type not in DEVICES or base._forward_hooks or base._forward_pre_hooks:
         return None
     bias = getattr(base, "bias", None)
+    if isinstance(bias, Tensor) and bias.requires_grad:
+        return None
     if type(base) is nn.Linear and not base.weight.requires_grad:
         return linear(x, base.weight, bias, blocks)
     codes, scales, zeros, bits = (getattr(base, name, None) for name in ("codes", "scales", "zeros", "bits"))

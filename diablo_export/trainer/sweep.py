@@ -234,7 +234,8 @@ def _so_far(folders: Sequence[Path], settings: dict[str, Any]) -> list[dict[str,
 def _workspace(work: Path, settings: dict[str, Any]) -> Iterator[None]:
     """The folder of an unfinished sweep; it stays when that is stopped with results, and goes when it has none."""
     work.mkdir(parents=True, exist_ok=True)
-    (work / SETTINGS).write_text(json.dumps(settings), encoding="utf-8")
+    if not (work / RESULTS).exists():  # a kill while they are written again would leave results without settings
+        (work / SETTINGS).write_text(json.dumps(settings), encoding="utf-8")
     try:
         yield
     except BaseException:
