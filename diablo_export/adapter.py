@@ -30,6 +30,15 @@ SUFFIX = ".diablo_blocks"
 FORMAT_VERSION = 1
 TASKS = {"causal-lm": "CAUSAL_LM", "text-classification": "SEQ_CLS"}  # option value → PEFT's task_type
 _FLOATS = ("F32", "F16", "BF16", "F64")
+# fields of the config that are read, when they are not null → what each must be
+_KINDS: dict[str, tuple[type | tuple[type, ...], str]] = {
+    "modules": (dict, "an object"),
+    "num_blocks": (int, "a whole number"),
+    "target_modules": ((list, str), "a list of texts, or a text"),
+    "modules_to_save": (list, "a list of texts"),
+    "labels": (list, "a list of texts"),
+    "base_model_name_or_path": (str, "a text"),
+}
 
 
 @dataclass(frozen=True)
@@ -113,20 +122,26 @@ class Adapter:
                 f"{folder / CONFIG}: format_version is {config.get('format_version')!r}, this program reads "
                 f"{FORMAT_VERSION}; use the program version that wrote it"
             )
+        _refuse(folder, _config_faults(config))
         modules, faults = _modules(config, tensors)
         saved = {n: v for n, v in tensors.items() if not n.endswith(SUFFIX)}
         faults += _saved_faults(saved, config.get("modules_to_save") or [])
+        faults += [
+            f"{name}: holds {v.dtype}; it must be one of {', '.join(_FLOATS)}"
+            for name, v in tensors.items()
+            if DTYPE_NAMES[v.dtype] not in _FLOATS
+        ]
         faults += [f"{name}: holds NaN or inf" for name, v in tensors.items() if not np.isfinite(v).all()]
         if not modules and not faults:
             faults = ["no blocks at all"]
-        if faults:
-            raise AdapterError(f"{folder}: this adapter cannot be used:\n" + "\n".join(f"  {f}" for f in faults))
+        _refuse(folder, faults)
+        targets = config.get("target_modules") or []
         return cls(
             modules=modules,
             task_type=config.get("task_type") or "CAUSAL_LM",
             base_model=config.get("base_model_name_or_path"),
             num_blocks=int(config.get("num_blocks") or 0),
-            target_modules=list(config.get("target_modules") or []),
+            target_modules=[targets] if isinstance(targets, str) else targets,
             saved=saved,
             labels=list(config.get("labels") or []),
             path=folder,
@@ -219,6 +234,22 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Array]]:
         raise AdapterError(str(error).replace("a Hugging Face model folder", "an adapter folder")) from error
 
 
+def _refuse(folder: Path, faults: list[str]) -> None:
+    if faults:
+        raise AdapterError(f"{folder}: this adapter cannot be used:\n" + "\n".join(f"  {f}" for f in faults))
+
+
+def _config_faults(config: dict[str, Any]) -> list[str]:
+    """Fields that are of another kind than the format says."""
+    found = {name: config[name] for name in _KINDS if config.get(name) is not None}
+    return [
+        f"{CONFIG}: {name} is {json.dumps(value)}; it must be {_KINDS[name][1]}"
+        for name, value in found.items()
+        if not isinstance(value, _KINDS[name][0])
+        or (isinstance(value, list) and not all(isinstance(one, str) for one in value))
+    ]
+
+
 def _modules(config: dict[str, Any], tensors: dict[str, Array]) -> tuple[dict[str, AdaptedModule], list[str]]:
     """The adapted modules, and what is wrong with those that could not be made."""
     listed: dict[str, Any] = config.get("modules") or {}
@@ -233,6 +264,8 @@ def _modules(config: dict[str, Any], tensors: dict[str, Array]) -> tuple[dict[st
             faults.append(f"{name}: has blocks, but {CONFIG} does not list it")
             continue
         try:
+            if not isinstance(entry, dict):
+                raise TypeError(f"{CONFIG} has {json.dumps(entry)} for it, and must have an object")
             mark = entry.get("fingerprint")
             module = AdaptedModule(
                 name, blocks, int(entry["in_features"]), int(entry["out_features"]),
@@ -244,7 +277,7 @@ def _modules(config: dict[str, Any], tensors: dict[str, Array]) -> tuple[dict[st
             modules[name] = module
         except KeyError as error:
             faults.append(f"{name}: {CONFIG} does not give its {error}")
-        except (InputError, TypeError, ValueError, AttributeError) as error:
+        except (InputError, TypeError, ValueError) as error:
             faults.append(f"{name}: {error}")
     return modules, faults
 

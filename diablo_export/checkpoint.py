@@ -101,21 +101,25 @@ def read_header(file: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
         raise CheckpointError(f"{file}: cannot be read: {error.strerror}") from error
     except ValueError as error:
         raise CheckpointError(f"{file}: not a safetensors file (its header is no JSON: {error})") from error
-    metadata = entries.pop("__metadata__", {})
+    metadata = entries.pop("__metadata__", {}) if isinstance(entries, dict) else None
+    if not isinstance(metadata, dict):
+        raise CheckpointError(f"{file}: not a safetensors file (its header, or that's __metadata__, is no JSON object)")
     base = 8 + length
     tensors: dict[str, TensorInfo] = {}
     for name, entry in entries.items():
         try:
             start, stop = (base + int(offset) for offset in entry["data_offsets"])
-            info = TensorInfo(name, file, entry["dtype"], tuple(map(int, entry["shape"])), start, stop)
+            info = TensorInfo(name, file, str(entry["dtype"]), tuple(map(int, entry["shape"])), start, stop)
         except (KeyError, TypeError, ValueError) as error:
             raise CheckpointError(f"{file}: tensor {name!r} has a broken header entry {entry!r}") from error
+        if start < base:
+            raise CheckpointError(f"{file}: tensor {name!r} begins at byte {start - base} of the data; copy it again")
         if stop > size:
             raise CheckpointError(
                 f"{file}: cut short: tensor {name!r} ends at byte {stop}, the file has {size}; copy it again"
             )
         expected = math.prod(info.shape) * DTYPES[info.dtype].itemsize if info.dtype in DTYPES else info.nbytes
-        if info.nbytes != expected or start < base:
+        if info.nbytes != expected:
             raise CheckpointError(
                 f"{file}: tensor {name!r} of {info.dtype} {list(info.shape)} takes {expected} bytes, "
                 f"the header gives it {info.nbytes}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -103,6 +104,28 @@ def test_missing_folder_and_files(folder: Path, tmp_path: Path) -> None:
 def test_other_kinds_of_adapter(folder: Path) -> None:
     edit_config(folder, peft_type="LORA")
     with pytest.raises(AdapterError, match="peft_type is 'LORA'; only DIABLO"):
+        Adapter.load(folder)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("modules", [1]), ("modules", "x"), ("num_blocks", "four"), ("target_modules", 3), ("labels", [0, 1]),
+     ("modules_to_save", "classifier"), ("base_model_name_or_path", 5)],
+)  # fmt: skip
+def test_fields_of_another_kind(folder: Path, field: str, value: object) -> None:
+    edit_config(folder, **{field: value})
+    with pytest.raises(AdapterError, match=re.escape(f"{CONFIG}: {field} is {json.dumps(value)}; it must be ")):
+        Adapter.load(folder)
+
+
+def test_one_target_as_peft_writes_it(folder: Path) -> None:
+    edit_config(folder, target_modules="all-linear")
+    assert Adapter.load(folder).target_modules == ["all-linear"]
+
+
+def test_blocks_that_are_no_floats(folder: Path) -> None:
+    edit_tensors(folder, **{Q_TENSOR: np.ones((4, 16, 16), np.int32)})
+    with pytest.raises(AdapterError, match=rf"{Q}\.diablo_blocks: holds int32; it must be one of F32, F16, BF16, F64"):
         Adapter.load(folder)
 
 

@@ -95,9 +95,11 @@ def test_a_file_that_shrinks_while_it_is_read(tmp_path: Path) -> None:
     ("header", "said"),
     [
         (b"not json ", "its header is no JSON"),
+        (b'["w"]', "its header, or that's __metadata__, is no JSON object"),
+        (b'{"__metadata__": "pt"}', "its header, or that's __metadata__, is no JSON object"),
         (json.dumps({"w": {"dtype": "F32", "shape": [2]}}).encode(), "tensor 'w' has a broken header entry"),
         (json.dumps({"w": {"dtype": "F32", "shape": [9], "data_offsets": [0, 8]}}).encode(), "takes 36 bytes"),
-        (json.dumps({"w": {"dtype": "F32", "shape": [2], "data_offsets": [-8, 0]}}).encode(), "gives it 8"),
+        (json.dumps({"w": {"dtype": "F32", "shape": [2], "data_offsets": [-8, 0]}}).encode(), "begins at byte -8"),
     ],
 )
 def test_broken_headers(header: bytes, said: str, tmp_path: Path) -> None:
@@ -110,6 +112,13 @@ def test_unknown_dtype(tmp_path: Path) -> None:
     header = json.dumps({"w": {"dtype": "F4", "shape": [2], "data_offsets": [0, 1]}}).encode()
     (tmp_path / "a.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + b"\0")
     with pytest.raises(CheckpointError, match="dtype F4; readable are F64, F32"):
+        read_header(tmp_path / "a.safetensors")[0]["w"].read()
+
+
+def test_a_dtype_that_is_no_text(tmp_path: Path) -> None:
+    header = json.dumps({"w": {"dtype": ["F32"], "shape": [2], "data_offsets": [0, 8]}}).encode()
+    (tmp_path / "a.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + b"\0" * 8)
+    with pytest.raises(CheckpointError, match=r"dtype \['F32'\]; readable are F64"):
         read_header(tmp_path / "a.safetensors")[0]["w"].read()
 
 
