@@ -181,7 +181,7 @@ def _affordable(layers: Layers, layer: nn.Module, batches: Sequence[Batch], seco
     took = 0.0
     for _ in range(2):  # the first run is slower
         start = time.perf_counter()
-        layers.run(0, layer, batches[0], "branch")
+        layers.run(0, layer, batches[0], "branch")[0, 0].cpu()  # a GPU runs on its own until it is asked for numbers
         took = time.perf_counter() - start
     passes = seconds / (took * len(layers.layers)) - 2 * len(batches)  # those that go on to the next layer
     return int(max(_LEAST_STEPS, min(STEPS, passes / _PASSES)))

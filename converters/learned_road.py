@@ -111,7 +111,8 @@ def _layer_by_layer(
 ) -> None:
     """Train one decoder layer after the other; what lies outside of them stays."""
     layers = Layers(network, layers_path(network, names))
-    kept = max(size, _HIDDEN // (len(items[0].ids) * int(network.get_input_embeddings().embedding_dim)))
+    longest, width = max(len(item.ids) for item in items), int(network.get_input_embeddings().embedding_dim)
+    kept = max(size, _HIDDEN // (longest * width))
     ordered = sorted(items[:kept], key=lambda item: len(item.ids))
     batches = [layers.listen(ordered[at : at + size], pad, ("branch", "grid")) for at in range(0, len(ordered), size)]
     try:

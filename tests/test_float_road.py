@@ -17,6 +17,9 @@ from diablo_export.converters import float_road, learned_road
 from diablo_export.converters.merge import merge
 from diablo_export.converters.onnx_linears import linears, numpy_of
 from diablo_export.measure.parity import parity
+from diablo_export.trainer.data import Encoded
+from diablo_export.trainer.layerwise import Layers
+from diablo_export.trainer.model import load_base
 from tests import tiny
 from tests.test_cli_export import refused
 
@@ -67,6 +70,17 @@ def test_what_does_not_fit_is_learned_layer_by_layer(
     (row,) = manifest["survival"]["tried"]
     assert row["layer_steps"] == 40 and "steps" not in row
     assert "learned layer by layer, which keeps less than all layers together: 7 copies are too large" in caplog.text
+
+
+def test_hidden_states_are_bounded_by_the_longest_sequence(tiny_model: Get, monkeypatch: pytest.MonkeyPatch) -> None:
+    network, _ = load_base(tiny_model("llama"), "causal-lm")  # 64 wide
+    items = [Encoded(np.arange(3, 3 + size, dtype=np.int32), np.ones(size, np.bool_)) for size in (2, 30, 30, 30)]
+    heard: list[int] = []
+    listen = Layers.listen
+    monkeypatch.setattr(Layers, "listen", lambda *given: heard.append(len(given[1])) or listen(*given))
+    monkeypatch.setattr(learned_road, "_HIDDEN", 2 * 30 * 64)
+    learned_road._layer_by_layer(network, ["model.layers.0.mlp.up_proj"], items, steps=0, size=1, pad=0, seed=0)
+    assert sum(heard) == 2
 
 
 @pytest.mark.slow

@@ -143,7 +143,7 @@ def _missed(survival: Mapping[str, Any], output: Path) -> str:
     least = survival["min_survival"]
     said = (
         f"{output}: written, but the fine-tune does not survive as asked: gain {best['gain']:.3f} (asked: within "
-        f"{1 - least:.2f} of 1), cosine {best['cosine']:.3f} (asked: {least:.2f})"
+        f"{1 - least:.3g} of 1), cosine {best['cosine']:.3f} (asked: {least:g})"
     )
     if plan is not None:
         return f"{said} with the plan that comes nearest, {plan['file']}. {_more_room(plan)}"
