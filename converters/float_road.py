@@ -83,16 +83,7 @@ def float_road(
     Raises:
         InputError: an adapter whose blocks are whole steps of a grid. DataError: text that cannot be used.
     """
-    if adapter.base_grid is not None and adapter.base_grid.on_grid:
-        raise InputError(
-            f"--method {method}: the adapter moves the codes of the grid that it was trained on; leave out --method, "
-            "and it is merged exactly"
-        )
-    if method == "hqq":
-        log.warning(
-            "hqq has zero points between the codes, for which onnxruntime has no fast kernel on a CPU: a token takes "
-            "many times as long; gptq has none of them"
-        )
+    _check(adapter, method)
     start = time.perf_counter()
     tuned = _Tuned(source, adapter, calibration, max_seconds, seed)
     moments = InputMoments(tuned.network, tuned.text.fitted, batch_size=tuned.batch, pad=tuned.pad)
@@ -117,6 +108,26 @@ def float_road(
     by = "gptq" if method == LEARNED else method
     survival["reference"] = f"the base quantized by {by} with the float branch, in torch"
     return built, [_entry(module, built, method, kept) for module in adapter.modules.values()], survival
+
+
+def _check(adapter: Adapter, method: str) -> None:
+    """Refuse blocks that are whole steps of a grid; warn where a merge by this method is less than it seems."""
+    if adapter.base_grid is not None and adapter.base_grid.on_grid:
+        raise InputError(
+            f"--method {method}: the adapter moves the codes of the grid that it was trained on; leave out --method, "
+            "and it is merged exactly"
+        )
+    if method == "hqq":
+        log.warning(
+            "hqq has zero points between the codes, for which onnxruntime has no fast kernel on a CPU: a token takes "
+            "many times as long; gptq has none of them"
+        )
+    if adapter.base_grid is not None:
+        log.warning(
+            "the adapter was trained beside %s weights, each rounded to the nearest, and %s rounds the base in another "
+            "way: what it learned of those weights' errors does not fit it. For the trained model leave out --method",
+            adapter.base_grid, method,
+        )  # fmt: skip
 
 
 def _learned(folder: Path, tuned: _Tuned, source: Checkpoint, max_seconds: float, seed: int) -> dict[str, int]:

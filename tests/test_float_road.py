@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,9 @@ import onnx_ir as ir
 import pytest
 from click.testing import Result
 
+from diablo_export.adapter import Adapter
+from diablo_export.base_grid import BaseGrid
+from diablo_export.checkpoint import Checkpoint
 from diablo_export.converters import float_road, learned_road
 from diablo_export.converters.merge import merge
 from diablo_export.converters.onnx_linears import linears, numpy_of
@@ -70,6 +74,22 @@ def test_what_does_not_fit_is_learned_layer_by_layer(
     (row,) = manifest["survival"]["tried"]
     assert row["layer_steps"] == 40 and "steps" not in row
     assert "learned layer by layer, which keeps less than all layers together: 7 copies are too large" in caplog.text
+
+
+def test_an_adapter_that_knows_other_weights_errors(
+    tiny_model: Get,
+    tiny_adapter: Get,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    adapter = replace(Adapter.load(tiny_adapter("llama")), base_grid=BaseGrid(4, 32, True))
+    monkeypatch.setattr(float_road, "_Tuned", lambda *_: 1 / 0)  # enough has been said
+    with pytest.raises(ZeroDivisionError):
+        arguments: Any = (tmp_path, adapter, Checkpoint.open(tiny_model("llama")), None)
+        float_road.float_road(*arguments, method="k_quant")
+    said = "trained beside int4 in groups of 32, symmetric weights, each rounded to the nearest, and k_quant rounds the"
+    assert said in caplog.text
 
 
 def test_hidden_states_are_bounded_by_the_longest_sequence(tiny_model: Get, monkeypatch: pytest.MonkeyPatch) -> None:
