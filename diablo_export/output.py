@@ -20,6 +20,7 @@ from pathlib import Path
 
 from diablo_export.errors import OutputError
 
+_RANDOM = 8  # characters that mkdtemp adds to a name
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # <fcntl.h>, <linux/fs.h>
 
 
@@ -35,8 +36,8 @@ def new_folder(path: str | Path, overwrite: bool = False, needs: int = 0) -> Ite
     Raises:
         OutputError: `path` exists, cannot be written, or there is not room enough (also while writing).
     """
-    target = Path(os.path.abspath(path))
-    check_output(target, overwrite, needs)
+    check_output(path, overwrite, needs)
+    target = real(path)
     _remove_abandoned(target)
     work = Path(tempfile.mkdtemp(prefix=f".{target.name}.partial-{os.getpid()}-", dir=target.parent))
     clear = functools.partial(shutil.rmtree, work, ignore_errors=True)
@@ -59,7 +60,7 @@ def new_file(path: str | Path, overwrite: bool = False) -> Iterator[Path]:
     Raises:
         OutputError: `path` exists and `overwrite` is false, is a folder, cannot be written, or the disk is full.
     """
-    target = Path(os.path.abspath(path))
+    target = real(path)
     if target.is_dir():
         raise OutputError(f"{path}: is a folder; choose a file for --output")
     if target.exists() and not overwrite:
@@ -80,12 +81,35 @@ def new_file(path: str | Path, overwrite: bool = False) -> Iterator[Path]:
         atexit.unregister(clear)
 
 
+def real(path: str | Path) -> Path:
+    """Where an output goes, past links: what a link leads to is written, and the link stays.
+
+    Raises:
+        OutputError: a name that the file system does not take, or links that lead in a circle.
+    """
+    target = Path(os.path.realpath(path))
+    if target.is_symlink():
+        raise OutputError(f"{path}: links that lead in a circle; choose another --output")
+    try:
+        os.lstat(target.parent / f".{target.name}.partial-{os.getpid()}-{'x' * _RANDOM}")  # the longest to be
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except OSError as error:
+        raise OutputError(f"{path}: {error.strerror}; choose another --output") from error
+    return target
+
+
 @contextlib.contextmanager
 def _full_disk_said(target: Path) -> Iterator[None]:
-    """A disk that runs full while `target` is written is an OutputError."""
+    """A disk that runs full while `target` is written, or that takes no file so large, is an OutputError."""
     try:
         yield
     except OSError as error:
+        if error.errno == errno.EFBIG:
+            raise OutputError(
+                f"{target}: a file grew past what this disk or the limit of this process (ulimit -f) allows; nothing "
+                "was left behind. Raise the limit or choose another --output"
+            ) from error
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise OutputError(
                 f"{target}: the disk is full ({_megabytes(shutil.disk_usage(target.parent).free)} free); nothing was "
@@ -101,7 +125,7 @@ def check_output(path: str | Path, overwrite: bool = False, needs: int = 0) -> N
         OutputError: it exists and `overwrite` is false, is no folder, its parent is not writable, or the disk
             has fewer than `needs` bytes free.
     """
-    target = Path(os.path.abspath(path))
+    target = real(path)
     if target.exists() and not target.is_dir():
         raise OutputError(f"{path}: exists and is a file; choose a folder for --output")
     if target.exists() and any(target.iterdir()) and not overwrite:

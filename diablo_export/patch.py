@@ -24,7 +24,7 @@ from diablo_export import __version__
 from diablo_export.console import log, progress
 from diablo_export.difference import Advance, Content, content, write_difference, write_other
 from diablo_export.errors import DiabloError, InputError, OutputError, PatchError
-from diablo_export.output import new_file, new_folder
+from diablo_export.output import new_file, new_folder, real
 
 FORMAT = "diablo-export patch"
 FORMAT_VERSION = 1
@@ -245,7 +245,7 @@ def _turn(
 ) -> dict[str, Any]:
     """Write the folder in which every file is as on the target side."""
     folder = _folder(place).resolve()
-    goal = folder if output is None else Path(os.path.abspath(output))
+    goal = folder if output is None else real(output)
     if goal != folder and goal.is_relative_to(folder):
         raise OutputError(f"{output}: lies in the model's folder {folder}; choose another --output")
     entries = _read(patch)[1]

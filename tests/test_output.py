@@ -82,6 +82,45 @@ def test_a_full_disk(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == []
 
 
+def test_a_file_larger_than_is_allowed(tmp_path: Path) -> None:
+    with pytest.raises(OutputError, match="a file grew past what this disk"), output.new_folder(tmp_path / "out"):
+        raise OSError(errno.EFBIG, "File too large")
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("there", ["empty", "full", "nowhere"])
+def test_a_link_stays_and_what_it_leads_to_is_written(there: str, tmp_path: Path) -> None:
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "out").symlink_to("disk/out")
+    if there != "nowhere":
+        (tmp_path / "disk" / "out").mkdir()
+    if there == "full":
+        (tmp_path / "disk" / "out" / "stale").touch()
+        with pytest.raises(OutputError, match="out: exists already"):
+            write(tmp_path / "out", "one")
+    write(tmp_path / "out", "one", overwrite=there == "full")
+    assert (tmp_path / "out").is_symlink() and sorted(os.listdir(tmp_path)) == ["disk", "out"]
+    assert os.listdir(tmp_path / "disk") == ["out"] and os.listdir(tmp_path / "disk" / "out") == ["sub"]
+
+
+def test_a_linked_file_stays_a_link(tmp_path: Path) -> None:
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "out").symlink_to("disk/out")
+    with output.new_file(tmp_path / "out") as work:
+        work.write_text("one")
+    assert (tmp_path / "out").is_symlink() and (tmp_path / "disk" / "out").read_text() == "one"
+
+
+def test_names_that_cannot_be(tmp_path: Path) -> None:
+    with pytest.raises(OutputError, match="File name too long; choose another --output"):
+        output.check_output(tmp_path / ("n" * 250))  # with what is added while it is written
+    (tmp_path / "a").symlink_to("b")
+    (tmp_path / "b").symlink_to("a")
+    with pytest.raises(OutputError, match="a: links that lead in a circle"):
+        output.check_output(tmp_path / "a")
+    assert sorted(os.listdir(tmp_path)) == ["a", "b"]
+
+
 def test_too_little_room_is_said_before_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(output.shutil, "disk_usage", lambda path: usage(10, 5, 5_000_000))
