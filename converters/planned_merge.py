@@ -23,7 +23,7 @@ from diablo_export.converters.grid_methods import METHODS, Bench, Tried
 from diablo_export.converters.grid_network import grid_network
 from diablo_export.converters.onnx_file import MODEL
 from diablo_export.converters.onnx_keep import keep_branches
-from diablo_export.converters.onnx_match import Match, match
+from diablo_export.converters.onnx_match import match
 from diablo_export.converters.onnx_merge import put_head, refuse
 from diablo_export.converters.plan_file import (
     BRANCH,
@@ -110,7 +110,7 @@ def planned_merge(
     else:
         settled = _as_given(given, allowed, ways)
     upgrades = {option.module: option.choice for option in settled.options}
-    entries = _write(folder, adapter, best, ways, upgrades, rebuild, found, has_head)
+    entries = _write(folder, adapter, best, ways, upgrades, rebuild, has_head)
     session(file)  # a graph that the runtime refuses is no merge
     choices = {name: upgrades.get(name, allowed[name][0]) for name in adapter.modules}
     figures = _figures(settled, choices, _size(folder), max_bytes, least, min_survival) | {
@@ -157,7 +157,6 @@ def _write(
     ways: Ways,
     upgrades: Choices,
     rebuild: Rebuild | None,
-    found: dict[str, Match],
     has_head: bool,
 ) -> list[dict[str, Any]]:
     """Write every module as it was decided; their entries."""

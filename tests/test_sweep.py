@@ -305,7 +305,8 @@ def test_what_does_not_fit_is_told_and_the_sweep_can_go_on(
             **{**GRID, "num_blocks": [5], "methods": ["smt"]},
         )  # fmt: skip
     work = tmp_path / "sweep.sweep"
-    assert [result["method"] for result in read_results(work / RESULTS)] == ["base"] if jobs == 1 else True
+    if jobs == 1:  # else the base may have been under way
+        assert [result["method"] for result in read_results(work / RESULTS)] == ["base"]
     options = {**GRID, "methods": ["smt"], "lr": [0.01]}
     assert len(sweep(tiny_model("llama"), data / "text.jsonl", tmp_path / "sweep", resume=True, **options)) == 2
 
