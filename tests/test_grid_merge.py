@@ -23,6 +23,7 @@ from diablo_export.converters.onnx_match import match
 from diablo_export.errors import AdapterError, DataError, InputError
 from diablo_export.manifest import read_manifest
 from tests import tiny
+from tests.test_cli_export import with_blocks
 from tests.test_onnx_merge import grid, touched
 
 Get = Callable[..., Path]
@@ -128,6 +129,22 @@ def test_what_misses_stays_and_is_marked(run: Run, tiny_model: Get, tiny_adapter
     as_json = run(*arguments, "--min-survival", 0.999, "--overwrite", "--method", "refit", "--json")
     assert as_json.exit_code == 1
     assert json.loads(as_json.stdout)["survival"]["method"] == "refit"
+
+
+def test_blocks_of_zeros_have_no_gain(run: Run, tiny_model: Get, tiny_adapter: Get, tmp_path: Path) -> None:
+    """Nothing was wanted of such a module; JSON has no NaN to say so."""
+    adapter = with_blocks(tiny_adapter("llama"), tmp_path / "adapter", lambda blocks: blocks * 0)
+    result = run(
+        "merge", "-m", tiny_model("llama"), "-a", adapter, "--quantize", "int4", "--method", "refit",
+        "--min-survival", 0.5, "-o", tmp_path / "out", "--json",
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    for text in (result.stdout, (tmp_path / "out/diablo_export.json").read_text()):
+        gains = [
+            one["gain"]
+            for one in json.loads(text, parse_constant=pytest.fail)["survival"]["tried"][0]["modules"].values()
+        ]
+        assert gains.count(None) == 1 and len(gains) == 14
 
 
 def test_calibration_data(tiny_model: Get, tiny_adapter: Get, tmp_path: Path) -> None:

@@ -94,10 +94,11 @@ def command(model: str, adapter: Path, output: Path, as_json: bool, **options: A
       diablo-export merge --model M --adapter adapter --quantize int4 --plan auto --max-bytes 300MB --output planned
     """
     from diablo_export.converters.merge import merge
+    from diablo_export.manifest import plain
 
     manifest = merge(model, adapter, output, **options)
     if as_json:
-        click.echo(json.dumps(manifest, indent=1))
+        click.echo(json.dumps(plain(manifest), indent=1))
     else:
         print_summary(manifest, output)
         print_survival(manifest)

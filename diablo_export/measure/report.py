@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Mapping
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from diablo_export.errors import CheckFailed, OutputError
+from diablo_export.manifest import plain
 from diablo_export.measure.limits import FIGURES
 
 if TYPE_CHECKING:
@@ -51,8 +51,8 @@ def make(
         "distribution": figures.get("distribution"),
         "texts": figures.get("texts") or [],
     }
-    plain: dict[str, Any] = _plain(report)
-    return plain
+    whole: dict[str, Any] = plain(report)
+    return whole
 
 
 def failures(report: Mapping[str, Any]) -> str:
@@ -166,15 +166,6 @@ def write(file: Path, text: str) -> None:
         raise OutputError(f"{file}: cannot be written: {error.strerror}; choose another place") from error
     finally:
         partial.unlink(missing_ok=True)
-
-
-def _plain(value: Any) -> Any:
-    """JSON has no NaN and no infinity: None stands for both (the decibels of equal logits, the gain of no adapter)."""
-    if isinstance(value, dict):
-        return {key: _plain(entry) for key, entry in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(entry) for entry in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def explained(check: Mapping[str, Any]) -> tuple[str, str]:
