@@ -19,6 +19,7 @@ from diablo_export.checkpoint import read_header
 from diablo_export.converters.hf_merge import hf_merge
 from diablo_export.errors import AdapterError, CheckpointError
 from diablo_export.fingerprint import fingerprint
+from diablo_export.packed import bnb
 from tests import packed
 
 Get = Callable[[str], Path]
@@ -125,6 +126,18 @@ def test_untouched_groups_are_the_same_bytes(name: str, quantized: Get, tiny_ada
     # 16 outputs by one group of 32 inputs, or two rows' halves: half of what is stored for 16 of 64 rows at most
     stored = sum(info.nbytes for info in inside)
     assert len(places) <= stored / 4
+
+
+def test_what_fills_a_short_last_group_is_no_weight() -> None:
+    """A block meets all of 6 × 20 weights, in groups of 64: nothing is disturbed, and nothing else fitted to."""
+    random = np.random.default_rng(0)
+    tensors = packed.bnb(random.normal(size=(2, 64)).astype(np.float32))
+    (state,) = (name for name in tensors if "quant_state" in name)
+    stored = json.loads(bytes(tensors[state])) | {"shape": [6, 20]}
+    tensors |= {state: np.frombuffer(json.dumps(stored).encode(), np.uint8), "weight": tensors["weight"][:60]}
+    module = AdaptedModule("m", random.normal(size=(1, 20, 6)).astype(np.float32), 20, 6)
+    _, change = bnb.unpacked(tensors, {}).with_blocks(module, "refit")
+    assert (change.touched, change.disturbed) == (2, 0) and change.gain == pytest.approx(1, abs=0.1)
 
 
 def test_small_blocks_that_rounding_takes_away_are_told(

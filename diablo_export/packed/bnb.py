@@ -172,14 +172,15 @@ def unpacked(tensors: Mapping[str, Array], config: Mapping[str, Any]) -> LookedU
     outputs, inputs = (int(size) for size in state["shape"])
     size, count = int(state["blocksize"]), outputs * inputs
     codes = unpack(_swapped(tensors["weight"].reshape(-1).view(np.uint8)), 4, count)
-    codes = np.pad(codes, (0, -count % size)).reshape(-1, size)
+    table = tensors["weight.quant_map"]
+    codes = np.pad(codes, (0, -count % size), constant_values=np.abs(table).argmin()).reshape(-1, size)  # worth 0
     absmax = Scales(tensors["weight.absmax"])
     if "weight.nested_absmax" in tensors:
         absmax = Scales(
             tensors["weight.absmax"], tensors["weight.nested_quant_map"], tensors["weight.nested_absmax"],
             int(state["nested_blocksize"]), float(state["nested_offset"]),
         )  # fmt: skip
-    return LookedUp(codes, absmax, tensors["weight.quant_map"], (outputs, inputs))
+    return LookedUp(codes, absmax, table, (outputs, inputs))
 
 
 def packed(looked: LookedUp, tensors: Mapping[str, Array], config: Mapping[str, Any]) -> dict[str, Array]:
