@@ -87,7 +87,7 @@ def export(
         graph = (quantize, group_size, asymmetric, precision, block_dtype, for_, custom_ops_library)
         return _add(model, adapter, Path(output), graph, overwrite)
     check_output(output, overwrite)
-    check_options(quantize, group_size, precision)
+    check_options(quantize, group_size, asymmetric, precision)
     _check_block_dtype(block_dtype, precision)
     adapters = load_adapters(adapter)
     web = _is_web(for_, adapters)

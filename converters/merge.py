@@ -87,8 +87,8 @@ def merge(
         OutputError: `output` exists, is not writable, or there is no room.
     """
     check_output(output, overwrite)
-    merge_method.check_values(method, calibration, min_survival, max_seconds, plan, max_bytes)
-    check_options(quantize, group_size, precision)
+    merge_method.check_values(method, calibration, min_survival, max_seconds, plan, max_bytes, seed)
+    check_options(quantize, group_size, asymmetric, precision)
     chosen = _format(format, quantize, precision)
     given = _loaded(adapter)
     group_size, usual = output_grid([given], quantize, group_size, asymmetric)

@@ -26,6 +26,7 @@ def check_values(
     max_seconds: float,
     plan: object = None,
     max_bytes: int | None = None,
+    seed: int = 0,
 ) -> None:
     """Refuse values that the options do not have.
 
@@ -51,6 +52,8 @@ def check_values(
         faults.append("--max-bytes is for --plan auto, which looks for a plan within it; leave it out")
     if max_bytes is not None and max_bytes < 1:
         faults.append(f"max_bytes is {max_bytes}; it must be above 0")
+    if not 0 <= seed < 2**62:
+        faults.append(f"seed is {seed}; it must be at least 0 and below 2^62")
     if faults:
         raise InputError("; ".join(faults))
 
@@ -70,6 +73,11 @@ def for_checkpoint(
     if quantize == "none":
         _refuse_unused(method, calibration, plan, _NOTHING_ROUNDED)
         return "exact"
+    if method == "hqq" and BITS[quantize] > 4:
+        raise InputError(
+            f"--method hqq has zero points between the codes, which onnxruntime takes at 4 and 2 bits and not at "
+            f"{quantize}; choose k_quant, or --quantize int4"
+        )
     chosen = method or ("auto" if BITS[quantize] <= 4 or plan is not None else "rtn")
     return _if_it_fits(source, chosen, _who_asks(method, plan))
 

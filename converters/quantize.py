@@ -81,7 +81,7 @@ def quantize(
     """
     check_output(output, overwrite)
     size, zeros = usual(task == "text-classification", group_size, asymmetric)
-    _check(bits, size, method, task)
+    _check(bits, size, method, task, seed)
     source = open_base(model)
     if is_packed(source):
         raise CheckpointError(f"{source.folder}: is quantized already; give the float model that it was made from")
@@ -111,8 +111,10 @@ def quantize(
         return write_manifest(folder, "quantize", said, base(), [], modules, None, **more, loss=loss)
 
 
-def _check(bits: int, size: int, method: str, task: str) -> None:
+def _check(bits: int, size: int, method: str, task: str, seed: int) -> None:
     check_layout(bits, size)
+    if not 0 <= seed < 2**62:
+        raise InputError(f"seed is {seed}; it must be at least 0 and below 2^62")
     for name, value, allowed in (("method", method, METHODS), ("task", task, tuple(TASKS))):
         if value not in allowed:
             raise InputError(f"{name} is {value!r}; choose one of {', '.join(allowed)}")

@@ -18,8 +18,8 @@ _COPIES = 2.5  # of the weights in float32 while merging: network, touched layer
 _HIDDEN = 2**28  # numbers of hidden states that go from layer to layer, and what a step computes on the way
 
 
-def check_options(quantize: str, group_size: int | None, precision: str) -> None:
-    """Refuse values that the options do not have.
+def check_options(quantize: str, group_size: int | None, asymmetric: bool | None, precision: str) -> None:
+    """Refuse values that the options do not have, and those of a grid where nothing is to be quantized.
 
     Raises:
         InputError: it names the value and what is allowed.
@@ -27,7 +27,14 @@ def check_options(quantize: str, group_size: int | None, precision: str) -> None
     for name, value, allowed in (("quantize", quantize, BITS), ("precision", precision, _FLOAT_BYTES)):
         if value not in allowed:
             raise InputError(f"{name} is {value!r}; choose one of {', '.join(allowed)}")
-    if quantize != "none" and group_size is not None:
+    if quantize == "none":
+        given = {"--group-size": group_size, "--asymmetric or --symmetric": asymmetric}
+        if unused := [name for name, value in given.items() if value is not None]:
+            raise InputError(
+                f"{', '.join(unused)}: for the weights that --quantize rounds, and that is none; give --quantize int4 "
+                "with a float Hugging Face model, or leave it out"
+            )
+    elif group_size is not None:
         check_layout(BITS[quantize], group_size)
 
 

@@ -306,7 +306,8 @@ def test_a_folder_with_an_equals_sign(tiny_adapter: Get, tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("options", "message"),
     [({"quantize": "int3"}, "quantize is 'int3'"), ({"precision": "bf16"}, "precision is 'bf16'"),
-     ({"quantize": "int4", "group_size": 48}, "groups of 48")],
+     ({"quantize": "int4", "group_size": 48}, "groups of 48"),
+     ({"group_size": 32}, "--group-size: for the weights that --quantize rounds, and that is none")],
 )  # fmt: skip
 def test_bad_options(options: dict[str, Any], message: str, tiny_model: Get, tiny_adapter: Get, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=message):

@@ -111,6 +111,8 @@ def _example(line: str, number: int) -> Example:
         value = json.loads(line)
     except json.JSONDecodeError as error:
         raise ValueError(f"not JSON ({error.msg} at column {error.colno}): {_short(line)}") from error
+    if "\\u" in line and re.search("[\ud800-\udfff]", json.dumps(value, ensure_ascii=False)):
+        raise ValueError(f"has half of a surrogate pair (\\ud800 to \\udfff), which is no character: {_short(line)}")
     if not isinstance(value, dict):
         raise ValueError(f"a JSON {_kind(value)}, not an object: {_short(line)}")
     forms = [form for form in (("text",), ("prompt", "completion"), ("messages",)) if all(key in value for key in form)]

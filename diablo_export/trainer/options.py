@@ -35,7 +35,7 @@ _LIMITS: dict[str, tuple[str, float, float]] = {
     "eval_fraction": ("at least 0 and below 1", 0, math.nextafter(1, 0)),
     "eval_every": ("at least 1", 1, math.inf),
     "checkpoint_every": ("at least 1", 1, math.inf),
-    "seed": ("at least 0", 0, math.inf),
+    "seed": ("at least 0 and below 2^62", 0, 2**62 - 1),
 }
 
 
