@@ -248,7 +248,7 @@ def _turn(
     goal = folder if output is None else real(output)
     if goal != folder and goal.is_relative_to(folder):
         raise OutputError(f"{output}: lies in the model's folder {folder}; choose another --output")
-    entries = _read(patch)[1]
+    report, entries = info(patch), _read(patch)[1]  # before the folder is replaced: the patch may lie in it
     waiting = _waiting(folder, patch, entries, source, target)
     done = [entry for entry in entries if entry.before != entry.after and entry not in waiting.values()]
     if done and waiting:
@@ -257,7 +257,7 @@ def _turn(
         _write(folder, goal, patch, waiting, overwrite, target)
     else:
         log.info("%s: is that already; nothing to do", folder)
-    return {**info(patch), "written": [entry.name for entry in waiting.values()]}
+    return {**report, "written": [entry.name for entry in waiting.values()]}
 
 
 def _waiting(folder: Path, patch: Path, entries: Sequence[Entry], source: Side, target: Side) -> dict[int, Entry]:

@@ -164,8 +164,9 @@ def test_differences_of_gigabytes(made: Path, base: Path, tmp_path: Path, monkey
 def test_in_the_folder_itself(
     made: Path, base: Path, update: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
+    shutil.copyfile(update, base / "update.patch")
     monkeypatch.chdir(base)
-    patch.apply(".", update)
+    assert DATA in patch.apply(".", "update.patch")["written"]
     assert f"the folder that you are in was replaced: cd {base}" in caplog.text
     with pytest.raises(FileNotFoundError):
         os.getcwd()
