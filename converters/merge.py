@@ -60,10 +60,11 @@ def merge(
             beside, or what `base_grid.usual` says of the task.
         asymmetric: a zero point for each group, when quantizing; None: likewise.
         precision: fp32 or fp16, of what an ONNX file holds unquantized.
-        method: how quantized weights take the blocks, see docs/merging.md: rtn, refit, calibrated, distilled, or
-            k_quant, hqq, gptq, learned, by which every weight of a float model is quantized with the blocks in it; or
-            auto, the first of these that keeps `min_survival`. None: auto for 4 bits and fewer, rtn for 8; refit
-            for a Hugging Face checkpoint that is quantized already, which takes that or rtn.
+        method: how quantized weights take the blocks, see docs/merging.md: rtn, refit, calibrated, distilled,
+            layerwise; or k_quant, hqq, gptq, learned, by which every weight of a float model is quantized with the
+            blocks in it; or auto, the best of the quick ones, and distilled where these do not keep `min_survival`.
+            None: auto for 4 bits and fewer, rtn for 8; refit for a Hugging Face checkpoint that is quantized already,
+            which takes that or rtn.
         calibration: data to measure and calibrate on; None: text that the tuned model writes.
         reference: the float model that an ONNX model was made from, Hugging Face folder or id; None: what the
             adapter names as its base.

@@ -85,8 +85,8 @@ from diablo_export.errors import CheckFailed
 def command(model: str, adapter: Path, output: Path, as_json: bool, **options: Any) -> None:
     """Merge an adapter's blocks into its model's weights.
 
-    Into int4, the fine-tune is measured and the cheapest method that keeps it is taken: see --method. Exit code 1 when
-    even the best one keeps less than --min-survival; the folder stays, marked so in its manifest.
+    Into int4, the fine-tune is measured and the method that keeps most of it is taken: see --method. Exit code 1 when
+    even that one keeps less than --min-survival; the folder stays, marked so in its manifest.
 
     \b
     Example:
