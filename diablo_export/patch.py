@@ -209,7 +209,8 @@ def _read(patch: Path) -> tuple[dict[str, Any], list[Entry]]:
         header: dict[str, Any] = json.loads(archive.read(_HEADER))
         made = header["format"], header["format_version"]
         if made == (FORMAT, FORMAT_VERSION):
-            return header, [_entry(file) for file in header["files"]]
+            entries = [_entry(file) for file in header["files"]]
+            return {**header, **_said_of(header), "files": [asdict(entry) for entry in entries]}, entries
     raise PatchError(
         f"{patch}: is a {made[0]} of version {made[1]}, this program reads a {FORMAT} of version {FORMAT_VERSION}; "
         "use the diablo-export that made it, or make it again"
@@ -227,6 +228,16 @@ def _faults_said(patch: Path) -> Iterator[None]:
         raise PatchError(f"{patch}: is a folder; the model comes first, then the patch") from error
     except (zipfile.BadZipFile, zlib.error, EOFError, KeyError, TypeError, ValueError) as error:
         raise PatchError(f"{patch}: is no patch, or a broken one ({error}); copy it again, or make it again") from error
+
+
+def _said_of(header: dict[str, Any]) -> dict[str, Any]:
+    """What patch.json says for the reader, which may come from anywhere."""
+    groups = header["touched_groups"]
+    return {
+        "adapters": [str(name) for name in header["adapters"]],
+        "touched_groups": groups and int(groups),
+        "model_bytes": int(header["model_bytes"]),
+    }
 
 
 def _entry(file: dict[str, Any]) -> Entry:

@@ -267,6 +267,10 @@ def rewritten(update: Path, to: Path, change: Callable[[dict[str, Any]], None]) 
     return to
 
 
+def with_field(name: str, value: object) -> Callable[[dict[str, Any]], None]:
+    return lambda header: header.update({name: value})
+
+
 def test_patches_of_others(base: Path, update: Path, tmp_path: Path) -> None:
     def with_file(**changes: Any) -> Callable[[dict[str, Any]], None]:
         return lambda header: header["files"][-1].update(changes)
@@ -277,6 +281,8 @@ def test_patches_of_others(base: Path, update: Path, tmp_path: Path) -> None:
     refused(base, rewritten(update, to, lambda header: header.pop("files")), "broken one")
     for name in ("../outside", "/etc/passwd", "C:\\x", "a/../../b", ""):
         refused(base, rewritten(update, to, with_file(name=name)), "lies outside of the model's folder")
+    for name, value in {"model_bytes": "x", "touched_groups": "x", "adapters": 5}.items():
+        refused(base, rewritten(update, to, with_field(name, value)), "is no patch, or a broken one")
     report = patch.info(update)
     wrong = next(file for file in report["files"] if file["name"] == DATA)["after"] | {"sha256": "0" * 64}
     number = next(i for i, file in enumerate(report["files"]) if file["name"] == DATA)
