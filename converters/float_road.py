@@ -150,7 +150,7 @@ class _Tuned:
         self.network, self.tokenizer = load_tuned(source.folder, adapter)
         self.pad = int(self.tokenizer.pad_token_id or 0)
         self.text = self._text(calibration, seconds, seed)
-        longest = max(len(item.ids) for item in self.text.judged)
+        longest = max(len(item.ids) for item in [*self.text.judged, *self.text.fitted])
         self.batch = max(1, budget.batch_tokens(self.network) // longest)
         ordered = sorted(self.text.judged, key=lambda item: len(item.ids))  # little padding
         self.batches = [ordered[at : at + self.batch] for at in range(0, len(ordered), self.batch)]

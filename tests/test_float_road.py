@@ -18,6 +18,7 @@ from diablo_export.adapter import Adapter
 from diablo_export.base_grid import BaseGrid
 from diablo_export.checkpoint import Checkpoint
 from diablo_export.converters import float_road, learned_road
+from diablo_export.converters.budget import BATCH_TOKENS
 from diablo_export.converters.merge import merge
 from diablo_export.converters.onnx_linears import linears, numpy_of
 from diablo_export.measure.parity import parity
@@ -90,6 +91,16 @@ def test_an_adapter_that_knows_other_weights_errors(
         float_road.float_road(*arguments, method="k_quant")
     said = "trained beside int4 in groups of 32, symmetric weights, each rounded to the nearest, and k_quant rounds the"
     assert said in caplog.text
+
+
+def test_a_batch_has_room_for_the_longest_sequence(tiny_model: Get, tiny_adapter: Get, tmp_path: Path) -> None:
+    """Also of those that are not measured on: every third line is."""
+    lines = [{"prompt": "the cat sat on the mat " * (1 if n % 3 == 0 else 4), "completion": "mat"} for n in range(12)]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    given: Any = (Checkpoint.open(tiny_model("llama")), Adapter.load(tiny_adapter("llama")), tmp_path / "pairs.jsonl")
+    tuned = float_road._Tuned(*given, 900, 0)
+    longest = [max(len(item.ids) for item in items) for items in (tuned.text.judged, tuned.text.fitted)]
+    assert longest[0] < longest[1] and tuned.batch * longest[1] <= BATCH_TOKENS
 
 
 def test_hidden_states_are_bounded_by_the_longest_sequence(tiny_model: Get, monkeypatch: pytest.MonkeyPatch) -> None:
