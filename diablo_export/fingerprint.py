@@ -8,7 +8,6 @@ other weight about 0 ± 0.125.
 from __future__ import annotations
 
 import base64
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -86,15 +85,6 @@ def positions(out_features: int, in_features: int) -> tuple[npt.NDArray[np.int64
 def sample(weight: Array) -> npt.NDArray[np.float32]:
     """The sampled values of a weight (out_features, in_features), shape (SAMPLES,)."""
     return weight[positions(*weight.shape)].astype(np.float32)
-
-
-def values_digest(parts: Iterable[Array]) -> str:
-    """XXH3-128, in hex, of a weight's values as float32; `parts` are its rows from first to last, some at a time."""
-    digest = xxhash.xxh3_128()
-    for rows in parts:
-        # −0 is 0: codes at the zero point give either
-        digest.update(np.ascontiguousarray(rows + np.float32(0), np.float32).view(np.uint8).data)
-    return digest.hexdigest()
 
 
 class ValuesDigest:

@@ -12,7 +12,7 @@ import pytest
 
 from diablo_export.errors import DataError
 from diablo_export.trainer.batches import Batches, collate, encode_all, pack
-from diablo_export.trainer.data import IGNORED, Encoded, Example, class_names, encode, read_examples, render
+from diablo_export.trainer.data import IGNORED, Encoded, Example, class_names, encode, read_examples
 
 CHAT = (
     "{% for m in messages %}[{{ m.role }}]{{ m.content }}</s>{% endfor %}"
@@ -145,7 +145,7 @@ def test_class_names_are_sorted_by_value() -> None:
 
 
 def test_text_ends_with_the_end_token(tokenizer: Any) -> None:
-    ids = render(Example(text="the cat"), tokenizer)
+    ids = encode(Example(text="the cat"), tokenizer).ids.tolist()
     assert ids == [*tokenizer("the cat")["input_ids"], tokenizer.eos_token_id]
     assert encode(Example(text="the cat"), tokenizer).target.all()
 
@@ -221,7 +221,8 @@ def test_packing_loses_nothing(tokenizer: Any) -> None:
     assert [len(piece.ids) for piece in pack([item(10)], 4)] == [4, 4, 2]
     long = Example(text="the cat sat on the mat. " * 500)
     items, dropped = encode_all([long], tokenizer, max_length=64)
-    assert np.concatenate([piece.ids for piece in items]).tolist() == render(long, tokenizer) and not dropped
+    whole = np.concatenate([piece.ids for piece in items])
+    assert np.array_equal(whole, encode(long, tokenizer).ids) and not dropped
     with pytest.raises(DataError, match="a single token"):
         encode_all([Example(text="t")], _without_end(tokenizer), max_length=4)
 

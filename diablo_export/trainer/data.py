@@ -173,11 +173,6 @@ def _short(text: str) -> str:
     return text if len(text) <= 60 else f"{text[:57]}…"
 
 
-def render(example: Example, tokenizer: Any) -> list[int]:
-    """The token ids of an example as training sees it, whole: special tokens, chat template and end included."""
-    return [int(token) for token in encode(example, tokenizer).ids]
-
-
 def encode(example: Example, tokenizer: Any, max_length: int | None = None, label: int | None = None) -> Encoded:
     """Tokens of an example and which of them are to be predicted, at most `max_length`.
 
