@@ -39,14 +39,12 @@ class GridNetwork:
         tokenizer: its tokenizer.
         grids: the base's grid of each adapted module that is quantized.
         found: where each adapted module lies in the graph.
-        bare: linear layers of the network that the graph does not show; they keep their float values.
     """
 
     network: nn.Module
     tokenizer: Any
     grids: dict[str, Grid]
     found: dict[str, Match]
-    bare: list[str]
 
 
 def grid_network(
@@ -78,7 +76,7 @@ def grid_network(
     grids, bare = lay(network, "", graph, folder, adapter, found)
     if bare:
         log.debug("layers that the graph does not show as linear ones: %s", ", ".join(bare))
-    return GridNetwork(network.to(device), tokenizer, grids, found, bare)
+    return GridNetwork(network.to(device), tokenizer, grids, found)
 
 
 def lay(
@@ -92,7 +90,8 @@ def lay(
         graph, folder, adapter, found: as `grid_network`'s.
 
     Returns:
-        The base's grid of each layer with blocks that is quantized; layers that the graph does not show.
+        The base's grid of each layer with blocks that is quantized; layers that the graph does not show, whose values
+        stay float.
     """
     grids: dict[str, Grid] = {}
     bare: list[str] = []
