@@ -61,7 +61,7 @@ def add_adapters(
     inputs = {str(value.name): value for value in graph.graph.inputs if value.name in fed}
     for name, adapter in adapters.items():
         if source is not None:
-            match(ir.load(source.file), adapter.modules)
+            match(source.graph, adapter.modules)
         _check_inputs(name, adapter, inputs, manifest)
     types = {name: value.dtype.numpy() for name, value in inputs.items() if value.dtype is not None}
     mark = graph.metadata_props.get(BASE_KEY)

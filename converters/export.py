@@ -107,7 +107,7 @@ def export(
     with new_folder(output, overwrite, needs) as folder, hashing(model, source.folder, source.files) as base:
         if isinstance(source, onnx_file.OnnxModel):
             onnx_file.copy(source, folder)
-            warn_of_another(adapters.values(), grids(linears(ir.load(source.file))))
+            warn_of_another(adapters.values(), grids(linears(source.graph)))
             built = Graph("given", f"{source.file.name} is an ONNX model already", {}, {})
         else:
             warn_of_another(adapters.values(), [numbers(quantize, group_size, asymmetric)])
@@ -134,7 +134,7 @@ def export(
         entries = [_entry(name, one, web) for name, one in adapters.items()]
         what = {"quantize": quantize, "precision": precision}
         if isinstance(source, onnx_file.OnnxModel):
-            what = kind(linears(ir.load(source.file)))
+            what = kind(linears(source.graph))
         elif source.config.get("quantization_config"):
             what = kind(linears(ir.load(folder / MODEL)))
         what |= {"for": for_, BASE_KEY: mark}

@@ -36,7 +36,7 @@ def inspect_onnx(path: Path, adapter: str | Path | None = None) -> dict[str, Any
             f"{path}: nothing that is known here; give an adapter folder, a Hugging Face folder, an .onnx file or "
             "folder, an .onnx_adapter or an adapter.chkpt"
         )
-    file, model = found.file, ir.load(found.file)
+    file, model = found.file, found.graph
     layers = linears(model)
     branches = [node for node in model.graph if node.domain == opschema.DOMAIN]
     fed = [value for value in model.graph.inputs if value.name not in model.graph.initializers]

@@ -44,17 +44,21 @@ def find(model: str | Path) -> OnnxModel | None:
 
     Raises:
         InputError: a folder of several ONNX files, none of them model.onnx; a file that is not ONNX; external
-            data that is missing or too short.
+            data that is missing, too short, or not in its folder.
     """
     file = _graph_file(Path(model))
     if file is None:
         return None
-    import onnx_ir as ir
+    from diablo_export.converters.onnx_links import load
 
     try:
-        graph = ir.load(file)
+        graph = load(file)
+    except InputError:
+        raise
     except Exception as error:  # protobuf raises its own kinds
         raise InputError(f"{file}: cannot be read as ONNX ({type(error).__name__}); copy or export it again") from error
+    if not len(graph.graph):
+        raise InputError(f"{file}: holds a graph without nodes; copy or export it again")
     data = _data_files(file, graph)
     others = [path for path in sorted(file.parent.iterdir()) if path.is_file() and path.suffix not in _NOT_CONFIG]
     named = {MANIFEST, PARITY, *(path.name for path in data)}

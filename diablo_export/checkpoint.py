@@ -191,7 +191,7 @@ class Checkpoint:
             tensors |= found
         index = folder / INDEX
         if index.exists():
-            missing = set(read_json(index)["weight_map"]) - set(tensors)
+            missing = set(_weight_map(index)) - set(tensors)
             if missing:
                 raise CheckpointError(f"{index}: lists tensors that no shard holds: {', '.join(sorted(missing)[:5])}")
         return cls(folder, config, tensors, metadata)
@@ -263,7 +263,7 @@ def read_json(file: Path) -> dict[str, Any]:
 def _weight_files(folder: Path) -> list[Path]:
     index = folder / INDEX
     if index.exists():
-        names = sorted(set(read_json(index).get("weight_map", {}).values()))
+        names = sorted(set(_weight_map(index).values()))
         absent = [name for name in names if not (folder / name).exists()]
         if absent:
             raise CheckpointError(f"{index}: names shards that are not there: {', '.join(absent)}; download them again")
@@ -273,6 +273,14 @@ def _weight_files(folder: Path) -> list[Path]:
     pickles = sorted(path.name for path in folder.glob("*.bin"))
     hint = f" (only {', '.join(pickles)}, which are pickles and are not opened)" if pickles else ""
     raise CheckpointError(f"{folder}: holds no {SINGLE} or {INDEX}{hint}; save the model with safe_serialization=True")
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    """Shard by tensor name."""
+    found = read_json(index).get("weight_map")
+    if not isinstance(found, dict) or not all(isinstance(file, str) for file in found.values()):
+        raise CheckpointError(f"{index}: its weight_map is no object of tensor names and files; download it again")
+    return found
 
 
 def fill(stream: IO[bytes], memory: npt.NDArray[np.uint8]) -> bool:

@@ -159,3 +159,11 @@ def test_real_checkpoint(tiny_model: Callable[[str], Path]) -> None:
     wanted = safetensors.numpy.load_file(tiny_model("llama") / checkpoint.SINGLE)
     for info in opened:
         np.testing.assert_array_equal(info.read(), wanted[info.name])
+
+
+@pytest.mark.parametrize("index", [{}, {"weight_map": 5}, {"weight_map": {"w": 5}}])
+def test_an_index_of_another_kind(index: object, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / checkpoint.INDEX).write_text(json.dumps(index))
+    with pytest.raises(CheckpointError, match=r"index\.json: its weight_map is no object of tensor names and files"):
+        Checkpoint.open(tmp_path)

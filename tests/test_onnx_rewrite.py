@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -57,6 +58,47 @@ def test_the_bytes_of_a_merge_in_place(
     save(float_model() if producer == "float" else PRODUCERS[producer](), tmp_path / "given/model.onnx")
     adapter = Adapter({"m.a": module(5)})  # blocks that end inside groups
     same_in_place(tmp_path / "given/model.onnx", adapter, tmp_path / "copied", tmp_path / "place")
+
+
+@pytest.mark.parametrize("how", [os.symlink, os.link])
+def test_data_behind_links(how: Callable[[Path, Path], None], tmp_path: Path) -> None:
+    """As a hub's cache holds a model, and a backup that takes no room."""
+    for folder in ("blobs", "given", "place"):
+        (tmp_path / folder).mkdir()
+    save(PRODUCERS["default-4-asym-32"](), tmp_path / "blobs/model.onnx")
+    for path in list((tmp_path / "blobs").iterdir()):
+        how(path, tmp_path / "given" / path.name)
+        shutil.copy(path, tmp_path / "place")
+    adapter, given = Adapter({"m.a": module(4)}), find(tmp_path / "given")
+    assert given is not None
+    (tmp_path / "copied").mkdir()
+    merged_copy(given, tmp_path / "copied", adapter)
+    onnx_merge(tmp_path / "place/model.onnx", adapter)
+    copied = {path.name: path.read_bytes() for path in (tmp_path / "copied").iterdir()}
+    assert copied["model.onnx.data"] == (tmp_path / "place/model.onnx.data").read_bytes()
+    assert copied["model.onnx"] == (tmp_path / "blobs/model.onnx").read_bytes()
+    for path in (tmp_path / "copied").iterdir():
+        assert not path.is_symlink() and path.stat().st_nlink == 1, "the copy stands alone"
+
+
+@pytest.mark.parametrize("place", ["../blobs/model.onnx.data", "{}/blobs/model.onnx.data"])
+def test_data_outside_of_the_folder(place: str, tmp_path: Path) -> None:
+    (tmp_path / "blobs").mkdir()
+    (tmp_path / "given").mkdir()
+    save(PRODUCERS["default-4-asym-32"](), tmp_path / "blobs/model.onnx")
+    graph = onnx.load(tmp_path / "blobs/model.onnx", load_external_data=False)
+    for tensor in graph.graph.initializer:
+        for entry in tensor.external_data:
+            entry.value = place.format(tmp_path) if entry.key == "location" else entry.value
+    onnx.save(graph, tmp_path / "given/model.onnx")
+    with pytest.raises(InputError, match=r"model\.onnx: has weights in .*, outside of its own folder"):
+        find(tmp_path / "given")
+
+
+def test_a_file_without_a_graph(tmp_path: Path) -> None:
+    (tmp_path / "model.onnx").touch()  # no bytes are a model of protobuf's, with nothing in it
+    with pytest.raises(InputError, match=r"model\.onnx: holds a graph without nodes"):
+        find(tmp_path)
 
 
 def test_fused_weights(genai_graph: Get, tiny_adapter: Get, tmp_path: Path) -> None:
