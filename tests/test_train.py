@@ -307,6 +307,15 @@ def test_bad_options(
     assert not list(tmp_path.iterdir())
 
 
+def test_files_where_folders_are_to_lie(tiny_model: Callable[[str], Path], folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "a.training").touch()
+    with pytest.raises(OutputError, match=r"a\.training: is a file, where the unfinished run is to lie"):
+        train(tiny_model("llama"), folder / "text.jsonl", tmp_path / "a", max_length=16)
+    with pytest.raises(InputError, match=r"--tensorboard is .*a\.training, a file; it must be a folder"):
+        train(tiny_model("llama"), folder / "text.jsonl", tmp_path / "b", tensorboard=tmp_path / "a.training")
+    assert [path.name for path in tmp_path.iterdir()] == ["a.training"]
+
+
 @pytest.mark.parametrize(
     ("data", "options", "message"),
     [

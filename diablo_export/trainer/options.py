@@ -55,6 +55,8 @@ def check_options(options: dict[str, Any]) -> None:
                 faults.append(f"{flag(name)} is {value}; it must be {words}")
     if options.get("eval_data") and options.get("eval_fraction"):
         faults.append("both --eval-data and --eval-fraction are given; choose one")
+    if options.get("tensorboard") and Path(options["tensorboard"]).is_file():
+        faults.append(f"--tensorboard is {options['tensorboard']}, a file; it must be a folder")
     if options.get("repair_base") and options.get("base_quantize") == "none":
         faults.append("--repair-base: a float base has no rounding to be repaired; give --base-quantize int4")
     if options.get("repair_base") and options.get("init_adapter"):
@@ -102,6 +104,8 @@ def check_places(output: Path, work: Path, resume: bool, overwrite: bool) -> Non
     if resume and not work.exists() and output.exists() and any(output.iterdir()):
         raise InputError(f"{output}: this run is finished already, there is nothing to resume")
     check_output(output, overwrite)
+    if work.is_file():
+        raise OutputError(f"{work}: is a file, where the unfinished run is to lie; move it, or choose another --output")
     if unfinished(work) and not resume:
         if not overwrite:
             raise OutputError(
