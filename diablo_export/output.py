@@ -44,7 +44,7 @@ def new_folder(path: str | Path, overwrite: bool = False, needs: int = 0) -> Ite
     atexit.register(clear)  # a Ctrl-C can arrive in the very clean-up below, or just before it
     try:
         work.chmod(0o777 & ~_umask())  # mkdtemp makes private folders
-        with _full_disk_said(target):
+        with full_disk_said(target):
             yield work
             _flush(work)
             _move_into_place(work, target)
@@ -71,7 +71,7 @@ def new_file(path: str | Path, overwrite: bool = False) -> Iterator[Path]:
     clear = functools.partial(work.unlink, missing_ok=True)
     atexit.register(clear)
     try:
-        with _full_disk_said(target):
+        with full_disk_said(target):
             work.touch()
             yield work
             _flush(work)
@@ -100,20 +100,25 @@ def real(path: str | Path) -> Path:
 
 
 @contextlib.contextmanager
-def _full_disk_said(target: Path) -> Iterator[None]:
-    """A disk that runs full while `target` is written, or that takes no file so large, is an OutputError."""
+def full_disk_said(target: Path, left: str = "nothing was left behind") -> Iterator[None]:
+    """A disk that runs full while `target` is written, or that takes no file so large, is an OutputError.
+
+    Args:
+        target: what the message names.
+        left: what it says of what was written so far.
+    """
     try:
         yield
     except OSError as error:
         if error.errno == errno.EFBIG:
             raise OutputError(
-                f"{target}: a file grew past what this disk or the limit of this process (ulimit -f) allows; nothing "
-                "was left behind. Raise the limit or choose another --output"
+                f"{target}: a file grew past what this disk or the limit of this process (ulimit -f) allows; "
+                f"{left}. Raise the limit or choose another --output"
             ) from error
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise OutputError(
-                f"{target}: the disk is full ({_megabytes(shutil.disk_usage(target.parent).free)} free); nothing was "
-                "left behind. Free some room or choose another --output"
+                f"{target}: the disk is full ({_megabytes(shutil.disk_usage(target.parent).free)} free); "
+                f"{left}. Free some room or choose another --output"
             ) from error
         raise
 

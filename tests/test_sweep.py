@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -340,3 +341,21 @@ def test_the_page_runs(
     assert result.stdout == (tmp_path / "sweep" / "table.md").read_text()
     page = (ROOT / "docs" / "sweep.md").read_text()
     assert all(f"`{name}`" in page for name in METHODS)
+
+
+def test_a_disk_that_fills_up(tiny_model: Folder, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*arguments: object, **more: object) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch, pytest.raises(OutputError, match=r"the disk is full .* finished trials stay"):
+        patch.setattr(Path, "write_text", full)
+        sweep(
+            tiny_model("llama"),
+            data / "text.jsonl",
+            tmp_path / "out",
+            lr=[1e-3],
+            num_blocks=[4],
+            eval_fraction=0.25,
+            max_steps=1,
+        )
+    assert not any(tmp_path.iterdir()), "an empty sweep is none to go on with"

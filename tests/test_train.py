@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -23,6 +24,7 @@ from diablo_export.trainer import state
 from diablo_export.trainer.history import History
 from diablo_export.trainer.model import load_base, load_tuned
 from diablo_export.trainer.train import train
+from diablo_export.trainer.watch import workspace
 from tests import tiny
 
 TEXT = "the cat sat on the mat and the dog sat on the log. "
@@ -305,6 +307,16 @@ def test_bad_options(
     with pytest.raises(InputError, match=message):
         train(tiny_model("llama"), folder / "text.jsonl", tmp_path / "a", **{"max_length": 16, **options})
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("kept", [False, True])
+def test_a_disk_that_fills_up_between_checkpoints(kept: bool, tmp_path: Path) -> None:
+    with pytest.raises(OutputError, match=r"the disk is full .* the last checkpoint stays"), workspace(tmp_path / "a"):
+        if kept:
+            (tmp_path / "a/checkpoint").mkdir()
+            (tmp_path / "a/checkpoint/state.json").write_text('{"step": 7}')
+        raise OSError(errno.ENOSPC, "No space left on device")  # as of a line of the log
+    assert (tmp_path / "a").exists() == kept
 
 
 def test_files_where_folders_are_to_lie(tiny_model: Callable[[str], Path], folder: Path, tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from diablo_export.adapter import file_sha256
 from diablo_export.checkpoint import read_json
 from diablo_export.console import log, progress
 from diablo_export.errors import DataError, InputError, OutputError, require
-from diablo_export.output import check_output, new_folder
+from diablo_export.output import check_output, full_disk_said, new_folder
 from diablo_export.trainer.baselines import BASE, METHODS
 from diablo_export.trainer.history import write_log
 from diablo_export.trainer.options import check_options, choose_device
@@ -234,10 +234,11 @@ def _so_far(folders: Sequence[Path], settings: dict[str, Any]) -> list[dict[str,
 def _workspace(work: Path, settings: dict[str, Any]) -> Iterator[None]:
     """The folder of an unfinished sweep; it stays when that is stopped with results, and goes when it has none."""
     work.mkdir(parents=True, exist_ok=True)
-    if not (work / RESULTS).exists():  # a kill while they are written again would leave results without settings
-        (work / SETTINGS).write_text(json.dumps(settings), encoding="utf-8")
     try:
-        yield
+        with full_disk_said(work, "finished trials stay, to --resume from"):
+            if not (work / RESULTS).exists():  # a kill while they are written again would leave none beside results
+                (work / SETTINGS).write_text(json.dumps(settings), encoding="utf-8")
+            yield
     except BaseException:
         if not (work / RESULTS).exists() or not (work / RESULTS).stat().st_size:
             shutil.rmtree(work, ignore_errors=True)

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from diablo_export.console import log
+from diablo_export.output import full_disk_said
 from diablo_export.trainer.data import Encoded
 from diablo_export.trainer.history import LOG, History, training_bar
 from diablo_export.trainer.loop import Step
@@ -139,7 +140,8 @@ def workspace(folder: Path) -> Iterator[Path]:
     """The folder of an unfinished run; it goes when the run is done, or ends without a checkpoint to resume from."""
     folder.mkdir(parents=True, exist_ok=True)
     try:
-        yield folder
+        with full_disk_said(folder, "the last checkpoint stays, if there is one, to --resume from"):
+            yield folder
     except BaseException as error:
         if not (folder / CHECKPOINT).exists():
             shutil.rmtree(folder, ignore_errors=True)
