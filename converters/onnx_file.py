@@ -17,6 +17,7 @@ if TYPE_CHECKING:  # it takes a second to load, and merges of Hugging Face folde
 
 MODEL = "model.onnx"
 _NOT_CONFIG = (".onnx", ".onnx_adapter", ".data")
+_TEMPLATES = "additional_chat_templates"  # where tokenizers of several chat templates have all but the first
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,8 @@ def find(model: str | Path) -> OnnxModel | None:
     if not len(graph.graph):
         raise InputError(f"{file}: holds a graph without nodes; copy or export it again")
     data = _data_files(file, graph)
-    others = [path for path in sorted(file.parent.iterdir()) if path.is_file() and path.suffix not in _NOT_CONFIG]
+    beside = sorted([*file.parent.iterdir(), *(file.parent / _TEMPLATES).glob("*")])
+    others = [path for path in beside if path.is_file() and path.suffix not in _NOT_CONFIG]
     named = {MANIFEST, PARITY, *(path.name for path in data)}
     return OnnxModel(
         file, [file, *data], graph, [p for p in others if p.name not in named] if file.name == MODEL else []

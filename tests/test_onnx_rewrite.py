@@ -157,6 +157,15 @@ def test_the_manifest_has_the_hashes_of_what_passed(genai_graph: Get, tiny_adapt
         assert digest == file_xxh3(given.parent / name)
 
 
+def test_a_tokenizers_folder_of_templates_comes_along(genai_graph: Get, tiny_adapter: Get, tmp_path: Path) -> None:
+    shutil.copytree(genai_graph("llama", "int4").parent, tmp_path / "given")
+    template = Path("additional_chat_templates/tool_use.jinja")
+    (tmp_path / "given" / template.parent).mkdir()
+    (tmp_path / "given" / template).write_text("{{ tools }}")
+    manifest = merge(tmp_path / "given", tiny_adapter("llama"), tmp_path / "out", method="rtn")
+    assert (tmp_path / "out" / template).read_text() == "{{ tools }}" and template.as_posix() in manifest["files"]
+
+
 def test_a_disk_that_fills_up(
     genai_graph: Get, tiny_adapter: Get, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
