@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -11,13 +12,14 @@ from typing import Any
 import numpy as np
 import pytest
 from click.testing import Result
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 from diablo_export.adapter import AdaptedModule, Adapter
 from diablo_export.blockdiag import Array, add_to_weight
 from diablo_export.checkpoint import read_header
 from diablo_export.converters.hf_merge import hf_merge
-from diablo_export.errors import AdapterError, CheckpointError
+from diablo_export.converters.merge import merge
+from diablo_export.errors import AdapterError, CheckpointError, InputError
 from diablo_export.fingerprint import fingerprint
 from diablo_export.packed import bnb
 from tests import packed
@@ -200,6 +202,35 @@ def test_other_formats_are_refused_with_the_reason(
     model = packed.make(tiny_model("llama"), tmp_path / "model", config, lambda weight: {"weight": weight})
     with pytest.raises(CheckpointError, match=why.replace("(", r"\(")):
         hf_merge(model, Adapter.load(tiny_adapter("llama")), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "tensor", "change"),
+    [
+        ("gptq", "scales", lambda value: value[:-1]),
+        ("gptq", "scales", lambda value: None),
+        ("gptq", "qzeros", lambda value: value[:, :-1]),
+        ("gptq", "g_idx", lambda value: value + 100),
+        ("gptq", "g_idx", lambda value: value - 1),  # numpy would take the last group for -1
+        ("awq", "scales", lambda value: value[:-1]),
+        ("awq", "qzeros", lambda value: None),
+        ("compressed-tensors", "weight_packed", lambda value: value[:, :-1]),
+        ("compressed-tensors", "weight_scale", lambda value: None),
+        ("nf4", "weight.absmax", lambda value: value[:-1]),
+    ],
+)
+def test_tensors_that_do_not_fit_together(
+    name: str, tensor: str, change: Callable[[Array], Array | None], quantized: Get, tiny_adapter: Get, tmp_path: Path
+) -> None:
+    model = shutil.copytree(quantized(name), tmp_path / "model")
+    tensors, broken = load_file(model / "model.safetensors"), f"model.layers.0.mlp.up_proj.{tensor}"
+    changed = change(tensors.pop(broken))
+    if changed is not None:
+        tensors[broken] = np.ascontiguousarray(changed)
+    save_file(tensors, model / "model.safetensors")
+    with pytest.raises(InputError, match=r"layers\.0\.mlp\.up_proj: (.*do not fit together|inputs of the groups)"):
+        merge(model, tiny_adapter("llama"), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_zero_points_that_programs_read_in_two_ways(tiny_model: Get, tiny_adapter: Get, tmp_path: Path) -> None:

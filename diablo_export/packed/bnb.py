@@ -24,6 +24,7 @@ import numpy.typing as npt
 from diablo_export.adapter import AdaptedModule
 from diablo_export.blockdiag import Array
 from diablo_export.checkpoint import TensorInfo
+from diablo_export.errors import CheckpointError
 from diablo_export.packed.grid import Change, Index
 from diablo_export.quantization import Codes, Float32, pack, unpack
 
@@ -167,7 +168,11 @@ def sizes(infos: Mapping[str, TensorInfo], config: Mapping[str, Any]) -> tuple[i
 
 
 def unpacked(tensors: Mapping[str, Array], config: Mapping[str, Any]) -> LookedUp:
-    """The codes, scales and table of one module."""
+    """The codes, scales and table of one module.
+
+    Raises:
+        CheckpointError: not as many scales as groups.
+    """
     state = _state(tensors)
     outputs, inputs = (int(size) for size in state["shape"])
     size, count = int(state["blocksize"]), outputs * inputs
@@ -175,6 +180,10 @@ def unpacked(tensors: Mapping[str, Array], config: Mapping[str, Any]) -> LookedU
     table = tensors["weight.quant_map"]
     codes = np.pad(codes, (0, -count % size), constant_values=np.abs(table).argmin()).reshape(-1, size)  # worth 0
     absmax = Scales(tensors["weight.absmax"])
+    if absmax.stored.shape != (len(codes),):
+        raise CheckpointError(
+            f"codes of {len(codes)} groups of {size} and absmax {absmax.stored.shape} do not fit together"
+        )
     if "weight.nested_absmax" in tensors:
         absmax = Scales(
             tensors["weight.absmax"], tensors["weight.nested_quant_map"], tensors["weight.nested_absmax"],

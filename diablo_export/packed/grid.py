@@ -15,6 +15,7 @@ import numpy.typing as npt
 
 from diablo_export.adapter import AdaptedModule
 from diablo_export.blockdiag import Array
+from diablo_export.errors import CheckpointError
 from diablo_export.quantization import Codes, Float32
 from diablo_export.requantize import Grid, nearest, refitted
 
@@ -75,6 +76,19 @@ class PackedGrid:
     bits: int
     dtype: npt.DTypeLike  # what scales are stored in
     least_zero: int = 0  # the smallest zero point that can be stored
+
+    def __post_init__(self) -> None:
+        outputs, inputs = self.shape
+        groups = self.scales.shape[-1]
+        if not self.scales.shape == self.zeros.shape == (outputs, groups) or self.group_of.shape != (inputs,):
+            raise CheckpointError(
+                f"codes of {outputs} outputs and {inputs} inputs, scales {self.scales.shape}, zero points "
+                f"{self.zeros.shape} and groups of {self.group_of.shape} inputs do not fit together"
+            )
+        if self.group_of.min() < 0 or self.group_of.max() >= groups:
+            raise CheckpointError(
+                f"inputs of the groups {self.group_of.min()} to {self.group_of.max()}, and scales of {groups} groups"
+            )
 
     @property
     def shape(self) -> tuple[int, int]:

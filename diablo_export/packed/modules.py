@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from types import ModuleType
 from typing import Any
@@ -37,7 +38,8 @@ class Stored:
     @property
     def shape(self) -> tuple[int, int]:
         """(out_features, in_features)."""
-        outputs, inputs = self.codec.sizes(self.infos, self.config)
+        with self._broken_said():
+            outputs, inputs = self.codec.sizes(self.infos, self.config)
         return outputs, inputs
 
     def read(self) -> dict[str, Array]:
@@ -50,11 +52,23 @@ class Stored:
         Raises:
             CheckpointError: what the format does not say; names the module.
         """
-        try:
+        with self._broken_said():
             found: PackedGrid | LookedUp = self.codec.unpacked(self.read() if tensors is None else tensors, self.config)
+        return found
+
+    @contextlib.contextmanager
+    def _broken_said(self) -> Iterator[None]:
+        """Whatever goes wrong while its tensors are put together is theirs, and says which module."""
+        try:
+            yield
         except CheckpointError as error:
             raise CheckpointError(f"{self.name}: {error}") from error
-        return found
+        except (LookupError, TypeError, ValueError, ArithmeticError, StopIteration) as error:
+            there = ", ".join(f"{suffix} {info.dtype} {list(info.shape)}" for suffix, info in self.infos.items())
+            raise CheckpointError(
+                f"{self.name}: its tensors ({there}) do not fit together or to the config's quantization_config "
+                f"({type(error).__name__}: {error}); copy the checkpoint again"
+            ) from error
 
     def size_fault(self, module: AdaptedModule) -> str | None:
         """Why this is no weight of the module's sizes, or None."""
