@@ -34,11 +34,6 @@ class Text:
     origin: str
     true: bool = False
 
-    @property
-    def tokens(self) -> int:
-        """Of both parts."""
-        return sum(len(item.ids) for item in [*self.judged, *self.fitted])
-
 
 def given_text(
     data: str | Path,

@@ -22,7 +22,7 @@ import torch
 from diablo_export.adapter import Adapter
 from diablo_export.checkpoint import Checkpoint
 from diablo_export.console import log
-from diablo_export.converters.grid_methods import Bench, Tried
+from diablo_export.converters.grid_methods import Bench, Tried, best_of
 from diablo_export.converters.grid_network import grid_network
 from diablo_export.converters.onnx_file import MODEL
 from diablo_export.converters.onnx_match import match
@@ -73,8 +73,7 @@ def grid_merge(
     for one in bench.tries(method, min_survival):
         tried.append(one)
         log.info("%s", _sentence(one))
-    held = [one for one in tried if one.survival.holds(min_survival)]
-    best = min(held or tried, key=lambda one: one.survival.distance)
+    best = best_of(tried, min_survival)
     entries = [best.write(one, made, folder) for one in found.values()]
     if not has_head:
         put_head(graph, adapter)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -50,7 +50,7 @@ _WRITTEN = 384  # sequences to distil on where the model must write them
 _SWEEP_SPEED = 5e8  # multiply-adds of a sweep in a second, in numpy on one core
 _QUICK = 0.1  # of the seconds: what `auto` spends on a better method though another holds
 _ENOUGH = 0.25  # of rounding's KL: a merge that holds and loses no more is good enough
-_SETTLED, _SETTLED_LR = 0.4, 0.02  # of the steps, and of code units: where codes hold already and move a little
+_SETTLED, _SETTLED_LR = 0.4, 0.02  # of the steps, and of code units: where codes are good already and move a little
 _TEXT_SHARE = 0.4  # of the seconds: for text, moments and measuring; the rest is for distilling
 
 Grids = dict[str, Grid]
@@ -70,6 +70,16 @@ class Tried:
         """Write one module into the file, and its manifest entry."""
         name = one.module.name
         return write_grid(one, self.method, self.grids.get(name), made.grids.get(name), folder)
+
+
+def best_of(tried: Sequence[Tried], least: float) -> Tried:
+    """The one that loses least of those that hold the survival asked for, or of all where none does."""
+    held = [one for one in tried if one.survival.holds(least)]
+    return min(held or tried, key=lambda one: one.survival.distance)
+
+
+def _held(tried: Sequence[Tried], least: float) -> bool:
+    return any(one.survival.holds(least) for one in tried)
 
 
 class Bench:
@@ -96,7 +106,7 @@ class Bench:
         self._per_token = self._measured_speed()
         self.text = self._first_text()
         self._alike = self._against_runtime(folder)
-        self.batch = max(1, self._most // self._longest(self.text.judged))
+        self.batch = max(1, self._most // self._longest([*self.text.judged, *self.text.fitted]))
         self.judge = Judge(made.network, self.text.judged, self.batch, self.pad, truth=self.text.true)
         self.wanted = {name: target(adapter.modules[name], made.grids[name]) for name in made.grids}
         self.layers = grid_layers(made.network)
@@ -108,33 +118,32 @@ class Bench:
         if method == "auto" and self._moves_codes():
             makers = {"on_grid": self._on_grid}
         wanted = list(makers) if method == "auto" else [method] if method in makers else ["calibrated"]
-        grids: Grids = {}
-        found: dict[str, Survival] = {}
-        holds = False
+        tried: list[Tried] = []
         for name in wanted:
-            if holds and name == "calibrated" and self._sweeping() > _QUICK * self._seconds:
+            if name == "calibrated" and _held(tried, least) and self._sweeping() > _QUICK * self._seconds:
                 return  # a large model with few blocks: what holds already is the cheapest
-            start = time.perf_counter()
-            grids = {module: makers[name](module, grid) for module, grid in self.made.grids.items()}
-            for module, grid in grids.items():
-                self.layers[module].begin(grid)
-            found[name] = self.judge.measure()
-            one = Tried(name, grids, found[name], time.perf_counter() - start)
-            holds = holds or one.survival.holds(least)
+            tried.append(self._made(name, makers[name]))
             if method != "distilled":
-                yield one
+                yield tried[-1]
         if method == "distilled":
-            yield from self._distilled(grids, holds, must=True)
-        elif method == "auto" and self._classifier and self._calibration is None and not holds:
+            yield from self._distilled(tried, least, must=True)
+        elif method == "auto" and self._classifier and self._calibration is None and not _held(tried, least):
             # measured: what is calibrated on random tokens holds for sentences, what is distilled on them less
             log.warning("not distilled: a classifier needs sentences for that; give some as --calibration, unlabelled")
-        elif method == "auto" and not (holds and self._enough(found)):
-            yield from self._distilled(grids, holds, must=False)
+        elif method == "auto" and not (_held(tried, least) and self._enough(tried)):
+            yield from self._distilled(tried, least, must=False)
 
-    def _enough(self, found: Mapping[str, Survival]) -> bool:
+    def _made(self, name: str, maker: Callable[[str, Grid], Grid]) -> Tried:
+        start = time.perf_counter()
+        grids = {module: maker(module, grid) for module, grid in self.made.grids.items()}
+        for module, grid in grids.items():
+            self.layers[module].begin(grid)
+        return Tried(name, grids, self.judge.measure(), time.perf_counter() - start)
+
+    def _enough(self, tried: Sequence[Tried]) -> bool:
         """Whether distilling on top of what holds already is left out: there is little to gain, or it takes long."""
-        least = min(one.distance for one in found.values())
-        enough = "rtn" not in found or least <= _ENOUGH * found["rtn"].distance
+        least = min(one.survival.distance for one in tried)
+        enough = tried[0].method != "rtn" or least <= _ENOUGH * tried[0].survival.distance
         if enough or (self._classifier and self._calibration is None):
             return True
         steps = self._affordable()
@@ -214,25 +223,30 @@ class Bench:
                 operations += (rows.stop - rows.start) * ((groups.stop - groups.start) * size) ** 2
         return 10 * operations / _SWEEP_SPEED
 
-    def _distilled(self, grids: Grids, holds: bool, must: bool) -> Iterator[Tried]:
-        """Codes trained from the float branch on; or from these codes on, a little, where they hold already."""
+    def _distilled(self, tried: Sequence[Tried], least: float, must: bool) -> Iterator[Tried]:
+        """Codes trained from the float branch on; or from the best codes on, a little, where those are good already.
+
+        A classifier's answer to a text is a number or two: enough to mend codes by, not to find them.
+        """
         start = time.perf_counter()
+        settled = self._classifier or _held(tried, least)
+        grids = (best_of(tried, least) if settled else tried[-1]).grids
         steps = self._affordable()
         if steps is None:
-            least = budget.shortest(self._per_token, self._most)
-            said = f"{least.steps} steps of {least.batch_tokens} tokens would take about {least.seconds:,.0f} s here"
+            short = budget.shortest(self._per_token, self._most)
+            said = f"{short.steps} steps of {short.batch_tokens} tokens would take about {short.seconds:,.0f} s here"
             if not must:
                 log.warning("not distilled: %s; --max-seconds %.0f allows less", said, self._seconds)
                 return
-            steps = least
-        share = _SETTLED if holds else 1.0
+            steps = short
+        share = _SETTLED if settled else 1.0
         count, seconds = int(share * steps.steps), share * steps.seconds
         log.info("distilling: %d steps of %d tokens, about %.0f s", count, steps.batch_tokens, seconds)
         items = [*self.text.fitted, *self._more_text()]
         for name, grid in grids.items():
             wanted = self.wanted[name].reshape(len(grid.scales), -1)[:, : self.layers[name].shape.in_features]
-            self.layers[name].begin(grid, None if holds else wanted)
-        how = {"lr": _SETTLED_LR, "hard": 0.0} if holds else {}
+            self.layers[name].begin(grid, None if settled else wanted)
+        how = {"lr": _SETTLED_LR, "hard": 0.0} if settled else {}
         with progress("Distilling", count) as advance:
             size = max(1, steps.batch_tokens // self._longest(items))
             distil(

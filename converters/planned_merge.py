@@ -19,7 +19,7 @@ from diablo_export.base_grid import described
 from diablo_export.checkpoint import Checkpoint
 from diablo_export.console import log, progress
 from diablo_export.converters import onnx_file
-from diablo_export.converters.grid_methods import METHODS, Bench, Tried
+from diablo_export.converters.grid_methods import METHODS, Bench, Tried, best_of
 from diablo_export.converters.grid_network import grid_network
 from diablo_export.converters.onnx_file import MODEL
 from diablo_export.converters.onnx_keep import keep_branches
@@ -100,8 +100,7 @@ def planned_merge(
     _check_size(least, max_bytes)
     bench = Bench(made, adapter, folder, reference, calibration, max_seconds, seed, float_base)
     tried = list(bench.tries(own.method, min_survival))
-    held = [one for one in tried if one.survival.holds(min_survival)]
-    best = min(held or tried, key=lambda one: one.survival.distance)
+    best = best_of(tried, min_survival)
     ways = Ways(bench, best, float_base if rebuild else None, found)
     if given is None:
         room = float("inf") if max_bytes is None else max_bytes - least - _FUNCTION

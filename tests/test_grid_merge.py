@@ -158,6 +158,22 @@ def test_calibration_data(tiny_model: Get, tiny_adapter: Get, tmp_path: Path) ->
     assert manifest["options"]["calibration"] == str(tmp_path / "text.jsonl")
 
 
+def test_a_classifier_is_distilled_from_calibrated_codes(tiny_model: Get, tiny_adapter: Get, tmp_path: Path) -> None:
+    """It says little to each text: codes that are found by that alone lose more than those they could begin at."""
+    words = "the cat sat on the log and the dog ran to the mat".split()
+    lines = [json.dumps({"text": " ".join(words[at:] + words[:at] * (1 + at % 3))}) for at in range(len(words))]
+    (tmp_path / "text.jsonl").write_text("\n".join(lines * 4))
+    kept = {}
+    for method in ("calibrated", "distilled"):
+        manifest = merge(
+            tiny_model("bert"), tiny_adapter("bert"), tmp_path / method, quantize="int4", min_survival=0.9999,
+            method=method, calibration=tmp_path / "text.jsonl",
+        )  # fmt: skip
+        kept[method] = rows(manifest)[method]
+    assert kept["distilled"]["steps"] == 16  # of 40: codes that are good are moved a little
+    assert kept["distilled"]["kl"] <= kept["calibrated"]["kl"]
+
+
 @pytest.mark.parametrize(
     ("content", "message"), [("", "holds no examples"), ("one sequence", "is one sequence of 32 tokens at most")]
 )
