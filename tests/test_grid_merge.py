@@ -160,7 +160,7 @@ def test_calibration_data(tiny_model: Get, tiny_adapter: Get, tmp_path: Path) ->
 
 def test_a_classifier_is_distilled_from_calibrated_codes(tiny_model: Get, tiny_adapter: Get, tmp_path: Path) -> None:
     """It says little to each text: codes that are found by that alone lose more than those they could begin at."""
-    words = "the cat sat on the log and the dog ran to the mat".split()
+    words = ["the", "cat", "sat", "on", "the", "log", "and", "the", "dog", "ran", "to", "the", "mat"]
     lines = [json.dumps({"text": " ".join(words[at:] + words[:at] * (1 + at % 3))}) for at in range(len(words))]
     (tmp_path / "text.jsonl").write_text("\n".join(lines * 4))
     kept = {}
