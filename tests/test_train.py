@@ -309,6 +309,13 @@ def test_bad_options(
     assert not list(tmp_path.iterdir())
 
 
+def test_a_checkpoint_that_was_edited(tmp_path: Path) -> None:
+    (tmp_path / state.STATE).write_text(json.dumps({"format_version": 1, "step": "7", "settings": {}}))
+    optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))])
+    with pytest.raises(CheckpointError, match=r"state\.json: has no usable step, log; start anew with --overwrite"):
+        state.load_state(tmp_path, {}, optimizer, {})
+
+
 @pytest.mark.parametrize("kept", [False, True])
 def test_a_disk_that_fills_up_between_checkpoints(kept: bool, tmp_path: Path) -> None:
     with pytest.raises(OutputError, match=r"the disk is full .* the last checkpoint stays"), workspace(tmp_path / "a"):

@@ -22,6 +22,7 @@ from diablo_export.trainer.processes import placed_like, whole
 CHECKPOINT, TENSORS, STATE = "checkpoint", "state.safetensors", "state.json"
 FORMAT_VERSION = 1
 _MOMENTS = ("exp_avg", "exp_avg_sq")
+_KINDS = {"step": int, "settings": dict, "log": list}
 
 
 def save_state(
@@ -82,6 +83,9 @@ def load_state(
         raise CheckpointError(
             f"{folder / STATE}: format_version is {state.get('format_version')!r}, not {FORMAT_VERSION}"
         )
+    broken = [name for name, kind in _KINDS.items() if not isinstance(state.get(name), kind)]
+    if broken:
+        raise CheckpointError(f"{folder / STATE}: has no usable {', '.join(broken)}; start anew with --overwrite")
     check_settings(folder, state["settings"], settings)
     infos, _ = read_header(folder / TENSORS)
     wanted = {f"{name}{part}" for name in parameters for part in ("", *(f":{moment}" for moment in _MOMENTS))}
