@@ -50,7 +50,7 @@ _WRITTEN = 384  # sequences to distil on where the model must write them
 _SWEEP_SPEED = 5e8  # multiply-adds of a sweep in a second, in numpy on one core
 _QUICK = 0.1  # of the seconds: what `auto` spends on a better method though another holds
 _ENOUGH = 0.25  # of rounding's KL: a merge that holds and loses no more is good enough
-_SETTLED, _SETTLED_LR = 0.4, 0.02  # of the steps, and of code units: where codes are good already and move a little
+_SETTLED, _SETTLED_LR = 0.4, 0.02  # of the steps, where codes hold already; of code units, where they move a little
 _TEXT_SHARE = 0.4  # of the seconds: for text, moments and measuring; the rest is for distilling
 
 Grids = dict[str, Grid]
@@ -229,7 +229,8 @@ class Bench:
         A classifier's answer to a text is a number or two: enough to mend codes by, not to find them.
         """
         start = time.perf_counter()
-        settled = self._classifier or _held(tried, least)
+        holds = _held(tried, least)
+        settled = self._classifier or holds
         grids = (best_of(tried, least) if settled else tried[-1]).grids
         steps = self._affordable()
         if steps is None:
@@ -239,7 +240,7 @@ class Bench:
                 log.warning("not distilled: %s; --max-seconds %.0f allows less", said, self._seconds)
                 return
             steps = short
-        share = _SETTLED if settled else 1.0
+        share = _SETTLED if holds else 1.0
         count, seconds = int(share * steps.steps), share * steps.seconds
         log.info("distilling: %d steps of %d tokens, about %.0f s", count, steps.batch_tokens, seconds)
         items = [*self.text.fitted, *self._more_text()]
