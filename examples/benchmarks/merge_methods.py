@@ -95,7 +95,7 @@ def compare(name: str, case: str, strength: str, options: argparse.Namespace) ->
             build_graph(base, given, task=task, quantize="int4", group_size=group_size, head=loaded)
         truth = Truth(given, loaded, base, held_out, options.tokens)
         print(
-            f"| {name} | {case} | {strength} | int4 base | {truth.figure('base')} | 0 | – | {truth.base_kl:.4f} | 0 | |"
+            f"| {name} | {case} | {strength} | int4 base | {truth.figure('base')} | 0 | – | {truth.base_kl:.2g} | 0 | |"
         )
         requantized = math.nan
         for method in options.method or METHODS:
@@ -111,7 +111,7 @@ def compare(name: str, case: str, strength: str, options: argparse.Namespace) ->
             label = method if method != "auto" else f"auto: {survival['method']}"
             print(
                 f"| {name} | {case} | {strength} | {label} | {row['said']} | {row['gain']:.3f} | {row['cosine']:.4f} "
-                f"| {row['kl']:.4f} | {row['changed']:.1%} | {seconds:.0f} |", flush=True,
+                f"| {row['kl']:.2g} | {row['changed']:.1%} | {seconds:.0f} |", flush=True,
             )  # fmt: skip
             if method == "auto":
                 where = f"{name}, {case}, {strength}"
@@ -126,7 +126,7 @@ def faults(row: dict[str, Any], requantized: float, strength: str) -> list[str]:
     found += [] if row["cosine"] >= 0.97 else [f"cosine {row['cosine']:.4f} is below 0.97"]
     found += [] if row["lost"] <= row["may_lose"] else [f"the task figure is {row['lost']:.4f} worse than the branch's"]
     if not math.isnan(requantized) and row["kl"] > share * requantized:
-        found.append(f"KL {row['kl']:.4f} is above {share} of {requantized:.4f}")
+        found.append(f"KL {row['kl']:.2g} is above {share} of {requantized:.2g}")
     return found
 
 
