@@ -52,10 +52,14 @@ def check_values(
         faults.append("--max-bytes is for --plan auto, which looks for a plan within it; leave it out")
     if max_bytes is not None and max_bytes < 1:
         faults.append(f"max_bytes is {max_bytes}; it must be above 0")
-    if not 0 <= seed < 2**62:
-        faults.append(f"seed is {seed}; it must be at least 0 and below 2^62")
+    faults += seed_faults(seed)
     if faults:
         raise InputError("; ".join(faults))
+
+
+def seed_faults(seed: int) -> list[str]:
+    """What is wrong with a seed, if anything: torch's generators take 64 bits, and seeds above this one are used."""
+    return [] if 0 <= seed < 2**62 else [f"seed is {seed}; it must be at least 0 and below 2^62"]
 
 
 def for_checkpoint(

@@ -21,6 +21,7 @@ from diablo_export.console import log, progress
 from diablo_export.converters.base import hashing
 from diablo_export.converters.calibration import Text, given_text, written_text
 from diablo_export.converters.hf_folder import copy_others, write_index
+from diablo_export.converters.merge_method import seed_faults
 from diablo_export.converters.sizes import checkpoint_bytes
 from diablo_export.errors import CheckpointError, InputError
 from diablo_export.manifest import write_manifest
@@ -113,8 +114,8 @@ def quantize(
 
 def _check(bits: int, size: int, method: str, task: str, seed: int) -> None:
     check_layout(bits, size)
-    if not 0 <= seed < 2**62:
-        raise InputError(f"seed is {seed}; it must be at least 0 and below 2^62")
+    for wrong in seed_faults(seed):
+        raise InputError(wrong)
     for name, value, allowed in (("method", method, METHODS), ("task", task, tuple(TASKS))):
         if value not in allowed:
             raise InputError(f"{name} is {value!r}; choose one of {', '.join(allowed)}")

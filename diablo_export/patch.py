@@ -126,8 +126,11 @@ def info(patch: str | Path) -> dict[str, Any]:
     Raises:
         PatchError: it cannot be read.
     """
-    header, _ = _read(Path(patch))
-    size = Path(patch).stat().st_size
+    return _report(Path(patch), _read(Path(patch))[0])
+
+
+def _report(patch: Path, header: dict[str, Any]) -> dict[str, Any]:
+    size = patch.stat().st_size
     return {**header, "patch_bytes": size, "share": size / max(1, header["model_bytes"])}
 
 
@@ -259,7 +262,8 @@ def _turn(
     goal = folder if output is None else real(output)
     if goal != folder and goal.is_relative_to(folder):
         raise OutputError(f"{output}: lies in the model's folder {folder}; choose another --output")
-    report, entries = info(patch), _read(patch)[1]  # before the folder is replaced: the patch may lie in it
+    header, entries = _read(patch)
+    report = _report(patch, header)  # before the folder is replaced: the patch may lie in it
     waiting = _waiting(folder, patch, entries, source, target)
     done = [entry for entry in entries if entry.before != entry.after and entry not in waiting.values()]
     if done and waiting:
