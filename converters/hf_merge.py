@@ -178,7 +178,7 @@ def _plan(checkpoint: Checkpoint, adapter: Adapter, packed: Mapping[str, PackedM
 def _match(
     checkpoint: Checkpoint, adapter: Adapter, packed: Mapping[str, PackedModule]
 ) -> tuple[dict[str, AdaptedModule], list[Part]]:
-    """Which stored weight each module is (by stored name), and the heads to be untied; refuses what does not fit."""
+    """Which stored weight each module is (by stored name), and what untied heads need; refuses what does not fit."""
     adapted: dict[str, AdaptedModule] = {}
     untied: list[Part] = []
     faults: list[str] = []
@@ -191,6 +191,7 @@ def _match(
         if info is not None:
             adapted[info.name] = module
             fault = weight_fault(module, info.shape, _flip(checkpoint, info))
+            untied += _embeddings_beside(checkpoint, info)
         else:
             info = _tied_source(checkpoint, module)
             fault = None if info else "the model has no such weight"
@@ -220,6 +221,20 @@ def _tied_source(checkpoint: Checkpoint, module: AdaptedModule) -> TensorInfo | 
     shape = (module.out_features, module.in_features)
     found = [info for info in checkpoint if info.name.endswith(_EMBEDDINGS) and info.shape == shape]
     return found[0] if len(found) == 1 else None
+
+
+def _embeddings_beside(checkpoint: Checkpoint, head: TensorInfo) -> list[Part]:
+    """The input embeddings as they were, where `head` is an output head that the checkpoint stores for both."""
+    if not head.name.endswith(HEAD) or any(info.name.endswith(_EMBEDDINGS) for info in checkpoint):
+        return []
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model: Any = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(checkpoint.folder))  # type: ignore[no-untyped-call]
+    embeddings = model.get_input_embeddings()
+    name = next(f"{path}.weight" for path, module in model.named_modules() if module is embeddings)
+    return [] if checkpoint.find(name) else [Part(name, head.dtype, head.shape, head)]
 
 
 def _renaming(checkpoint: Checkpoint, adapter: Adapter, saved: dict[str, Array]) -> Callable[[str], str | None]:

@@ -217,12 +217,16 @@ def test_another_head_is_dropped_and_more_classes_are_written(
     assert json.loads((tmp_path / "out" / "config.json").read_text())["num_labels"] == 3
 
 
-def test_an_adapted_head_that_is_tied_is_untied(tiny_model: Folder, tmp_path: Path) -> None:
+@pytest.mark.parametrize("stored", ["model.embed_tokens.weight", "lm_head.weight"])
+def test_an_adapted_head_that_is_tied_is_untied(stored: str, tiny_model: Folder, tmp_path: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM
 
-    base = tiny_model("llama-tied")
-    embeddings = load_file(base / SINGLE)["model.embed_tokens.weight"]  # (320, 64)
+    def rename(name: str, value: Any) -> tuple[str, Any]:
+        return stored if name == "model.embed_tokens.weight" else name, value
+
+    base = rewrite(tiny_model("llama-tied"), tmp_path / "base", rename)
+    embeddings = load_file(base / SINGLE)[stored]  # (320, 64)
     shape = BlockShape.for_linear(64, 320, 4)
     blocks = np.random.default_rng(0).normal(0, 0.1, shape.blocks).astype(np.float32)
     adapted = AdaptedModule("lm_head", blocks, 64, 320, fingerprint(embeddings))
