@@ -247,6 +247,16 @@ def test_each_epoch_holds_every_item_once_in_a_new_order() -> None:
     assert [len(batches(step)) for step in range(3)] == [2, 2, 2]
 
 
+def test_smaller_batches_with_more_accumulation_make_the_same_steps() -> None:
+    items = [item(2 + n % 7, n) for n in range(23)]
+    whole, parts = Batches(items, 8, 1, seed=1), Batches(items, 2, 4, seed=1)
+    for step in range(7):
+        assert [[i.ids[0] for b in batches(step) for i in b] for batches in (whole, parts)] == [
+            [i.ids[0] for i in whole(step)[0]]
+        ] * 2
+        assert all(len(batch) <= 2 for batch in parts(step))
+
+
 def test_batches_depend_on_the_step_alone() -> None:
     items = [item(2 + n % 7, n) for n in range(23)]
     first, second = Batches(items, 4, 2, 1), Batches(items, 4, 2, 1)

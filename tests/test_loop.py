@@ -108,6 +108,11 @@ def test_dropout_follows_from_seed_and_step(tiny_model: Callable[[str], Path]) -
     assert torch.equal(first[name], same[name]) and not torch.equal(first[name], other[name])
 
 
+def test_the_largest_seed_that_is_taken(tiny_model: Callable[[str], Path]) -> None:
+    first, other = (gradients(network(tiny_model("gpt2")), [items(9, 4)], seed) for seed in (2**62 - 1, 2**62 - 2))
+    assert any(not torch.equal(first[name], other[name]) for name in first)
+
+
 def test_autocast_stays_close_to_float32(tiny_model: Callable[[str], Path]) -> None:
     model = network(tiny_model("llama"))
     exact, half = (float(objective(model, autocast=on).loss(items(9, 4)).detach()) for on in (False, True))

@@ -107,6 +107,25 @@ def test_classifier_head_is_made_for_the_labels(tiny_model: Callable[[str], Path
     assert fresh == [] and logits(kept).shape == (1, 2)
 
 
+def test_a_decoder_classifies_at_the_last_token_whatever_padding_its_config_names(
+    tiny_model: Callable[[str], Path], tmp_path: Path
+) -> None:
+    row, told = torch.tensor([[17, 42, 5]]), []
+    for pad in (7, -1, 0):  # the tokenizer's is 0
+        base = shutil.copytree(tiny_model("llama"), tmp_path / str(pad))
+        config = json.loads((base / "config.json").read_text())
+        (base / "config.json").write_text(json.dumps(config | {"pad_token_id": pad}))
+        torch.manual_seed(0)
+        model, tokenizer = load_base(base, "text-classification", labels=["a", "b"])
+        padded = torch.nn.functional.pad(row, (0, 3), value=tokenizer.pad_token_id)
+        with torch.no_grad():
+            alone, among = model(row).logits, model(padded, attention_mask=(padded != 0).long()).logits
+        # float32 products of other shapes; taken at the padding they differ by tenths
+        torch.testing.assert_close(among, alone, rtol=1e-4, atol=1e-5)
+        told.append(alone)
+    assert torch.equal(told[0], told[2])
+
+
 def test_decoder_can_classify(tiny_model: Callable[[str], Path]) -> None:
     model, tokenizer, fresh = load_with_fresh(tiny_model("llama"), "text-classification", labels=["a", "b"])
     assert fresh == ["score.weight"]

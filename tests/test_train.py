@@ -6,6 +6,7 @@ import errno
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,8 +22,10 @@ from diablo_export.adapter import Adapter
 from diablo_export.checkpoint import Checkpoint
 from diablo_export.errors import CheckpointError, DataError, InputError, OutputError
 from diablo_export.trainer import state
+from diablo_export.trainer.data import Example
 from diablo_export.trainer.history import History
 from diablo_export.trainer.model import load_base, load_tuned
+from diablo_export.trainer.prepare import known_classes
 from diablo_export.trainer.train import train
 from diablo_export.trainer.watch import workspace
 from tests import tiny
@@ -163,6 +166,33 @@ def test_class_order_follows_a_base_that_knows_the_classes(folder: Path, tmp_pat
         max_length=8,
     )
     assert Adapter.load(tmp_path / "a").labels == ["log", "cat", "dog"]
+
+
+@pytest.mark.parametrize(
+    ("id2label", "classes"),
+    [
+        ({"0": "1", "1": "0"}, [1, 0]),  # integers in the data, text in config.json
+        ({"0": "a", "1": "b", "10": "c"} | {str(n): f"n{n}" for n in range(2, 10)}, None),  # keys sorted as text
+    ],
+)
+def test_class_order_is_that_of_the_bases_numbers(
+    id2label: dict[str, str], classes: list[str | int] | None, tiny_model: Callable[[str], Path], tmp_path: Path
+) -> None:
+    base = shutil.copytree(tiny_model("bert"), tmp_path / "base")
+    (base / "config.json").write_text(json.dumps({"id2label": id2label}))
+    in_order = classes or [id2label[str(n)] for n in range(len(id2label))]
+    examples = [Example(text="the cat", label=name) for name in reversed(in_order)]
+    assert known_classes(examples, "data", Checkpoint.open(base), "text-classification") == in_order
+
+
+def test_a_base_with_other_classes_is_told(
+    tiny_model: Callable[[str], Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    base = shutil.copytree(tiny_model("bert"), tmp_path / "base")
+    (base / "config.json").write_text(json.dumps({"id2label": {"0": "good", "1": "bad", "2": "neutral"}}))
+    examples = [Example(text="the cat", label=name) for name in ("good", "bad")]
+    assert known_classes(examples, "data", Checkpoint.open(base), "text-classification") == ["bad", "good"]
+    assert "has the classes good, bad, neutral; the data's are bad, good" in caplog.text
 
 
 def test_gradient_checkpointing_trains_to_the_same_adapter(

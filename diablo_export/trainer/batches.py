@@ -13,7 +13,7 @@ import numpy.typing as npt
 from diablo_export.errors import DataError
 from diablo_export.trainer.data import IGNORED, Encoded, Example, encode
 
-_WINDOW = 50  # batches that are sorted by length together: long enough for little padding, short enough to stay random
+_WINDOW = 50  # steps that are sorted by length together: long enough for little padding, short enough to stay random
 
 
 def pack(documents: Iterable[Encoded], length: int) -> list[Encoded]:
@@ -33,12 +33,13 @@ def pack(documents: Iterable[Encoded], length: int) -> list[Encoded]:
 class Batches:
     """The batches of every step, as a function of the step alone: a resumed run sees what it would have seen.
 
-    Each epoch goes through all items in a new order; batches hold items of similar length.
+    Each epoch goes through all items in a new order; steps hold items of similar length. How many batches a step is cut
+    into changes nothing of what it holds.
     """
 
     items: Sequence[Encoded]
     batch_size: int
-    accumulation: int = 1  # batches in a step; the last step of an epoch may have fewer
+    accumulation: int = 1  # batches in a step; one step of an epoch may have fewer
     seed: int = 0
 
     @property
@@ -56,20 +57,21 @@ class Batches:
         if epoch not in self._orders:
             self._orders.clear()
             self._orders[epoch] = self._order(epoch)
-        batches = self._orders[epoch][within * self.accumulation : (within + 1) * self.accumulation]
-        return [[self.items[index] for index in batch] for batch in batches]
+        items = [self.items[index] for index in self._orders[epoch][within]]
+        return [items[at : at + self.batch_size] for at in range(0, len(items), self.batch_size)]
 
     def _order(self, epoch: int) -> list[npt.NDArray[np.int64]]:
         random = np.random.default_rng([self.seed, epoch])
         shuffled = random.permutation(len(self.items))
         lengths = np.array([len(item.ids) for item in self.items])
-        window = self.batch_size * _WINDOW
-        batches: list[npt.NDArray[np.int64]] = []
+        size = self.batch_size * self.accumulation
+        window = size * _WINDOW
+        steps: list[npt.NDArray[np.int64]] = []
         for start in range(0, len(shuffled), window):
             part = shuffled[start : start + window]
             part = part[np.argsort(lengths[part], kind="stable")]
-            batches += [part[at : at + self.batch_size] for at in range(0, len(part), self.batch_size)]
-        return [batches[index] for index in random.permutation(len(batches))]
+            steps += [part[at : at + size] for at in range(0, len(part), size)]
+        return [steps[index] for index in random.permutation(len(steps))]
 
 
 def collate(batch: Sequence[Encoded], pad: int, classify: bool) -> dict[str, npt.NDArray[np.int64]]:

@@ -70,7 +70,7 @@ def train_loop(
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     for step in range(start, steps):
         began = time.perf_counter()
-        torch.manual_seed(seed * 1_000_003 + step)
+        torch.manual_seed(_mixed(seed, step))
         for group in optimizer.param_groups:
             group["lr"] = rate(step)
         parts = batches(step)
@@ -83,7 +83,7 @@ def train_loop(
         total = add_up(parameters, total)
         norm = whole(clip_norm(parameters, clip or math.inf)).item()
         if not (math.isfinite(total) and math.isfinite(norm)):
-            torch.manual_seed(seed * 1_000_003 + step)  # the same dropout again
+            torch.manual_seed(_mixed(seed, step))  # the same dropout again
             raise _diverged(step, total, norm, rate(step), culprit(parts))
         optimizer.step()
         optimizer.zero_grad()
@@ -101,6 +101,10 @@ def learning_rate(lr: float, steps: int, warmup: int, schedule: str) -> Callable
         return lr * {"linear": left, "cosine": (1 - math.cos(math.pi * left)) / 2, "constant": 1.0}[schedule]
 
     return rate
+
+
+def _mixed(seed: int, step: int) -> int:
+    return (seed * 1_000_003 + step) % 2**63  # as far as torch's seeds go
 
 
 def _diverged(step: int, loss: float, norm: float, lr: float, where: str) -> InputError:

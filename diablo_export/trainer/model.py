@@ -235,10 +235,16 @@ def _check_loadable(checkpoint: Checkpoint, task: str, dtype: str) -> None:
 
 
 def _set_padding(network: Any, tokenizer: Any) -> None:
-    """Give tokenizer and model the same padding token: decoders classify at the last token that is none."""
+    """Give tokenizer and model the same padding token: decoders classify at the last token that is none.
+
+    Where they name different ones it is the tokenizer's, with which texts are padded.
+    """
+    named = getattr(network.config, "pad_token_id", None)
+    if tokenizer.pad_token is None and named is not None and 0 <= named < len(tokenizer):
+        tokenizer.pad_token = tokenizer.convert_ids_to_tokens(named)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
-    if getattr(network.config, "pad_token_id", None) is None:
+    if tokenizer.pad_token is not None:
         network.config.pad_token_id = tokenizer.pad_token_id
 
 

@@ -117,8 +117,17 @@ def known_classes(
             raise DataError(f"{data}: has labels, which --task {task} does not learn; give --task text-classification")
         return None
     classes = class_names(examples, data)
-    own = list((checkpoint.config.get("id2label") or {}).values())
-    return sorted(classes, key=own.index) if sorted(map(str, classes)) == sorted(own) else classes
+    named = checkpoint.config.get("id2label") or {}
+    own = [str(named[number]) for number in sorted(named, key=int)]  # a file may have them in the order of text
+    by_name = {str(name): name for name in classes}
+    if sorted(by_name) == sorted(own):
+        return [by_name[name] for name in own]
+    if any(name != f"LABEL_{number}" for number, name in enumerate(own)):
+        log.warning(
+            "%s has the classes %s; the data's are %s, in this order: its head is %s", checkpoint.folder,
+            ", ".join(own), ", ".join(by_name), "trained on" if len(own) == len(classes) else "made anew",
+        )  # fmt: skip
+    return classes
 
 
 def base_dtype(checkpoint: Checkpoint, autocast: bool) -> str:
