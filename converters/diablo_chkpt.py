@@ -180,6 +180,11 @@ def _same(info: TensorInfo | None, value: Array) -> bool:
 def _to_file(adapter: Adapter, checkpoint: Checkpoint, output: Path, overwrite: bool) -> Conversion:
     torch = require("torch", "train")
     adapter.check_base(checkpoint)
+    if adapter.base_grid is not None:
+        raise AdapterError(
+            f"{adapter.path}: was trained beside {adapter.base_grid} weights, which the paper's file cannot say: its "
+            "blocks would come back as ones for the float base. Keep the adapter folder"
+        )
     if output.is_dir() or (output.exists() and not overwrite):
         what = "is a folder; give a file name" if output.is_dir() else "exists already; choose another, or --overwrite"
         raise OutputError(f"{output}: {what}, such as adapter.chkpt")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 import torch
 
 from diablo_export.adapter import Adapter
+from diablo_export.base_grid import BaseGrid
 from diablo_export.converters.diablo_chkpt import convert, load_tensors
 from diablo_export.errors import AdapterError, InputError, OutputError
 
@@ -171,3 +173,14 @@ def test_writing_back_checks_the_base_and_the_file_name(
     with pytest.raises(OutputError, match="is a folder; give a file name"):
         convert(tiny_adapter("llama"), tiny_model("llama"), tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out.chkpt"]
+
+
+def test_blocks_of_a_quantized_base_are_not_written_as_ones_of_the_float_base(
+    tiny_model: Folder, tiny_adapter: Folder, tmp_path: Path
+) -> None:
+    adapter = Adapter.load(tiny_adapter("llama"))
+    (tmp_path / "adapter").mkdir()
+    dataclasses.replace(adapter, base_grid=BaseGrid(4, 32, True)).save(tmp_path / "adapter")
+    with pytest.raises(AdapterError, match=r"was trained beside int4 .* weights, which the paper's file cannot say"):
+        convert(tmp_path / "adapter", tiny_model("llama"), tmp_path / "out.chkpt")
+    assert not (tmp_path / "out.chkpt").exists()

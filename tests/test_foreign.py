@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from click.testing import Result
 from diablo_export.converters.onnx_adapters import write_onnx_adapter
 from diablo_export.errors import AdapterError, CheckFailed, InputError
 from diablo_export.measure.parity import parity
+from diablo_export.measure.peft_tuned import class_names
 from diablo_export.measure.report import require_pass
 from diablo_export.measure.verify import verify
 from tests import exports, foreign, tiny
@@ -470,3 +472,8 @@ def test_an_exported_base_is_for_foreign_exports(exported: Callable[..., Path], 
 def test_a_kept_model_is_no_surprise_in_the_help(run: Callable[..., Result]) -> None:
     help_ = run("parity", "--help").output
     assert "--exported-base" in help_ and "diablo-export parity model.onnx --model M --adapter lora" in help_
+
+
+def test_class_names_are_in_the_order_of_their_numbers() -> None:
+    names = {0: "no", 10: "ten", 2: "two"}  # as a config.json whose keys were sorted as text is read
+    assert class_names(SimpleNamespace(config=SimpleNamespace(id2label=names))) == ["no", "two", "ten"]  # type: ignore[arg-type]

@@ -61,7 +61,8 @@ def switch(model: nn.Module, on: bool) -> None:
 def class_names(model: nn.Module) -> list[str]:
     """A classifier's class names in class order; empty where nobody named them."""
     names: dict[int, str] = getattr(model.config, "id2label", None) or {}
-    return [] if all(name == f"LABEL_{index}" for index, name in names.items()) else list(names.values())
+    invented = all(name == f"LABEL_{index}" for index, name in names.items())
+    return [] if invented else [names[index] for index in sorted(names)]  # a file may have them in the order of text
 
 
 @contextlib.contextmanager
