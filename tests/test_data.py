@@ -191,7 +191,8 @@ def test_classification_keeps_the_tokenizers_own_marks() -> None:
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, cls_token="[CLS]", sep_token="[SEP]")
     encoded = encode(Example(text="a b a b", label="x"), tokenizer, max_length=4, label=1)
     assert encoded.ids.tolist() == [0, 2, 3, 1], "a cut text must still end with its closing token"
-    assert encoded.label == 1 and not encoded.target.any()
+    assert encoded.label == 1 and not encoded.target.any() and encoded.lost == 2
+    assert encode(Example(text="a b", label="x"), tokenizer, max_length=4, label=1).lost == 0
 
 
 def test_lines_without_room_for_their_completion_are_left_out(tokenizer: Any) -> None:

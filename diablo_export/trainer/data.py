@@ -52,10 +52,12 @@ class Encoded:
     target: npt.NDArray[np.bool_]  # (tokens,): whether this token is to be predicted
     label: int = IGNORED  # class index
     line: int = 0
+    lost: int = 0  # tokens that were cut off
 
     def cut(self, length: int) -> Encoded:
         """The first `length` tokens."""
-        return Encoded(self.ids[:length], self.target[:length], self.label, self.line)
+        lost = self.lost + max(0, len(self.ids) - length)
+        return Encoded(self.ids[:length], self.target[:length], self.label, self.line, lost)
 
 
 def read_examples(path: str | Path) -> list[Example]:
@@ -182,6 +184,7 @@ def encode(example: Example, tokenizer: Any, max_length: int | None = None, labe
     Raises:
         DataError: messages for a tokenizer without a (usable) chat template.
     """
+    lost = 0
     if example.messages is not None:
         ids, target = _chat(example, tokenizer)
     elif example.completion is not None:
@@ -191,16 +194,16 @@ def encode(example: Example, tokenizer: Any, max_length: int | None = None, labe
         completion = _ended(_tokens(tokenizer, example.completion, special=False), tokenizer)
         ids, target = prompt + completion, [False] * len(prompt) + [True] * len(completion)
     elif example.label is not None:
-        cut: dict[str, Any] = (
-            {"truncation": True, "max_length": max_length} if max_length else {}
-        )  # keeps the closing token
-        ids = _tokens(tokenizer, example.text or "", **cut)
+        ids = _tokens(tokenizer, example.text or "")
+        if max_length and len(ids) > max_length:  # the tokenizer keeps the closing token
+            lost = len(ids) - max_length
+            ids = _tokens(tokenizer, example.text or "", truncation=True, max_length=max_length)
         target = [False] * len(ids)
     else:
         ids = _ended(_tokens(tokenizer, example.text or ""), tokenizer)
         target = [True] * len(ids)
     whole = Encoded(
-        np.array(ids, np.int32), np.array(target, np.bool_), IGNORED if label is None else label, example.line
+        np.array(ids, np.int32), np.array(target, np.bool_), IGNORED if label is None else label, example.line, lost
     )
     return whole.cut(max_length) if max_length else whole
 

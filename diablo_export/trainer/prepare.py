@@ -149,7 +149,7 @@ def item_length(network: Any, max_length: int | None) -> int:
 
 
 def encode_file(path: str | Path, examples: list[Example], **how: Any) -> list[Encoded]:
-    """The items of a file by `encode_all`, whose options these are; says what had to be left out.
+    """The items of a file by `encode_all`, whose options these are; says what had to be left out or cut.
 
     Raises:
         DataError: nothing left, or an unknown label; names the file.
@@ -163,5 +163,10 @@ def encode_file(path: str | Path, examples: list[Example], **how: Any) -> list[E
         log.warning(
             "%s: left out %d of %d lines, which have nothing to predict within --max-length (the first is line %d)",
             path, len(dropped), len(examples), dropped[0],
+        )  # fmt: skip
+    if cut := [item for item in items if item.lost]:
+        log.warning(
+            "%s: %d of %d lines are longer than --max-length and lose their end (the first is line %d; the longest has "
+            "%d tokens)", path, len(cut), len(examples), cut[0].line, max(len(item.ids) + item.lost for item in cut),
         )  # fmt: skip
     return items
