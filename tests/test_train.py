@@ -129,7 +129,9 @@ def test_completions_are_learned_and_short_lines_left_out(
     with caplog.at_level("INFO", "diablo_export"):
         train(tiny_model("llama"), folder / "pairs.jsonl", tmp_path / "a", num_blocks=4, max_length=10, epochs=2)
     assert "pairs.jsonl: left out 2 of 6 lines, which have nothing to predict" in caplog.text
-    assert "pairs.jsonl: 2 of 6 lines are longer than --max-length and lose their end (the first is line " in caplog.text
+    assert (
+        "pairs.jsonl: 2 of 6 lines are longer than --max-length and lose their end (the first is line " in caplog.text
+    )
     assert [record["step"] for record in log_of(tmp_path / "a")] == [1, 2]
 
 
