@@ -18,7 +18,7 @@ from typing import Any
 
 from diablo_export.adapter import AdaptedModule, Adapter, refuse_base, stored_transposed, weight_fault
 from diablo_export.blockdiag import Array
-from diablo_export.checkpoint import DTYPES, Checkpoint, TensorInfo, header_bytes
+from diablo_export.checkpoint import DTYPES, EMBEDDINGS, HEAD, Checkpoint, TensorInfo, header_bytes
 from diablo_export.console import log, progress
 from diablo_export.converters.hf_folder import copy_others, write_config, write_index
 from diablo_export.converters.hf_packed import PackedModule, WrongBaseError, packed_modules
@@ -26,10 +26,8 @@ from diablo_export.converters.hf_stream import Part, given, write_parts
 from diablo_export.errors import CheckpointError
 from diablo_export.packed.modules import check_base, refuse_unreadable
 
-HEAD = "lm_head.weight"
 THREADS = 4  # files written side by side: while one waits for the disk another computes
 _FLOATS = ("F64", "F32", "F16", "BF16")
-_EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "embed_in.weight")
 
 
 @dataclass(frozen=True)
@@ -57,7 +55,8 @@ def hf_merge(model: str | Path, adapter: Adapter, folder: Path, method: str = "r
     refuse_unreadable(checkpoint)
     packed = packed_modules(checkpoint, adapter, method)
     files = _plan(checkpoint, adapter, packed)
-    untied = any(part.module and part.name.endswith(HEAD) for parts in files.values() for part in parts)
+    changed = (part for parts in files.values() for part in parts if part.module or part.value is not None)
+    untied = any(part.name.endswith(HEAD) for part in changed)
     write_config(checkpoint, adapter, folder, untied)
     copy_others(checkpoint, folder)
 
@@ -219,13 +218,13 @@ def _tied_source(checkpoint: Checkpoint, module: AdaptedModule) -> TensorInfo | 
     if "." in module.name:
         return None
     shape = (module.out_features, module.in_features)
-    found = [info for info in checkpoint if info.name.endswith(_EMBEDDINGS) and info.shape == shape]
+    found = [info for info in checkpoint if info.name.endswith(EMBEDDINGS) and info.shape == shape]
     return found[0] if len(found) == 1 else None
 
 
 def _embeddings_beside(checkpoint: Checkpoint, head: TensorInfo) -> list[Part]:
     """The input embeddings as they were, where `head` is an output head that the checkpoint stores for both."""
-    if not head.name.endswith(HEAD) or any(info.name.endswith(_EMBEDDINGS) for info in checkpoint):
+    if not head.name.endswith(HEAD) or any(info.name.endswith(EMBEDDINGS) for info in checkpoint):
         return []
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM

@@ -18,7 +18,7 @@ from typing import Any
 from diablo_export.adapter import TASKS, Adapter, file_sha256
 from diablo_export.algorithms import Algorithm
 from diablo_export.base_grid import BITS
-from diablo_export.checkpoint import Checkpoint
+from diablo_export.checkpoint import HEAD, Checkpoint
 from diablo_export.console import log
 from diablo_export.converters.onnx_nodes import MODEL, Weights, finish
 from diablo_export.converters.onnx_trial import try_graph
@@ -106,8 +106,9 @@ def build_graph(
     checkpoint = float_view(checkpoint)
     saved = {**(head.saved if head else {}), **(merged.saved if merged else {})}
     weights = Weights(checkpoint, merged, saved)
-    # a head with blocks of its own, or quantized, cannot share the embedding's table
-    share = quantize == "none" and not (merged and "lm_head" in merged.modules)
+    # a head of its own, or a quantized one, cannot share the embedding's table
+    own = (merged and "lm_head" in merged.modules) or HEAD in saved or checkpoint.has_own_head()
+    share = quantize == "none" and not own
     how: Any = {
         "quantize": quantize, "group_size": group_size, "symmetric": symmetric, "accuracy_level": accuracy_level,
         "wide": wide,

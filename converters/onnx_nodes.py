@@ -72,17 +72,17 @@ class Weights:
         name = origin.parameter
         module = self.merged.modules.get(origin.module) if self.merged and name.endswith(".weight") else None
         blocks = None if module is None else module.blocks
-        if name in self.saved:
-            return Source(self.saved[name], origin.conv1d, blocks, origin.rows)
-        first = self.tied.get(name, name)  # any one of the names that share values may be the stored one
-        names = [first, name, *(other for other, target in self.tied.items() if target == first)]
-        stored = next((info for each in names if (info := self.checkpoint.find(each))), None)
-        if stored is None:
-            raise CheckpointError(
-                f"{self.checkpoint.folder}: has no tensor for the parameter {name}, nor does the adapter bring it; its "
-                "architecture in config.json wants it. Give the model folder that the adapter was trained on"
-            )
-        return Source(stored, origin.conv1d, blocks, origin.rows)
+        first = self.tied.get(name, name)  # any of the names that share values may be stored, or each for itself
+        names = [name, first, *(other for other, target in self.tied.items() if target == first)]
+        for each in names:
+            value = self.saved.get(each)
+            stored = self.checkpoint.find(each) if value is None else value
+            if stored is not None:
+                return Source(stored, origin.conv1d, blocks, origin.rows)
+        raise CheckpointError(
+            f"{self.checkpoint.folder}: has no tensor for the parameter {name}, nor does the adapter bring it; its "
+            "architecture in config.json wants it. Give the model folder that the adapter was trained on"
+        )
 
 
 def finish(

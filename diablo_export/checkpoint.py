@@ -24,6 +24,8 @@ from diablo_export.errors import CheckpointError, require
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+HEAD = "lm_head.weight"
+EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "embed_in.weight")  # ends of their names
 _MAX_HEADER = 100_000_000  # the safetensors library refuses longer headers too
 
 # safetensors' dtype names, https://huggingface.co/docs/safetensors
@@ -213,6 +215,17 @@ class Checkpoint:
             return self.tensors[shorter]
         longer = [stored for stored in self.tensors if stored.partition(".")[2] == name]
         return self.tensors[longer[0]] if len(longer) == 1 else None
+
+    def has_own_head(self) -> bool:
+        """Whether it stores an output head of other values than its input embeddings.
+
+        transformers then keeps the two apart, whatever config.json says of ties.
+        """
+        head = self.tensors.get(HEAD)
+        tables = [info for info in self if info.name.endswith(EMBEDDINGS)]
+        if head is None or not tables:
+            return False
+        return not any(table.shape == head.shape and np.array_equal(table.read(), head.read()) for table in tables)
 
     def __iter__(self) -> Iterator[TensorInfo]:
         return iter(self.tensors.values())

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,9 +10,11 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from diablo_export.adapter import AdaptedModule, Adapter
 from diablo_export.blockdiag import apply
+from diablo_export.checkpoint import SINGLE
 from diablo_export.converters import genai_graph
 from diablo_export.converters.onnx_graph import Graph, build_graph
 from diablo_export.quantization import dequantize, quantize
@@ -170,6 +173,23 @@ def test_float_tied_head_is_stored_once_unless_it_has_blocks(tiny_model: Callabl
     hidden = network.model(input_ids=torch.from_numpy(graphs.IDS)).last_hidden_state.detach().numpy()
     wanted = apply(hidden, blocks, 320, graphs.logits_of(network, graphs.IDS))
     np.testing.assert_allclose(merged, wanted, rtol=0, atol=CLOSE)
+
+
+@pytest.mark.parametrize("quantize_to", ["none", "int8"])
+def test_a_head_that_config_ties_and_the_checkpoint_stores_apart(
+    quantize_to: str, tiny_model: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """transformers keeps head and embeddings apart where both are stored and differ, whatever config.json says."""
+    model = tmp_path / "model"
+    shutil.copytree(tiny_model("llama-tied"), model)
+    tensors = load_file(model / SINGLE)
+    tensors["lm_head.weight"] = -tensors["model.embed_tokens.weight"]
+    save_file(tensors, model / SINGLE, {"format": "pt"})
+    build(model, tmp_path / "out", quantize=quantize_to)
+    wanted = graphs.logits_of(graphs.hugging_face(model), graphs.IDS)
+    got = graphs.in_steps(graphs.open_session(tmp_path / "out"), graphs.IDS, 12)
+    # int8 moves these logits by a fiftieth; the wrong head turns their sign
+    np.testing.assert_allclose(got, wanted, rtol=0, atol=CLOSE if quantize_to == "none" else 0.2)
 
 
 def test_int4_weights_are_those_of_the_builder_itself(
