@@ -169,6 +169,9 @@ def test_a_classifier_with_its_head(tiny_model: Folder, tmp_path: Path) -> None:
     assert np.array_equal(in_torch(tiny_model("bert"), tmp_path / "adapter"), logits(model))
     loaded = AutoPeftModelForSequenceClassification.from_pretrained(tmp_path / "adapter")
     assert np.array_equal(logits(loaded), logits(model))
+    turned = AutoModelForSequenceClassification.from_pretrained(tiny_model("bert"), id2label={0: "yes", 1: "no"})
+    with pytest.raises(AdapterError, match="the adapter's classes are no, yes, the model's are yes, no; load the model"):
+        PeftModel.from_pretrained(turned, tmp_path / "adapter")
 
 
 def test_a_head_of_several_layers_is_loaded_whole(tmp_path: Path) -> None:

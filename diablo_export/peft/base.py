@@ -31,6 +31,12 @@ def check_base(model: nn.Module, config: DiabloConfig) -> None:
             f"the adapter has {len(labels)} classes ({', '.join(labels[:5])}), the model {classes}; "
             f"load the model with num_labels={len(labels)}"
         )
+    names = class_names(model)
+    if labels and names and names != labels and sorted(names) == sorted(labels):  # other names may be translations
+        faults.append(
+            f"the adapter's classes are {', '.join(labels[:5])}, the model's are {', '.join(names[:5])}; load the model "
+            f"with id2label={dict(enumerate(labels))}"
+        )
     if faults:
         shown = faults[:_SHOWN] + ([f"… and {len(faults) - _SHOWN} more"] if len(faults) > _SHOWN else [])
         raise AdapterError(
@@ -43,6 +49,12 @@ def check_base(model: nn.Module, config: DiabloConfig) -> None:
             "errors does not fit this base. diablo-export has the trained model, in parity, export and merge",
             BaseGrid.from_json(config.base_quantization),
         )  # fmt: skip
+
+
+def class_names(model: nn.Module) -> list[str]:
+    """A classifier's class names in class order; empty where the model has none."""
+    named = getattr(getattr(model, "config", None), "id2label", None) or {}
+    return [str(named[index]) for index in sorted(named)]
 
 
 def _fault(module: nn.Module | None, entry: dict[str, Any]) -> str | None:

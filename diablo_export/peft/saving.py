@@ -10,6 +10,7 @@ from torch import nn
 
 from diablo_export.adapter import PREFIX, module_entry
 from diablo_export.fingerprint import Fingerprint, fingerprint
+from diablo_export.peft.base import class_names
 from diablo_export.peft.config import DiabloConfig
 from diablo_export.peft.layer import DiabloLayer
 
@@ -41,10 +42,8 @@ def _mark(layer: DiabloLayer, name: str, config: DiabloConfig) -> Fingerprint | 
 
 def _labels(model: nn.Module, config: DiabloConfig) -> list[str] | None:
     """Class names of a classifier, in class order; None keeps those that the adapter came with."""
-    names = getattr(getattr(model, "config", None), "id2label", None)
+    names = class_names(model)
     if config.task_type != "SEQ_CLS" or not names:
         return None
-    invented = all(name == f"LABEL_{index}" for index, name in names.items())
-    if invented and len(config.labels or []) == len(names):
-        return None
-    return [str(names[index]) for index in sorted(names)]
+    invented = all(name == f"LABEL_{index}" for index, name in enumerate(names))
+    return None if invented and len(config.labels or []) == len(names) else names
