@@ -170,7 +170,7 @@ def test_a_classifier_with_its_head(tiny_model: Folder, tmp_path: Path) -> None:
     loaded = AutoPeftModelForSequenceClassification.from_pretrained(tmp_path / "adapter")
     assert np.array_equal(logits(loaded), logits(model))
     turned = AutoModelForSequenceClassification.from_pretrained(tiny_model("bert"), id2label={0: "yes", 1: "no"})
-    with pytest.raises(AdapterError, match="the adapter's classes are no, yes, the model's are yes, no; load the model"):
+    with pytest.raises(AdapterError, match="the adapter's classes are no, yes, the model's yes, no; load"):
         PeftModel.from_pretrained(turned, tmp_path / "adapter")
 
 

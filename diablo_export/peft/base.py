@@ -34,8 +34,8 @@ def check_base(model: nn.Module, config: DiabloConfig) -> None:
     names = class_names(model)
     if labels and names and names != labels and sorted(names) == sorted(labels):  # other names may be translations
         faults.append(
-            f"the adapter's classes are {', '.join(labels[:5])}, the model's are {', '.join(names[:5])}; load the model "
-            f"with id2label={dict(enumerate(labels))}"
+            f"the adapter's classes are {', '.join(labels[:5])}, the model's {', '.join(names[:5])}; "
+            f"load the model with id2label={dict(enumerate(labels))}"
         )
     if faults:
         shown = faults[:_SHOWN] + ([f"… and {len(faults) - _SHOWN} more"] if len(faults) > _SHOWN else [])
