@@ -45,10 +45,14 @@ def add_branches(
         fed |= _inputs(match, block_dtype)
     shared: dict[int, list[Match]] = {}  # modules by the node that they are rows of
     for match in matches.values():
-        if len(match.pieces) > 1:
+        if match.pieces[0].whole and len(match.pieces) == 1:
+            for linear in (match.pieces[0].linear, *match.again):
+                _branch(model, match, linear.x, output(linear), fed)
+        elif match.again:
+            others = ", ".join(linear.name for linear in match.again)
+            raise ExportError(f"{match.module.name} is computed again by {others}, in parts or beside others: merge it")
+        elif len(match.pieces) > 1:
             _branch_over_parts(model, match, fed)
-        elif match.pieces[0].whole:
-            _branch(model, match, match.pieces[0].linear.x, output(match.pieces[0].linear), fed)
         else:
             shared.setdefault(id(match.pieces[0].linear.node), []).append(match)
     for group in shared.values():
@@ -112,12 +116,16 @@ def _branch(model: ir.Model, match: Match, x: ir.Value, y: ir.Value, fed: Mappin
     if blocks.dtype == ir.DataType.INT8:
         scales = _fed_empty(model, opschema.scales_name(name), ir.DataType.FLOAT, sizes[:1])
         given, operator = [x, blocks, scales, y], opschema.NAME_INT8
-    node = ir.Node(opschema.DOMAIN, operator, given, name=f"{name}/{operator}", metadata_props={MODULE: name})
+    runs = sum(user.domain == opschema.DOMAIN for user in blocks.consumers())  # of a module that runs several times
+    node = ir.Node(opschema.DOMAIN, operator, given, metadata_props={MODULE: name})
+    node.name = f"{name}/{operator}" + (f"_{runs}" if runs else "")
     return _insert(model, [node], y, node.outputs[0], match.pieces[0].linear.dtype)
 
 
 def _fed_empty(model: ir.Model, name: str, dtype: ir.DataType, sizes: Sequence[str]) -> ir.Value:
-    """A graph input whose default is empty."""
+    """A graph input whose default is empty; the one that there is, of a module that runs several times."""
+    if name in model.graph.initializers:
+        return model.graph.initializers[name]
     value = ir.Value(name=name, shape=ir.Shape(sizes), type=ir.TensorType(dtype))
     value.const_value = ir.Tensor(np.zeros([0] * len(sizes), dtype.numpy()), name=name)
     model.graph.inputs.append(value)

@@ -13,7 +13,7 @@ import ast
 import functools
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -54,10 +54,13 @@ class Match:
     module: AdaptedModule
     pieces: tuple[Piece, ...]
     why: str
+    again: tuple[Linear, ...] = ()  # nodes that are this module as well: one that runs several times, as ALBERT's do
 
     def describe(self) -> dict[str, object]:
         """The manifest's entry for this module, without its action."""
         entry: dict[str, object] = {"name": self.module.name, "why": self.why}
+        if self.again:
+            entry["again"] = [linear.node.name for linear in self.again]
         if len(self.pieces) == 1:
             piece = self.pieces[0]
             rows = None if piece.whole else [piece.start, piece.stop]  # of a node that is several modules
@@ -101,6 +104,7 @@ def match(model: ir.Model, modules: Mapping[str, AdaptedModule]) -> dict[str, Ma
 def _find(module: AdaptedModule, modules: Mapping[str, AdaptedModule], layers: Sequence[Linear]) -> Match | str:
     """The module's match, or why there is none."""
     reasons: list[str] = []
+    good: list[Match] = []
     for why, named in (
         (f"node metadata {MODULE}", _by_mark),
         ("torch.onnx scope of the node", _by_scope),
@@ -111,8 +115,13 @@ def _find(module: AdaptedModule, modules: Mapping[str, AdaptedModule], layers: S
             likeness = _likeness(module, pieces) if fault is None else None
             fault = fault or _strange(module, pieces, likeness)
             if fault is None:
-                return Match(module, tuple(pieces), why + _evidence(likeness))
-            reasons.append(f"{' + '.join(piece.linear.name for piece in pieces)} ({why}) {fault}")
+                good.append(Match(module, tuple(pieces), why + _evidence(likeness)))
+            else:
+                reasons.append(f"{' + '.join(piece.linear.name for piece in pieces)} ({why}) {fault}")
+        if good:
+            more = (piece.linear for other in good[1:] for piece in other.pieces)
+            nodes = {id(piece.linear.node) for piece in good[0].pieces}
+            return replace(good[0], again=tuple(linear for linear in more if id(linear.node) not in nodes))
     by_values = _by_values(module, layers)
     if isinstance(by_values, Match):
         return by_values

@@ -46,7 +46,9 @@ def refuse(file: Path, found: Iterable[Match]) -> None:
     Raises:
         ExportError: lists them, with the reason of each.
     """
+    found = list(found)
     faults = [fault for one in found for piece in one.pieces if (fault := _refusal(piece.linear))]
+    faults += [f"{one.module.name}: {linear.name} is this module as well" for one in found for linear in one.again]
     if faults:
         raise ExportError(
             f"{file.name} holds weights that blocks cannot be merged into:\n"

@@ -11,9 +11,11 @@ import pytest
 
 from diablo_export import opschema
 from diablo_export.adapter import Adapter
+from diablo_export.block_storage import to_int8
 from diablo_export.blockdiag import Array, apply
 from diablo_export.converters.onnx_branch import add_branches
 from diablo_export.converters.onnx_match import match
+from diablo_export.converters.onnx_merge import refuse
 from diablo_export.converters.onnx_nodes import MODULE
 from diablo_export.errors import ExportError
 from tests.onnx_runs import in_torch, runner, session
@@ -134,3 +136,27 @@ def test_a_graph_with_branches_gets_no_second_ones() -> None:
     add_branches(model, found)
     with pytest.raises(ExportError, match="holds DiaBlo branches already"):
         add_branches(model, found)
+
+
+@pytest.mark.parametrize("block_dtype", [None, "int8"])
+def test_a_module_that_runs_several_times_gets_its_branch_in_each(block_dtype: str | None, tmp_path: Path) -> None:
+    """ALBERT's one layer stands in the graph as often as it runs; its blocks are fed once."""
+    values = weight(32, 64, 0)
+    model = graph({"/m/a/query/MatMul": values, "/m/a/query/MatMul_1": values, "/m/a/key/MatMul": weight(32, 64, 1)})
+    one = module("m.a.query", values)
+    found = match(model, {one.name: one})
+    assert found[one.name].describe()["again"] == ["/m/a/query/MatMul_1"]
+    with pytest.raises(ExportError, match=r"m\.a\.query: /m/a/query/MatMul_1 is this module as well"):
+        refuse(tmp_path, found.values())
+    fed = dict.fromkeys(add_branches(model, found, block_dtype))
+    ir.save(model, tmp_path / "model.onnx")
+    opened = session(tmp_path / "model.onnx")
+    x = np.random.default_rng(0).normal(size=(3, 64)).astype(np.float32)
+    base = opened.run(None, {"x": x})
+    given = [one.blocks] if block_dtype is None else to_int8(one.blocks)
+    tuned = opened.run(None, {"x": x, **dict(zip(fed, given, strict=True))})
+    blocks_given = one.blocks if block_dtype is None else given[0] * given[1][:, None, None]
+    for index in (0, 1):
+        # 16 products of values near 1 in float32
+        np.testing.assert_allclose(tuned[index], apply(x, blocks_given, 32, base[index]), rtol=0, atol=2e-5)
+    np.testing.assert_array_equal(tuned[2], base[2])
