@@ -103,6 +103,8 @@ def load_empty(model: str | Path, task: str, *, labels: list[str] | None = None)
     try:
         with _quiet(), accelerate.init_empty_weights():
             config = transformers.AutoConfig.from_pretrained(checkpoint.folder, **more)
+            if checkpoint.has_own_head():
+                config.tie_word_embeddings = False
             make: Any = _AUTO[task].from_config
             network = make(config, dtype=torch.float32)
         network.tie_weights()
