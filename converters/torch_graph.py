@@ -17,6 +17,7 @@ from typing import Any
 
 import onnx_ir as ir
 
+from diablo_export.adapter import head_classes
 from diablo_export.converters.onnx_nodes import Layout, Origin, Weights
 from diablo_export.errors import ExportError, require
 
@@ -25,7 +26,7 @@ _DTYPES = {"fp32": "float32", "fp16": "float16"}
 # sizes of the example inputs: all different and above 1, so that the export takes none of them for fixed
 _BATCH, _SEQUENCE, _PAST = 2, 3, 5
 # tracing takes seconds per layer and depends on the config alone: the last graphs are kept, they hold no weights
-_TRACED: dict[str, Layout] = {}
+_TRACED: dict[str, tuple[Layout, dict[str, Any]]] = {}
 _KEPT = 8
 
 
@@ -60,15 +61,22 @@ def layout(
         raise ExportError(
             f"{weights.checkpoint.folder}: torch cannot export this model for {task}: {_first_line(error)}"
         ) from error
-    traced = _TRACED[key]
-    return replace(traced, model=traced.model.clone())
+    traced, saved_buffers = _TRACED[key]
+    absent = {name: value for name, value in saved_buffers.items() if weights.checkpoint.find(name) is None}
+    graph = traced.model.clone()
+    for name in absent.keys() & graph.graph.initializers.keys():
+        graph.graph.initializers[name].const_value = ir.tensor(absent[name], name=name)
+    return replace(traced, model=graph, origins={n: o for n, o in traced.origins.items() if n not in absent})
 
 
-def _trace(config: Any, task: str, precision: str, share: bool) -> Layout:
+def _trace(config: Any, task: str, precision: str, share: bool) -> tuple[Layout, dict[str, Any]]:
+    """The layout, and the buffers that a checkpoint may hold (Gemma 4's layer scales) as they begin."""
     model, buffers, tied = _empty_model(config, task, precision, share)
+    saved = {name: buffers.pop(name) for name in model.state_dict() if name in buffers}
     program = _export_decoder(model) if task == "causal-lm" else _export_classifier(model)
-    graph = _simplified(program, {name for name, _ in model.named_parameters(remove_duplicate=False)}, buffers)
-    return Layout(graph, _linear_origins(graph.graph, model), tied)
+    stored = {name for name, _ in model.named_parameters(remove_duplicate=False)} | saved.keys()
+    graph = _simplified(program, stored, buffers)
+    return Layout(graph, _origins(graph.graph, model, stored), tied), saved
 
 
 def _config(weights: Weights, task: str) -> Any:
@@ -76,16 +84,15 @@ def _config(weights: Weights, task: str) -> Any:
     from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(weights.checkpoint.folder)
-    classes = [value.shape[0] for name, value in weights.saved.items() if name.endswith(".weight")]
-    if task == "text-classification" and classes:
-        config.num_labels = classes[0]
+    if task == "text-classification" and (classes := head_classes(weights.saved)):
+        config.num_labels = classes
     # plain softmax(QKᵀ + mask)V: onnxruntime's optimizer knows it, and it can be traced without values
     config._attn_implementation = "eager"
     return config
 
 
 def _empty_model(config: Any, task: str, precision: str, share: bool) -> tuple[Any, dict[str, Any], dict[str, str]]:
-    """The Hugging Face model on the meta device, its buffers' values (they are in no checkpoint), and what is tied."""
+    """The Hugging Face model on the meta device, its buffers' values, and what is tied."""
     import torch
     import transformers
     from accelerate import init_empty_weights
@@ -185,13 +192,13 @@ def _export(model: Any, examples: Any, dims: Any, inputs: list[str], outputs: li
     )
 
 
-def _simplified(program: Any, parameters: set[str], buffers: dict[str, Any]) -> ir.Model:
+def _simplified(program: Any, stored: set[str], buffers: dict[str, Any]) -> ir.Model:
     """The exported graph with its buffers' values, constants folded, and each linear layer as one MatMul."""
     from onnxscript import optimizer
 
     model: ir.Model = program.model
     for name, value in model.graph.initializers.items():
-        if name in parameters:
+        if name in stored:
             value.const_value = None
         elif name in buffers:
             value.const_value = ir.tensor(buffers[name], name=name)
@@ -260,12 +267,12 @@ def _drop_transposes(graph: ir.Graph) -> None:
                 user.replace_input_with(index, back.outputs[0])
 
 
-def _linear_origins(graph: ir.Graph, model: Any) -> dict[str, Origin]:
+def _origins(graph: ir.Graph, model: Any, stored: set[str]) -> dict[str, Origin]:
     from transformers.pytorch_utils import Conv1D
 
     conv1d = {name for name, module in model.named_modules() if isinstance(module, Conv1D)}
     origins = {}
-    for name, _ in model.named_parameters(remove_duplicate=False):
+    for name in stored:
         value = graph.initializers.get(name)
         if value is None:
             continue

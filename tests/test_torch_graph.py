@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,10 @@ import torch
 
 from diablo_export.adapter import Adapter
 from diablo_export.blockdiag import Array
+from diablo_export.checkpoint import Checkpoint, read_header, write_safetensors
+from diablo_export.converters import torch_graph
 from diablo_export.converters.onnx_graph import Graph, build_graph
+from diablo_export.converters.onnx_nodes import Layout, Weights, finish
 from diablo_export.converters.torch_graph import SCOPES
 from diablo_export.quantization import dequantize, quantize
 from diablo_export.trainer.layer import DiabloLinear
@@ -198,3 +202,34 @@ def test_half_precision(tiny_model: Callable[[str], Path], tmp_path: Path) -> No
     got = graphs.in_steps(graphs.open_session(tmp_path), graphs.IDS, 7).astype(np.float32)
     # fp16 keeps 11 bits: 5e-4 of a logit of 5, times a few layers
     np.testing.assert_allclose(got, wanted, rtol=0, atol=0.05)
+
+
+@pytest.mark.parametrize("stored", [True, False])
+def test_buffers_are_the_checkpoint_s_where_it_holds_them(
+    stored: bool, tiny_model: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Gemma 4 saves a scale for each layer as a buffer, which is 1 until a checkpoint says otherwise."""
+
+    class Scaled(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("scale", torch.ones(3))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x * self.scale
+
+    module = Scaled().to("meta")
+    program = torch_graph._export(module, (torch.empty(2, 3, device="meta"),), ({0: "rows"},), ["x"], ["y"])
+    graph = torch_graph._simplified(program, {"scale"}, {})
+    traced = Layout(graph, torch_graph._origins(graph.graph, module, {"scale"}))
+    monkeypatch.setattr(torch_graph, "_trace", lambda *_: (traced, {"scale": np.ones(3, np.float32)}))
+    monkeypatch.setattr(torch_graph, "_TRACED", {})
+    file = tmp_path / "scale.safetensors"
+    write_safetensors(file, {"scale": ("F32", (3,))}, [("scale", np.full(3, 0.5, np.float32))])
+    checkpoint = Checkpoint.open(tiny_model("llama"))
+    if stored:
+        checkpoint = replace(checkpoint, tensors=checkpoint.tensors | read_header(file)[0])
+    weights = Weights(checkpoint)
+    finish(torch_graph.layout(weights, tmp_path, task="causal-lm"), weights, tmp_path)
+    found = graphs.open_session(tmp_path).run(None, {"x": np.ones((2, 3), np.float32)})[0]
+    np.testing.assert_array_equal(found, np.full((2, 3), 0.5 if stored else 1))
