@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from diablo_export.adapter import Adapter
+from diablo_export.adapter import Adapter, head_classes
 from diablo_export.checkpoint import INDEX, Checkpoint, read_json
 from diablo_export.console import log
 
@@ -36,8 +36,7 @@ def write_config(checkpoint: Checkpoint, adapter: Adapter, folder: Path, untied:
 def classifier_config(config: dict[str, Any], adapter: Adapter) -> dict[str, Any]:
     """The entries of config.json that make AutoModelForSequenceClassification load the adapter's head."""
     changes: dict[str, Any] = {}
-    heads = [value.shape[0] for name, value in adapter.saved.items() if name.endswith("weight") and value.ndim == 2]
-    labels = adapter.labels or [f"LABEL_{i}" for i in range(heads[-1] if heads else 0)]
+    labels = adapter.labels or [f"LABEL_{i}" for i in range(head_classes(adapter.saved))]
     if labels:
         changes["id2label"] = {str(i): label for i, label in enumerate(labels)}
         changes["label2id"] = {label: i for i, label in enumerate(labels)}

@@ -240,11 +240,44 @@ def _renaming(checkpoint: Checkpoint, adapter: Adapter, saved: dict[str, Array])
     """Stored name → name to write; None for the tensors of a head that the new one replaces.
 
     Without a new head nothing changes. With one, a bare encoder's tensors get the prefix of the model that has the
-    head, or the new file would load with every weight missing.
+    head, or the new file would load with every weight missing; what the classifier has no place for goes.
+
+    Raises:
+        AdapterError: the classifier has parameters that neither side holds.
     """
-    if all(name in checkpoint.tensors for name in saved):
+    if adapter.task_type != "SEQ_CLS" or all(name in checkpoint.tensors for name in saved):
         return lambda name: name
     prefix = next(iter(adapter.modules)).partition(".")[0] + "."
-    if not any(name.startswith(prefix) for name in checkpoint.tensors):
-        return lambda name: prefix + name
-    return lambda name: name if name.startswith(prefix) or name in saved else None
+    known = _classifier_parameters(checkpoint)
+    if any(name.startswith(prefix) for name in checkpoint.tensors):
+        places = {*saved, *(name for names in known for name in names)}
+        kept = {name: name for name in checkpoint.tensors if name.startswith(prefix) or name in places}
+    else:
+        kept = {name: prefix + name for name in checkpoint.tensors}
+    held = {_owner(name) for name in (*kept.values(), *saved)}  # not names: BERT's norms once had a gamma
+    absent = [names[0] for names in known if not held.intersection(map(_owner, names))]
+    faults = [f"{name}: the classifier has it, and neither this model nor the adapter" for name in absent]
+    refuse_base(adapter, str(checkpoint.folder), faults)
+    return kept.get
+
+
+def _owner(name: str) -> str:
+    return name.rpartition(".")[0]
+
+
+def _classifier_parameters(checkpoint: Checkpoint) -> list[list[str]]:
+    """The names of each parameter of this model as a classifier; nothing where transformers cannot tell."""
+    try:
+        import torch
+        from transformers import AutoConfig, AutoModelForSequenceClassification
+
+        with torch.device("meta"):
+            config = AutoConfig.from_pretrained(checkpoint.folder)
+            model: Any = AutoModelForSequenceClassification.from_config(config)  # type: ignore[no-untyped-call]
+    except (ImportError, OSError, ValueError, KeyError, TypeError) as error:
+        log.debug("the names of the classifier's parameters are not known: %s", error)
+        return []
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    return list(names.values())

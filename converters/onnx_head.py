@@ -48,7 +48,7 @@ def feed_parameters(model: ir.Model, saved: Mapping[str, Array]) -> dict[str, ir
 def _as_it_is(model: ir.Model, name: str) -> ir.Value | None:
     """The initializer that is the parameter under its own name, stored as the parameter is."""
     found = model.graph.initializers.get(name)
-    if found is None or name.endswith("weight"):
+    if found is None or (name.endswith("weight") and len(found.shape or ()) == 2):
         read = [layer for layer in linears(model) if layer.weight is found]
         return found if read and not any(layer.transposed for layer in read) else None
     return found

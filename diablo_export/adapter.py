@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -173,6 +173,14 @@ class Adapter:
         refuse_base(self, str(checkpoint.folder), faults)
 
 
+def head_classes(saved: Mapping[str, Array]) -> int:
+    """The outputs of the last layer of a saved head, whatever the order of its layers; 0 where none is saved."""
+    layers = [value.shape for name, value in saved.items() if name.endswith("weight") and value.ndim == 2]
+    taken = {inputs for _, inputs in layers}
+    last = [outputs for outputs, _ in layers if outputs not in taken]
+    return int((last or [outputs for outputs, _ in layers] or [0])[-1])
+
+
 def refuse_base(adapter: Adapter, base: str, faults: Iterable[str]) -> None:
     """Raise one AdapterError for all `faults`; nothing when there are none."""
     faults = list(faults)
@@ -188,7 +196,7 @@ def refuse_base(adapter: Adapter, base: str, faults: Iterable[str]) -> None:
 
 def stored_transposed(config: dict[str, Any]) -> bool:
     """Whether this architecture stores its projections (in, out): GPT-2's Conv1D does, nn.Linear does not."""
-    return config.get("model_type") == "gpt2"
+    return config.get("model_type") in ("gpt2", "openai-gpt")
 
 
 def weight_fault(module: AdaptedModule, stored: tuple[int, ...], transposed: bool = False) -> str | None:

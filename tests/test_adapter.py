@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from diablo_export.adapter import CONFIG, WEIGHTS, Adapter
+from diablo_export.adapter import CONFIG, WEIGHTS, Adapter, head_classes
 from diablo_export.checkpoint import Checkpoint
 from diablo_export.errors import AdapterError
 from tests import tiny
@@ -195,3 +195,18 @@ def test_empty_adapter(folder: Path) -> None:
     safetensors.numpy.save_file({}, folder / WEIGHTS)
     with pytest.raises(AdapterError, match="no blocks at all"):
         Adapter.load(folder)
+
+
+@pytest.mark.parametrize(
+    "layers",
+    [
+        {"classifier.dense": (64, 64), "classifier.out_proj": (3, 64)},  # RoBERTa
+        {"classifier": (3, 64), "pre_classifier": (64, 64)},  # DistilBERT, in the order of PEFT's file
+        {"bert.pooler.dense": (64, 64), "classifier": (3, 64)},
+        {"score": (3, 64)},
+    ],
+)
+def test_classes_are_the_outputs_of_the_head_s_last_layer(layers: dict[str, tuple[int, int]]) -> None:
+    saved = {f"{name}.weight": np.ones(shape, np.float32) for name, shape in layers.items()}
+    assert head_classes(saved | {"head.norm.weight": np.ones(64, np.float32)}) == 3
+    assert head_classes({}) == 0

@@ -25,7 +25,7 @@ from diablo_export.converters import hf_stream
 from diablo_export.converters.hf_merge import MergeResult, hf_merge
 from diablo_export.errors import AdapterError, CheckpointError
 from diablo_export.fingerprint import fingerprint
-from tests.tiny import ARCHITECTURES
+from tests.tiny import ARCHITECTURES, SIZES
 
 Folder = Callable[[str], Path]
 
@@ -215,6 +215,36 @@ def test_another_head_is_dropped_and_more_classes_are_written(
     assert tensors["classifier.weight"].shape == (3, 64)
     assert not [name for name in tensors if name.startswith("cls.")]
     assert json.loads((tmp_path / "out" / "config.json").read_text())["num_labels"] == 3
+
+
+def test_parts_of_a_head_that_only_the_base_has_stay(tiny_model: Folder, tiny_adapter: Folder, tmp_path: Path) -> None:
+    """A classifier may have more outside of its encoder than its last layer: ModernBERT and DeBERTa have."""
+    import torch
+    import transformers
+
+    sizes = {name: SIZES[name] for name in ("vocab_size", "hidden_size", "intermediate_size", "pad_token_id")}
+    config = transformers.ModernBertConfig(**sizes, num_hidden_layers=1, num_attention_heads=4)
+    torch.manual_seed(0)
+    transformers.ModernBertForMaskedLM(config).save_pretrained(tmp_path / "base")
+    blocks = np.full((2, 32, 32), 0.1, np.float32)
+    saved = {"classifier.weight": np.ones((3, 64), np.float32), "classifier.bias": np.zeros(3, np.float32)}
+    name = "model.layers.0.attn.Wo"
+    adapter = Adapter({name: AdaptedModule(name, blocks, 64, 64)}, "SEQ_CLS", saved=saved, labels=["a", "b", "c"])
+    merge(tmp_path / "base", adapter, tmp_path / "out")
+    before, after = load_file(tmp_path / "base" / SINGLE), load_file(tmp_path / "out" / SINGLE)
+    np.testing.assert_array_equal(after["head.dense.weight"], before["head.dense.weight"])
+    assert not [name for name in after if name.startswith("decoder.")]
+    _, info = transformers.AutoModelForSequenceClassification.from_pretrained(
+        tmp_path / "out", output_loading_info=True
+    )
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+
+    def without_pooler(name: str, value: Any) -> tuple[str, Any]:
+        return name.replace("bert.pooler.", "cls.").replace("classifier.", "cls."), value
+
+    base = rewrite(tiny_model("bert"), tmp_path / "bert", without_pooler, architectures=["BertForMaskedLM"])
+    with pytest.raises(AdapterError, match=r"bert\.pooler\.dense\.weight: the classifier has it, and neither"):
+        merge(base, Adapter.load(tiny_adapter("bert")), tmp_path / "bert-out")
 
 
 @pytest.mark.parametrize("stored", ["model.embed_tokens.weight", "lm_head.weight"])
