@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from diablo_export.adapter import Adapter, head_classes
-from diablo_export.checkpoint import INDEX, Checkpoint, read_json
+from diablo_export.checkpoint import INDEX, SINGLE, Checkpoint, read_json
 from diablo_export.console import log
 
 # weights of the untuned base in other formats: copied beside the merged ones they would ship the wrong model
@@ -24,7 +24,7 @@ def write_config(checkpoint: Checkpoint, adapter: Adapter, folder: Path, untied:
     """config.json as it was, but for the classes of a new head and an output head that is no longer tied."""
     config = dict(checkpoint.config)
     if adapter.task_type == "SEQ_CLS":
-        config |= classifier_config(config, adapter)
+        config |= classifier_config(config, adapter) | padding(checkpoint)
     if untied:
         config["tie_word_embeddings"] = False  # tied, a loader would put the embeddings over the merged head
     if config == checkpoint.config:
@@ -47,9 +47,36 @@ def classifier_config(config: dict[str, Any], adapter: Adapter) -> dict[str, Any
     return changes
 
 
+def padding(checkpoint: Checkpoint) -> dict[str, int]:
+    """The entry of config.json that a decoder which classifies knows padding by: it reads the last token that is none.
+
+    As `trainer.model` has it: the tokenizer's, else the one of config.json, else the token that ends a text. None where
+    no tokenizer.json says which id that is: config.json is to be believed.
+    """
+    named: int | None = checkpoint.config.get("pad_token_id")
+    settings, content = (
+        read_json(file) if (file := checkpoint.folder / name).exists() else {}
+        for name in ("tokenizer_config.json", "tokenizer.json")
+    )
+    ids = _token_ids(content)
+    own = [settings.get(key) for key in ("pad_token", "eos_token", "unk_token")]
+    pad, *others = [ids.get(token["content"] if isinstance(token, dict) else token) for token in own]
+    usable = named if named in ids.values() else None
+    found = next((one for one in (pad, usable, *others) if one is not None), None)
+    return {} if found is None else {"pad_token_id": found}
+
+
+def _token_ids(tokenizer: Mapping[str, Any]) -> dict[Any, int]:
+    """Ids by token, of a tokenizer.json."""
+    vocabulary = (tokenizer.get("model") or {}).get("vocab") or {}
+    if isinstance(vocabulary, list):  # Unigram's: tokens and scores
+        vocabulary = {entry[0]: index for index, entry in enumerate(vocabulary)}
+    return vocabulary | {token["content"]: token["id"] for token in tokenizer.get("added_tokens") or ()}
+
+
 def write_index(checkpoint: Checkpoint, files: Mapping[str, Mapping[str, int]], folder: Path) -> None:
     """The shard index of `files` (file name → tensor name → bytes), where the base has one."""
-    if not (checkpoint.folder / INDEX).exists():
+    if SINGLE in checkpoint.metadata:
         return
     index = read_json(checkpoint.folder / INDEX)
     total = sum(size for tensors in files.values() for size in tensors.values())

@@ -20,6 +20,7 @@ from diablo_export.algorithms import Algorithm
 from diablo_export.base_grid import BITS
 from diablo_export.checkpoint import HEAD, Checkpoint
 from diablo_export.console import log
+from diablo_export.converters.hf_folder import padding
 from diablo_export.converters.onnx_nodes import MODEL, Weights, finish
 from diablo_export.converters.onnx_trial import try_graph
 from diablo_export.converters.onnx_weights import DATA
@@ -177,6 +178,8 @@ def check_float(checkpoint: Checkpoint) -> None:
 def _write_config(checkpoint: Checkpoint, folder: Path, adapter: Adapter | None) -> None:
     """config.json and generation_config.json; a classifier's classes are the adapter's."""
     config = dict(checkpoint.config)
+    if adapter is not None and adapter.task_type == "SEQ_CLS":
+        config |= padding(checkpoint)  # as the graph has it
     if adapter is not None and adapter.labels:
         config["id2label"] = {str(index): label for index, label in enumerate(adapter.labels)}
         config["label2id"] = {label: index for index, label in enumerate(adapter.labels)}

@@ -18,6 +18,7 @@ from typing import Any
 import onnx_ir as ir
 
 from diablo_export.adapter import head_classes
+from diablo_export.converters.hf_folder import padding
 from diablo_export.converters.onnx_nodes import Layout, Origin, Weights
 from diablo_export.errors import ExportError, require
 
@@ -80,12 +81,14 @@ def _trace(config: Any, task: str, precision: str, share: bool) -> tuple[Layout,
 
 
 def _config(weights: Weights, task: str) -> Any:
-    """The model's config, with as many classes as the saved head has."""
+    """The model's config, with as many classes as the saved head has, and the padding that its tokenizer makes."""
     from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(weights.checkpoint.folder)
     if task == "text-classification" and (classes := head_classes(weights.saved)):
         config.num_labels = classes
+    if task == "text-classification":
+        config.update(padding(weights.checkpoint))
     # plain softmax(QKᵀ + mask)V: onnxruntime's optimizer knows it, and it can be traced without values
     config._attn_implementation = "eager"
     return config

@@ -21,8 +21,10 @@ from safetensors.numpy import load_file, save_file
 from diablo_export.adapter import AdaptedModule, Adapter
 from diablo_export.blockdiag import BlockShape, dense
 from diablo_export.checkpoint import DTYPE_NAMES, INDEX, SINGLE, Checkpoint, write_safetensors
-from diablo_export.converters import hf_stream
+from diablo_export.converters import hf_stream, torch_graph
+from diablo_export.converters.hf_folder import padding, write_config
 from diablo_export.converters.hf_merge import MergeResult, hf_merge
+from diablo_export.converters.onnx_nodes import Weights
 from diablo_export.errors import AdapterError, CheckpointError
 from diablo_export.fingerprint import fingerprint
 from tests.tiny import ARCHITECTURES, SIZES
@@ -178,6 +180,31 @@ def bare(model: Path, folder: Path) -> Path:
     return folder
 
 
+@pytest.mark.parametrize(
+    ("named", "tokens", "expected"),
+    [
+        (7, {"pad_token": "<pad>"}, 0),  # texts are padded by the tokenizer
+        (-1, {"pad_token": {"content": "<pad>"}}, 0),
+        (7, {"pad_token": None, "eos_token": "</s>"}, 7),
+        (None, {"eos_token": "</s>"}, 2),
+    ],
+)
+def test_a_classifying_decoder_knows_padding_by_its_tokenizer(
+    named: int | None, tokens: dict[str, Any], expected: int, tiny_model: Folder, tmp_path: Path
+) -> None:
+    base = rewrite(tiny_model("llama"), tmp_path / "base", lambda name, value: (name, value), pad_token_id=named)
+    (base / "tokenizer_config.json").write_text(json.dumps(tokens))
+    saved = {"score.weight": np.ones((2, 64), np.float32)}
+    adapter = Adapter({}, "SEQ_CLS", saved=saved, labels=["a", "b"])
+    checkpoint = Checkpoint.open(base)
+    write_config(checkpoint, adapter, tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["pad_token_id"] == expected
+    graph = torch_graph._config(Weights(checkpoint, None, saved), "text-classification")
+    assert graph.pad_token_id == expected
+    (base / "tokenizer.json").unlink()
+    assert padding(checkpoint) == {}
+
+
 def test_bare_encoder_becomes_a_classifier(tiny_model: Folder, tiny_adapter: Folder, tmp_path: Path) -> None:
     import torch
     from transformers import AutoModelForSequenceClassification
@@ -245,6 +272,24 @@ def test_parts_of_a_head_that_only_the_base_has_stay(tiny_model: Folder, tiny_ad
     base = rewrite(tiny_model("bert"), tmp_path / "bert", without_pooler, architectures=["BertForMaskedLM"])
     with pytest.raises(AdapterError, match=r"bert\.pooler\.dense\.weight: the classifier has it, and neither"):
         merge(base, Adapter.load(tiny_adapter("bert")), tmp_path / "bert-out")
+
+
+def test_of_a_single_file_and_shards_the_single_file_is_the_model(
+    tiny_model: Folder, tiny_adapter: Folder, tmp_path: Path
+) -> None:
+    """Shards saved into a folder leave its model.safetensors there, and that is what transformers then loads."""
+    from transformers import AutoModelForCausalLM
+
+    base = tmp_path / "base"
+    shutil.copytree(tiny_model("llama"), base)
+    other = AutoModelForCausalLM.from_pretrained(base)
+    other.model.norm.weight.data.fill_(3)
+    other.save_pretrained(base, max_shard_size="100KB")
+    assert (base / SINGLE).exists() and (base / INDEX).exists()
+    merge(base, Adapter.load(tiny_adapter("llama")), tmp_path / "out")
+    merge(tiny_model("llama"), Adapter.load(tiny_adapter("llama")), tmp_path / "wanted")
+    assert (tmp_path / "out" / SINGLE).read_bytes() == (tmp_path / "wanted" / SINGLE).read_bytes()
+    assert [path.name for path in (tmp_path / "out").glob("*.safetensors*")] == [SINGLE]
 
 
 @pytest.mark.parametrize("stored", ["model.embed_tokens.weight", "lm_head.weight"])
