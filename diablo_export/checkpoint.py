@@ -192,7 +192,7 @@ class Checkpoint:
             found, metadata[file.name] = read_header(file)
             tensors |= found
         index = folder / INDEX
-        if index.exists():
+        if SINGLE not in metadata:
             missing = set(_weight_map(index)) - set(tensors)
             if missing:
                 raise CheckpointError(f"{index}: lists tensors that no shard holds: {', '.join(sorted(missing)[:5])}")
@@ -274,6 +274,9 @@ def read_json(file: Path) -> dict[str, Any]:
 
 
 def _weight_files(folder: Path) -> list[Path]:
+    """The files that transformers reads: the single one before an index, which an earlier save may have left there."""
+    if (folder / SINGLE).exists():
+        return [folder / SINGLE]
     index = folder / INDEX
     if index.exists():
         names = sorted(set(_weight_map(index).values()))
@@ -281,8 +284,6 @@ def _weight_files(folder: Path) -> list[Path]:
         if absent:
             raise CheckpointError(f"{index}: names shards that are not there: {', '.join(absent)}; download them again")
         return [folder / name for name in names]
-    if (folder / SINGLE).exists():
-        return [folder / SINGLE]
     pickles = sorted(path.name for path in folder.glob("*.bin"))
     hint = f" (only {', '.join(pickles)}, which are pickles and are not opened)" if pickles else ""
     raise CheckpointError(f"{folder}: holds no {SINGLE} or {INDEX}{hint}; save the model with safe_serialization=True")
