@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from transformers import ByT5Tokenizer
 
 from diablo_export.errors import DataError
 from diablo_export.trainer.batches import Batches, collate, encode_all, pack
@@ -139,6 +140,8 @@ def test_class_names_are_sorted_by_value() -> None:
         class_names(examples("a", 1), "f")
     with pytest.raises(DataError, match="line 1 has no label"):
         class_names(examples(None), "f")
+    with pytest.raises(DataError, match="f: has the labels 'a' and 'a ', which differ in white space alone"):
+        class_names(examples("a ", "b", "a"), "f")
 
 
 # tokens
@@ -179,6 +182,10 @@ def test_chat_without_a_usable_template_is_refused(tokenizer: Any, chat_tokenize
     chat_tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
     with pytest.raises(DataError, match="line 3: the tokenizer's chat template refuses these messages: roles must"):
         encode(example, chat_tokenizer)
+    slow = ByT5Tokenizer()  # type: ignore[no-untyped-call]
+    slow.chat_template = CHAT
+    with pytest.raises(DataError, match='line 3 has "messages", and ByT5Tokenizer does not say where its tokens lie'):
+        encode(example, slow)
 
 
 def test_classification_keeps_the_tokenizers_own_marks() -> None:

@@ -131,6 +131,8 @@ def test_a_failed_check_gives_no_certificate(merge: Path, tmp_path: Path) -> Non
     assert not (out / CERTIFICATE).exists() and not (out / GOLDEN).exists()
     with pytest.raises(InputError, match=r"has no certificate.json; make one with: diablo-export parity .* --cert"):
         verify(out)
+    with pytest.raises(InputError, match=r"model.onnx: is a file; give the folder that was certified"):
+        verify(out / "model.onnx")
 
 
 def test_parity_of_a_certified_folder_still_passes(merge: Path, tmp_path: Path) -> None:

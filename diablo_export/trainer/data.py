@@ -224,6 +224,11 @@ def _chat(example: Example, tokenizer: Any) -> tuple[list[int], list[bool]]:
             f'line {example.line} has "messages", but the model\'s tokenizer has no chat template; '
             'use {"prompt", "completion"} lines, or a model with one'
         )
+    if not tokenizer.is_fast:
+        raise DataError(
+            f'line {example.line} has "messages", and {type(tokenizer).__name__} does not say where its tokens lie, so '
+            'that turns cannot be told apart; use {"prompt", "completion"} lines'
+        )
     messages = example.messages or []
     spans, full = [], _template(tokenizer, example, messages)
     for index, message in enumerate(messages):
@@ -255,7 +260,7 @@ def class_names(examples: Sequence[Example], path: str | Path) -> list[str | int
     """The labels of a classification set in class order: integers by value, strings by the alphabet.
 
     Raises:
-        DataError: no labels, integers and strings mixed, or one label only.
+        DataError: no labels, integers and strings mixed, names that white space alone tells apart, or one label only.
     """
     first = examples[0]
     if first.label is None:
@@ -269,6 +274,10 @@ def class_names(examples: Sequence[Example], path: str | Path) -> list[str | int
     found = sorted(
         {example.label for example in examples if example.label is not None}, key=lambda v: (str(type(v)), v)
     )
+    bare: dict[str, str | int] = {}
+    for name in found:
+        if (other := bare.setdefault(str(name).strip(), name)) != name:
+            raise DataError(f"{path}: has the labels {other!r} and {name!r}, which differ in white space alone")
     if len(found) == 1:
         raise DataError(
             f"{path}: all {len(examples)} lines have the label {found[0]!r}; a classifier needs two at least"
