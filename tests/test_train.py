@@ -20,7 +20,7 @@ import torch
 
 from diablo_export.adapter import Adapter
 from diablo_export.checkpoint import Checkpoint
-from diablo_export.errors import CheckpointError, DataError, InputError, OutputError
+from diablo_export.errors import AdapterError, CheckpointError, DataError, InputError, OutputError
 from diablo_export.trainer import state
 from diablo_export.trainer.data import Example
 from diablo_export.trainer.history import History
@@ -196,6 +196,19 @@ def test_a_base_with_other_classes_is_told(
     examples = [Example(text="the cat", label=name) for name in ("good", "bad")]
     assert known_classes(examples, "data", Checkpoint.open(base), "text-classification") == ["bad", "good"]
     assert "has the classes good, bad, neutral; the data's are bad, good" in caplog.text
+
+
+def test_a_head_for_other_classes_is_no_beginning(
+    tiny_model: Callable[[str], Path], folder: Path, tmp_path: Path
+) -> None:
+    how: dict[str, Any] = {"task": "text-classification", "max_steps": 1, "max_length": 8}
+    train(tiny_model("bert"), folder / "words.jsonl", tmp_path / "a", num_blocks=4, **how)
+    data = tmp_path / "others.jsonl"
+    data.write_text("".join(json.dumps({"text": "the cat", "label": name}) + "\n" for name in "xyz"))
+    with pytest.raises(AdapterError, match="its head is for the classes cat, dog, log, the data's are x, y, z; give"):
+        train(tiny_model("bert"), data, tmp_path / "b", init_adapter=tmp_path / "a", **how)
+    done = train(tiny_model("bert"), folder / "words.jsonl", tmp_path / "b", init_adapter=tmp_path / "a", **how)
+    assert done.steps == 1
 
 
 def test_gradient_checkpointing_trains_to_the_same_adapter(

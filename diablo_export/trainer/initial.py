@@ -12,6 +12,7 @@ from diablo_export.adapter import AdaptedModule, Adapter, refuse_base
 from diablo_export.base_grid import BaseGrid
 from diablo_export.blockdiag import under_blocks
 from diablo_export.checkpoint import Checkpoint
+from diablo_export.errors import AdapterError
 from diablo_export.quantization import Float32, dequantize
 from diablo_export.trainer.layer import DiabloLinear, diablo_layers
 from diablo_export.trainer.learner import Learner
@@ -42,11 +43,12 @@ def begin(
         batch_size: items at once, there.
 
     Raises:
-        AdapterError: the given adapter has other blocks.
+        AdapterError: the given adapter has other blocks, or a head for other classes.
     """
     on_grid = grid is not None and grid.on_grid
     if given is not None:
         begin_at(learner.network, learner.parameters, given, checkpoint, given.base_grid if on_grid else grid)
+        _check_classes(given, lesson.labels)
     if repair:
         begin_repaired(learner.network, checkpoint, lesson.items, batch_size, lesson.pad)
     elif on_grid:
@@ -108,6 +110,17 @@ def begin_at_float(network: nn.Module, checkpoint: Checkpoint) -> None:
     for name, layer in diablo_layers(network).items():
         lost = float_weight(checkpoint, name) - layer.weight.cpu().numpy()
         layer.blocks.add_(torch.from_numpy(under_blocks(lost, layer.shape)).to(layer.blocks.device))
+
+
+def _check_classes(adapter: Adapter, classes: list[str] | None) -> None:
+    """A head's rows are its classes': begun at for others they would be mixed up, and nothing would say so."""
+    named = any(name != f"LABEL_{index}" for index, name in enumerate(adapter.labels))  # else nobody named them
+    if adapter.saved and named and classes is not None and adapter.labels != classes:
+        raise AdapterError(
+            f"{adapter.path}: its head is for the classes {', '.join(adapter.labels)}, the data's are "
+            f"{', '.join(classes)}; give data of these classes, with id2label in the base's config.json where only the "
+            "order differs, or leave out --init-adapter"
+        )
 
 
 def _laid(weight: Float32, grid: BaseGrid | None) -> Float32:
