@@ -163,11 +163,12 @@ def _float(node: ir.Node) -> Linear | None:
     weight, transposed = node.inputs[1], not attribute(node, "transB")
     if weight is None or attribute(node, "transA"):
         return None
+    weight = _itself(weight)
     producer = weight.producer()
     if producer is not None and producer.op_type == "Transpose" and producer.inputs[0] is not None:
         if weight.shape is not None and len(weight.shape) != 2:
             return None
-        weight, transposed = producer.inputs[0], not transposed
+        weight, transposed = _itself(producer.inputs[0]), not transposed
         producer = weight.producer()
     if producer is not None and producer.op_type == "DequantizeLinear":
         return _dequantized(node, producer, transposed)
@@ -177,6 +178,15 @@ def _float(node: ir.Node) -> Linear | None:
     sizes = (first, second) if transposed else (second, first)
     layout: Layout = "Gemm" if node.op_type == "Gemm" else "MatMul"
     return Linear(node, layout, weight, *sizes, transposed)
+
+
+def _itself(value: ir.Value) -> ir.Value:
+    """What a row of Identity nodes passes on: torch's older exporter puts one where weights are the same."""
+    producer = value.producer()
+    while producer is not None and producer.op_type == "Identity" and producer.inputs[0] is not None:
+        value = producer.inputs[0]
+        producer = value.producer()
+    return value
 
 
 def _dequantized(node: ir.Node, source: ir.Node, transposed: bool) -> Linear | None:

@@ -98,13 +98,14 @@ def match(model: ir.Model, modules: Mapping[str, AdaptedModule]) -> dict[str, Ma
             f"({len(layers)} linear nodes):\n{shown}\n"
             "Give the ONNX model of the very base that the adapter was trained on, or its Hugging Face folder"
         )
-    return found
+    taken = {id(piece.linear.node) for one in found.values() for piece in one.pieces}
+    free = [layer for layer in layers if id(layer.node) not in taken]
+    return {name: replace(one, again=_again(one, free)) for name, one in found.items()}
 
 
 def _find(module: AdaptedModule, modules: Mapping[str, AdaptedModule], layers: Sequence[Linear]) -> Match | str:
     """The module's match, or why there is none."""
     reasons: list[str] = []
-    good: list[Match] = []
     for why, named in (
         (f"node metadata {MODULE}", _by_mark),
         ("torch.onnx scope of the node", _by_scope),
@@ -115,13 +116,8 @@ def _find(module: AdaptedModule, modules: Mapping[str, AdaptedModule], layers: S
             likeness = _likeness(module, pieces) if fault is None else None
             fault = fault or _strange(module, pieces, likeness)
             if fault is None:
-                good.append(Match(module, tuple(pieces), why + _evidence(likeness)))
-            else:
-                reasons.append(f"{' + '.join(piece.linear.name for piece in pieces)} ({why}) {fault}")
-        if good:
-            more = (piece.linear for other in good[1:] for piece in other.pieces)
-            nodes = {id(piece.linear.node) for piece in good[0].pieces}
-            return replace(good[0], again=tuple(linear for linear in more if id(linear.node) not in nodes))
+                return Match(module, tuple(pieces), why + _evidence(likeness))
+            reasons.append(f"{' + '.join(piece.linear.name for piece in pieces)} ({why}) {fault}")
     by_values = _by_values(module, layers)
     if isinstance(by_values, Match):
         return by_values
@@ -214,8 +210,11 @@ def _by_scope(
 def scope(node: ir.Node) -> str | None:
     """The module path that torch.onnx recorded on a node, or None."""
     recorded = node.metadata_props.get(_SCOPES)
-    if not recorded:
-        return None
+    return _last_but_one(recorded) if recorded else None
+
+
+@functools.lru_cache(1 << 12)  # each module asks every layer
+def _last_but_one(recorded: str) -> str | None:
     try:
         scopes = ast.literal_eval(recorded)
     except (SyntaxError, ValueError):
@@ -386,3 +385,33 @@ def _clashes(found: Iterable[Match]) -> list[str]:
                     faults.append(f"{one.module.name}: {piece.linear.name} is already {name}")
             taken.append((piece, one.module.name))
     return faults
+
+
+def _again(one: Match, layers: Sequence[Linear]) -> tuple[Linear, ...]:
+    """Further nodes that are the module: of its name but for a number at the end of a part, and of the same values."""
+    named = [(piece.linear, other) for piece in one.pieces for other in layers if _same_module(piece.linear, other)]
+    return tuple(dict.fromkeys(other for linear, other in named if _same_values(linear, other)))
+
+
+def _same_module(first: Linear, second: Linear) -> bool:
+    """Whether what the exporter recorded of two nodes allows that they are runs of one module."""
+    scopes = scope(first.node), scope(second.node)
+    if all(scopes):
+        return scopes[0] == scopes[1]
+    return _unnumbered(first.name) == _unnumbered(second.name)
+
+
+@functools.lru_cache(1 << 12)
+def _unnumbered(name: str) -> str:
+    return re.sub(r"_\d+(?=/|$)", "", name)
+
+
+def _same_values(first: Linear, second: Linear) -> bool:
+    if first.weight is second.weight:
+        return True
+    sizes = first.out_features, first.in_features
+    if sizes != (second.out_features, second.in_features):
+        return False
+    one, other = (layer.values_at(*positions(*sizes)) for layer in (first, second))
+    norms = float(np.linalg.norm(one) * np.linalg.norm(other))
+    return norms > 0 and float(one @ other) / norms >= SAME_WEIGHT  # one may be quantized and the other not

@@ -235,3 +235,15 @@ def test_reading_samples_does_not_touch_the_checkpoint(genai_graph: Get, tiny_mo
     layer = next(one for one in linears(ir.load(genai_graph("llama", "fp32"))) if "layers.0/mlp/up" in one.name)
     rows, columns = np.divmod(np.arange(info.size), info.shape[1])
     assert np.array_equal(layer.values_at(rows, columns).reshape(info.shape), info)
+
+
+def test_a_weight_behind_an_identity_is_one() -> None:
+    """torch's older exporter has a weight that several layers share once, and an Identity for each of the others."""
+    values = weight(32, 64, 0)
+    model = graph({"/m/a/query/MatMul": values, "/m/a/query_1/MatMul": values})
+    first, second = (layer.node for layer in linears(model))
+    copied = ir.node("Identity", [first.inputs[1]])
+    model.graph.insert_before(second, copied)
+    second.replace_input_with(1, copied.outputs[0])
+    found = match(model, {"m.a.query": module("m.a.query", values)})["m.a.query"]
+    assert [layer.node for layer in found.again] == [second] and found.again[0].weight is first.inputs[1]
