@@ -27,7 +27,7 @@ def test_trains_and_reports(
 ) -> None:  # fmt: skip
     result = run(
         "train", "--model", tiny_model("llama"), "--data", data, "--output", tmp_path / "a", "--num-blocks", 4,
-        "--target-modules", "q_proj,mlp.down_proj", "--max-steps", 2, "--max-length", 16,
+        "--target-modules", "q_proj, mlp.down_proj", "--max-steps", 2, "--max-length", 16,
         "--eval-fraction", 0.2, "--json",
     )  # fmt: skip
     assert result.exit_code == 0, result.stderr

@@ -70,6 +70,7 @@ def test_text_file_is_one_document_per_paragraph(write: Callable[..., Path]) -> 
         Example(text="two", line=6),
         Example(text="three", line=9),
     ]
+    assert read_examples(path.rename(path.with_name("DATA.TXT")))[1].text == "two"
 
 
 @pytest.mark.parametrize(

@@ -46,7 +46,7 @@ def _several(kind: Callable[[str], Any], what: str) -> _Callback:
 @click.option("--num-blocks", default="64", callback=_several(int, "whole numbers"), metavar="COUNTS",
               help="Blocks per module: weights / N are trained. LoRA gets the rank of as many parameters.")  # fmt: skip
 @click.option("--target-modules", multiple=True, metavar="NAMES",
-              callback=lambda ctx, option, value: [names.split(",") for names in value],
+              callback=lambda ctx, option, value: [[name.strip() for name in names.split(",")] for names in value],
               help="A set of targets, as for train; give it again for each further set.")  # fmt: skip
 @click.option("--seeds", default="0", callback=_several(int, "whole numbers"), metavar="SEEDS", help="A run each.")
 @click.option("--task", type=click.Choice(["causal-lm", "text-classification"]), default="causal-lm")

@@ -36,7 +36,7 @@ _FILE = click.Path(path_type=Path)
 @click.option(
     "--target-modules",
     metavar="NAMES",
-    callback=lambda ctx, option, value: value and value.split(","),
+    callback=lambda ctx, option, value: value and [name.strip() for name in value.split(",")],
     help="Ends of module paths, or regular expressions for whole ones, with commas between; or all-linear. "
     "[default: q,k,v,up,down_proj where the model has them, else all-linear]",
 )

@@ -74,7 +74,7 @@ def read_examples(path: str | Path) -> list[Example]:
     except UnicodeDecodeError as error:
         line = path.read_bytes()[: error.start].count(b"\n") + 1
         raise DataError(f"{path}: line {line} is not UTF-8 text ({error.reason}); save the file as UTF-8") from error
-    examples = _paragraphs(content) if path.suffix == ".txt" else _json_lines(path, content)
+    examples = _paragraphs(content) if path.suffix.lower() == ".txt" else _json_lines(path, content)
     if not examples:
         raise DataError(f"{path}: holds no examples; it needs at least one line of {FORMS}, or text when it is a .txt")
     _check_alike(path, examples)
