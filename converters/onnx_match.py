@@ -403,7 +403,7 @@ def _same_module(first: Linear, second: Linear) -> bool:
 
 @functools.lru_cache(1 << 12)
 def _unnumbered(name: str) -> str:
-    return re.sub(r"_\d+(?=/|$)", "", name)
+    return re.sub(r"(_Q?\d+)+(?=/|$)", "", name)  # onnxruntime's quantizer puts _Q4 behind the number
 
 
 def _same_values(first: Linear, second: Linear) -> bool:

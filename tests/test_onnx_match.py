@@ -240,7 +240,7 @@ def test_reading_samples_does_not_touch_the_checkpoint(genai_graph: Get, tiny_mo
 def test_a_weight_behind_an_identity_is_one() -> None:
     """torch's older exporter has a weight that several layers share once, and an Identity for each of the others."""
     values = weight(32, 64, 0)
-    model = graph({"/m/a/query/MatMul": values, "/m/a/query_1/MatMul": values})
+    model = graph({"/m/a/query/MatMul_Q4": values, "/m/a/query_1/MatMul": values})
     first, second = (layer.node for layer in linears(model))
     copied = ir.node("Identity", [first.inputs[1]])
     model.graph.insert_before(second, copied)
