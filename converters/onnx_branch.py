@@ -14,6 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 import onnx_ir as ir
+from onnx_ir.passes.common import ShapeInferencePass
 
 from diablo_export import opschema
 from diablo_export.converters.onnx_linears import Linear, attribute
@@ -40,6 +41,8 @@ def add_branches(
     """
     if any(node.domain == opschema.DOMAIN for node in model.graph):
         raise ExportError("the graph holds DiaBlo branches already; give the model without them")
+    if any(piece.linear.y.shape is None for match in matches.values() for piece in match.pieces):
+        ShapeInferencePass()(model)  # onnxruntime loses track of sizes behind a branch of unknown shape
     fed: dict[str, ir.DataType] = {}
     for match in matches.values():
         fed |= _inputs(match, block_dtype)

@@ -162,3 +162,14 @@ def test_a_module_that_runs_several_times_gets_its_branch_in_each(
         # 16 products of values near 1 in float32
         np.testing.assert_allclose(tuned[index], apply(x, blocks_given, 32, base[index]), rtol=0, atol=2e-5)
     np.testing.assert_array_equal(tuned[2], base[2])
+
+
+def test_a_graph_without_shapes_gets_them_with_its_branches() -> None:
+    """torch's older exporter writes none, and onnxruntime then refuses what is reshaped behind a branch."""
+    values = weight(32, 64, 0)
+    model = graph({"/m/a/MatMul": values})
+    product = next(node for node in model.graph if node.op_type == "MatMul")
+    product.outputs[0].shape = None
+    add_branches(model, match(model, {"m.a": module("m.a", values)}))
+    branch = next(node for node in model.graph if node.op_type == opschema.NAME)
+    assert branch.outputs[0].shape is not None and branch.outputs[0].shape[-1] == 32
