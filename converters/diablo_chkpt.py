@@ -145,11 +145,11 @@ def _as_arrays(file: Path, found: Any) -> dict[str, Array]:
 
 def _module(path: str, blocks: Array, checkpoint: Checkpoint, faults: list[str]) -> AdaptedModule | None:
     """The adapted module with the base's sizes and fingerprint; None, and a fault, where it does not fit."""
-    info = checkpoint.find(f"{path}.weight")
+    info = checkpoint.weight_of(path)
     if info is None or len(info.shape) != 2:
         faults.append(f"{path}: the base has no such linear layer")
         return None
-    transposed = stored_transposed(checkpoint.config)
+    transposed = stored_transposed(checkpoint.config, path)
     out_features, in_features = info.shape[::-1] if transposed else info.shape
     try:
         _check_shape(shape_of(blocks, in_features, out_features))

@@ -168,7 +168,9 @@ def _plan(checkpoint: Checkpoint, adapter: Adapter, packed: Mapping[str, PackedM
         elif info.name in made:
             part = Part(name, info.dtype, info.shape, make=made[info.name])
         else:
-            part = Part(name, info.dtype, info.shape, info, adapted.get(info.name), transposed=_flip(checkpoint, info))
+            module = adapted.get(info.name)
+            transposed = module is not None and stored_transposed(checkpoint.config, module.name)
+            part = Part(name, info.dtype, info.shape, info, module, transposed=transposed)
         files[info.file.name].append(part)
     files[max(files)] += untied + [given(name, value) for name, value in saved.items()]
     return files
@@ -186,40 +188,26 @@ def _match(
             fault = packed[module.name].stored.size_fault(module)
             faults += [f"{module.name}: {fault}"] if fault else []
             continue
-        info = checkpoint.find(f"{module.name}.weight")
-        if info is not None:
-            adapted[info.name] = module
-            fault = weight_fault(module, info.shape, _flip(checkpoint, info))
-            untied += _embeddings_beside(checkpoint, info)
+        info = checkpoint.weight_of(module.name)
+        if info is None:
+            faults.append(f"{module.name}: the model has no such weight")
+            continue
+        if info.name.endswith(EMBEDDINGS):
+            untied.append(Part(f"{module.name}.weight", info.dtype, info.shape, info, module))
         else:
-            info = _tied_source(checkpoint, module)
-            fault = None if info else "the model has no such weight"
-            if info:
-                untied.append(Part(f"{module.name}.weight", info.dtype, info.shape, info, module))
-        if fault is None and info is not None and info.dtype not in _FLOATS:
+            adapted[info.name] = module
+            untied += _embeddings_beside(checkpoint, info)
+        fault = weight_fault(module, info.shape, stored_transposed(checkpoint.config, module.name))
+        if fault is None and info.dtype not in _FLOATS:
             fault = f"its weight is stored as {info.dtype}; blocks are added to {', '.join(_FLOATS)} only"
         faults += [f"{module.name}: {fault}"] if fault else []
     refuse_base(adapter, str(checkpoint.folder), faults)
     return adapted, untied
 
 
-def _flip(checkpoint: Checkpoint, info: TensorInfo) -> bool:
-    """Whether this weight is stored (in, out); GPT-2's output head is an nn.Linear like anyone's."""
-    return stored_transposed(checkpoint.config) and not info.name.endswith(HEAD)
-
-
 def _stored_name(checkpoint: Checkpoint, name: str) -> str:
     info = checkpoint.find(name)
     return info.name if info else name
-
-
-def _tied_source(checkpoint: Checkpoint, module: AdaptedModule) -> TensorInfo | None:
-    """The input embeddings that this adapted output head shares, where the checkpoint stores them once."""
-    if "." in module.name:
-        return None
-    shape = (module.out_features, module.in_features)
-    found = [info for info in checkpoint if info.name.endswith(EMBEDDINGS) and info.shape == shape]
-    return found[0] if len(found) == 1 else None
 
 
 def _embeddings_beside(checkpoint: Checkpoint, head: TensorInfo) -> list[Part]:

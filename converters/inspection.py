@@ -129,7 +129,7 @@ def _checkpoint(folder: Path, adapter: str | Path | None) -> Report:
         return report
     loaded = Adapter.load(adapter)
     packed = packed_modules(checkpoint, loaded)
-    named = {name: checkpoint.find(f"{name}.weight") or packed.get(name) for name in loaded.modules}
+    named = {name: checkpoint.weight_of(name) or packed.get(name) for name in loaded.modules}
     found = sum(info is not None for info in named.values())
     return report | {"adapter_modules_found": f"{found} of {len(named)}"} | _fit(
         lambda: check_base(checkpoint, loaded), adapter

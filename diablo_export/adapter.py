@@ -19,7 +19,7 @@ import numpy as np
 
 from diablo_export.base_grid import BaseGrid
 from diablo_export.blockdiag import Array, BlockShape, shape_of
-from diablo_export.checkpoint import DTYPE_NAMES, Checkpoint, read_header, read_json, write_safetensors
+from diablo_export.checkpoint import DTYPE_NAMES, HEAD, Checkpoint, read_header, read_json, write_safetensors
 from diablo_export.errors import AdapterError, CheckpointError, InputError
 from diablo_export.fingerprint import Fingerprint
 
@@ -158,15 +158,15 @@ class Adapter:
         """
         faults: list[str] = []
         for name, module in self.modules.items():
-            info = checkpoint.find(f"{name}.weight")
+            info = checkpoint.weight_of(name)
             if info is None:
                 faults.append(f"{name}: the model has no such weight")
                 continue
-            fault = weight_fault(module, info.shape, stored_transposed(checkpoint.config))
+            transposed = stored_transposed(checkpoint.config, name)
+            fault = weight_fault(module, info.shape, transposed)
             if fault is None and module.fingerprint is not None and info.dtype in _FLOATS:
                 weight = info.read()
-                oriented = weight.T if stored_transposed(checkpoint.config) else weight
-                if not module.fingerprint.matches(oriented):
+                if not module.fingerprint.matches(weight.T if transposed else weight):
                     fault = "its base weight has other values than the one this adapter was trained on"
             if fault:
                 faults.append(f"{name}: {fault}")
@@ -194,9 +194,9 @@ def refuse_base(adapter: Adapter, base: str, faults: Iterable[str]) -> None:
         )
 
 
-def stored_transposed(config: dict[str, Any]) -> bool:
-    """Whether this architecture stores its projections (in, out): GPT-2's Conv1D does, nn.Linear does not."""
-    return config.get("model_type") in ("gpt2", "openai-gpt")
+def stored_transposed(config: dict[str, Any], module: str = "") -> bool:
+    """Whether this architecture stores its projections (in, out): GPT-2's Conv1D does, but for its output head."""
+    return config.get("model_type") in ("gpt2", "openai-gpt") and not f"{module}.weight".endswith(HEAD)
 
 
 def weight_fault(module: AdaptedModule, stored: tuple[int, ...], transposed: bool = False) -> str | None:

@@ -216,6 +216,14 @@ class Checkpoint:
         longer = [stored for stored in self.tensors if stored.partition(".")[2] == name]
         return self.tensors[longer[0]] if len(longer) == 1 else None
 
+    def weight_of(self, module: str) -> TensorInfo | None:
+        """The weight of the module at this path; of a tied output head that is not stored, the input embeddings."""
+        info = self.find(f"{module}.weight")
+        if info is not None or not f"{module}.weight".endswith(HEAD):
+            return info
+        tables = [stored for stored in self if stored.name.endswith(EMBEDDINGS)]
+        return tables[0] if len(tables) == 1 else None
+
     def has_own_head(self) -> bool:
         """Whether it stores an output head of other values than its input embeddings.
 

@@ -15,13 +15,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
-from diablo_export.adapter import Adapter, file_sha256
+from diablo_export.adapter import AdaptedModule, Adapter, file_sha256
 from diablo_export.blockdiag import add_to_weight
 from diablo_export.checkpoint import Checkpoint
 from diablo_export.converters.export import export
 from diablo_export.converters.merge import merge
 from diablo_export.errors import AdapterError, CheckpointError, ExportError, InputError, OutputError
+from diablo_export.fingerprint import fingerprint
 from diablo_export.manifest import file_xxh3, read_manifest
 from tests import tiny
 from tests.onnx_runs import LOGITS, in_torch, runner
@@ -79,6 +81,29 @@ def test_merge_and_branch_agree(tiny_model: Get, tiny_adapter: Get, exported: Ge
     merge(tiny_model("llama"), tiny_adapter("llama"), tmp_path / "out", format="onnx")
     branch = runner(exported("llama") / "model.onnx")(exported("llama") / "adapters/a.onnx_adapter")
     np.testing.assert_allclose(runner(tmp_path / "out/model.onnx")(), branch, rtol=0, atol=LOGITS)
+
+
+@pytest.mark.parametrize("stored", ["model.embed_tokens.weight", "lm_head.weight"])
+def test_an_output_head_that_the_base_ties(stored: str, tiny_model: Get, tmp_path: Path) -> None:
+    """Merged in float, merged into ONNX and exported as a branch: the head alone changes, not the embeddings."""
+    base, adapter = tmp_path / "base", tmp_path / "adapter"
+    shutil.copytree(tiny_model("llama-tied"), base)
+    tensors = load_file(base / "model.safetensors")
+    embeddings = tensors.pop("model.embed_tokens.weight")  # (320, 64)
+    save_file(tensors | {stored: embeddings}, base / "model.safetensors", {"format": "pt"})
+    blocks = np.random.default_rng(0).normal(0, 0.1, (4, 16, 80)).astype(np.float32)
+    adapter.mkdir()
+    Adapter({"lm_head": AdaptedModule("lm_head", blocks, 64, 320, fingerprint(embeddings))}).save(adapter)
+    merge(base, adapter, tmp_path / "hf")
+    wanted = in_torch(tmp_path / "hf")
+    assert np.abs(wanted - in_torch(base)).max() > 0.1
+    np.testing.assert_allclose(in_torch(base, adapter), wanted, rtol=0, atol=LOGITS)
+    merge(base, adapter, tmp_path / "onnx", format="onnx")
+    np.testing.assert_allclose(runner(tmp_path / "onnx/model.onnx")(), wanted, rtol=0, atol=LOGITS)
+    export(base, {"a": adapter}, tmp_path / "branch")
+    run = runner(tmp_path / "branch/model.onnx")
+    np.testing.assert_allclose(run(), in_torch(base), rtol=0, atol=LOGITS)
+    np.testing.assert_allclose(run(tmp_path / "branch/adapters/a.onnx_adapter"), wanted, rtol=0, atol=LOGITS)
 
 
 @pytest.mark.slow

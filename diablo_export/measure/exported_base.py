@@ -26,7 +26,6 @@ from diablo_export.quantization import Float32, Quantized, quantize
 Mask = npt.NDArray[np.bool_]
 
 _ACROSS = ("hqq", "gptq", LEARNED)  # algorithms that look at more than one group at a time
-_EMBEDDINGS = ("embed_tokens.weight", "wte.weight")  # a tied output head is stored there
 
 
 @dataclass(frozen=True)
@@ -77,13 +76,11 @@ def base_weight(checkpoint: Checkpoint, module: str) -> Float32:
     Raises:
         InputError: the base has no such weight.
     """
-    info, head = checkpoint.find(f"{module}.weight"), module.rpartition(".")[2] == "lm_head"
-    if info is None and head:  # tied to the embeddings
-        info = next((stored for stored in checkpoint if stored.name.endswith(_EMBEDDINGS)), None)
+    info = checkpoint.weight_of(module)
     if info is None:
         raise InputError(f"{checkpoint.folder}: has no weight for {module}; give the base that was merged as --model")
     weight = info.read().astype(np.float32)
-    return weight.T if stored_transposed(checkpoint.config) and not head else weight
+    return weight.T if stored_transposed(checkpoint.config, module) else weight
 
 
 def flat(modules: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:

@@ -106,14 +106,14 @@ def _fingerprints(checkpoint: Checkpoint, targets: Sequence[str]) -> dict[str, F
     """The fingerprint of each target's weight as the checkpoint stores it, or stands for; read one at a time."""
     found, absent = {}, []
     for name in targets:
-        info, packed = checkpoint.find(f"{name}.weight"), stored(checkpoint, name)
+        info, packed = checkpoint.weight_of(name), stored(checkpoint, name)
         if packed is not None:
             found[name] = fingerprint(packed.unpacked().values())
         elif info is None:
             absent.append(name)
         else:
             weight = info.read()
-            found[name] = fingerprint(weight.T if stored_transposed(checkpoint.config) else weight)
+            found[name] = fingerprint(weight.T if stored_transposed(checkpoint.config, name) else weight)
     if absent:
         raise CheckpointError(
             f"{checkpoint.folder}: stores these modules under other names than the loaded model has, so that blocks "

@@ -58,11 +58,11 @@ def float_weight(checkpoint: Checkpoint, module: str) -> Float32:
     Raises:
         CheckpointError: there is none.
     """
-    info = checkpoint.find(f"{module}.weight")
+    info = checkpoint.weight_of(module)
     if info is None:
         raise CheckpointError(f"{checkpoint.folder}: has no float weight for {module}")
     weight = info.read().astype(np.float32)
-    return weight.T if stored_transposed(checkpoint.config) else weight
+    return weight.T if stored_transposed(checkpoint.config, module) else weight
 
 
 def _linears(network: nn.Module, leave: Collection[str]) -> Iterator[tuple[nn.Module, str, nn.Module]]:
