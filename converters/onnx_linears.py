@@ -161,8 +161,8 @@ def _linears(model: ir.Model) -> Iterator[Linear]:
 
 def _float(node: ir.Node) -> Linear | None:
     weight, transposed = node.inputs[1], not attribute(node, "transB")
-    if weight is None or attribute(node, "transA"):
-        return None
+    if weight is None or attribute(node, "transA") or node.attributes.get_float("alpha", 1.0) != 1.0:
+        return None  # no layer's y = x · W
     weight = _itself(weight)
     producer = weight.producer()
     if producer is not None and producer.op_type == "Transpose" and producer.inputs[0] is not None:

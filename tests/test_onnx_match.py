@@ -39,6 +39,17 @@ def places(found: dict[str, Match]) -> dict[str, list[tuple[tuple[int, ...], int
     }
 
 
+@pytest.mark.parametrize(
+    ("attributes", "found"), [({}, 1), ({"transB": 1}, 1), ({"alpha": 0.5}, 0), ({"transA": 1}, 0)]
+)
+def test_a_gemm_is_a_linear_layer_where_it_is_x_times_w(attributes: dict[str, float], found: int) -> None:
+    weight = ir.Value(name="w", const_value=ir.tensor(np.ones((4, 4), np.float32)), shape=ir.Shape((4, 4)))
+    x = ir.Value(name="x", type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape((4, 4)))
+    node = ir.node("Gemm", [x, weight], attributes)
+    graph = ir.Graph([x], node.outputs, nodes=[node], initializers=[weight], opset_imports={"": 21})
+    assert len(linears(ir.Model(graph, ir_version=10))) == found
+
+
 @pytest.mark.parametrize("precision", ["fp32", "int4"])
 def test_fused_qkv_of_the_genai_builder_is_three_modules(genai_graph: Get, tiny_adapter: Get, precision: str) -> None:
     model, adapter = ir.load(genai_graph("llama", precision)), Adapter.load(tiny_adapter("llama"))
