@@ -246,7 +246,7 @@ class Bench:
         items = [*self.text.fitted, *self._more_text()]
         for name, grid in grids.items():
             wanted = self.wanted[name].reshape(len(grid.scales), -1)[:, : self.layers[name].shape.in_features]
-            self.layers[name].begin(grid, None if settled else wanted)
+            self.layers[name].begin(grid, None if holds else wanted, near=self._classifier)
         how = {"lr": _SETTLED_LR, "hard": 0.0} if settled else {}
         with progress("Distilling", count) as advance:
             size = max(1, steps.batch_tokens // self._longest(items))

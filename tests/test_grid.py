@@ -92,6 +92,24 @@ def test_latents_begin_at_the_target_and_harden() -> None:
     assert (one.finish().codes != made.codes).mean() > 0.01
 
 
+def test_latents_begin_near_their_codes() -> None:
+    """As far toward the target as rounds to the code: nothing has changed, and what the target pulls at moves first."""
+    one, made, blocks = layer()
+    target = add_to_weight(weight(made), blocks)
+    one.begin(made, target)
+    assert one.latent is not None
+    free = one.latent.detach().clone()
+    one.begin(made, target, near=True)
+    codes = one.latent.detach().round()
+    np.testing.assert_array_equal(one.finish().codes, made.codes)
+    near = (free - codes).abs() < 0.4
+    np.testing.assert_array_equal(one.latent.detach()[near], free[near])
+    pulled = (free - codes).abs() > 0.5
+    assert 0.05 < pulled.float().mean() < 0.95, "both kinds are there"
+    moved = (one.latent.detach() - codes)[pulled]
+    assert torch.equal(moved.sign(), (free - codes)[pulled].sign()) and moved.abs().min() > 0.39
+
+
 def test_straight_through() -> None:
     one, _, _ = layer()
     assert one.latent is not None

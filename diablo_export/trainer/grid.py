@@ -25,6 +25,7 @@ from diablo_export.requantize import Grid, met
 from diablo_export.trainer.layer import add_branch
 
 State = Literal["base", "branch", "grid"]
+_NEAR = 0.4  # of a code unit: rounds to its code, and a step of the optimizer does not change that
 
 
 class CodedLinear(nn.Module):
@@ -99,12 +100,13 @@ class GridLinear(CodedLinear):
             self.weight.copy_(self._dense(grid))
             self.begin(grid)
 
-    def begin(self, grid: Grid, target: Array | None = None) -> None:
+    def begin(self, grid: Grid, target: Array | None = None, near: bool = False) -> None:
         """Lay the merged weight onto `grid` (out, groups, size).
 
         Args:
             grid: codes, scales and zero points of the whole layer.
             target: (out, in), where the weights should be: there, and not at their codes, the latents then begin.
+            near: only so far toward it that they still round to their codes: those that it pulls at change first.
         """
         values = self._dense(grid)
         self._start = None if torch.equal(values, self.weight) else values
@@ -120,6 +122,8 @@ class GridLinear(CodedLinear):
             inside = slice(0, target.shape[1])
             usable = np.where(scales == 0, np.float32(np.inf), scales)[:, inside]
             latent = np.clip(target / usable + zeros[:, inside], 0, grid.top)
+            if near:
+                latent = np.clip(latent, codes[:, inside] - _NEAR, codes[:, inside] + _NEAR)
         for name, each in (("_codes", codes), ("_scales", scales)):
             self.register_buffer(name, self._met(each), persistent=False)
         self.latent = nn.Parameter(self._met(latent))
