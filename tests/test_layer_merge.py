@@ -144,6 +144,18 @@ def test_tied_weights_are_found_under_either_name(tiny_model: Get, tmp_path: Pat
     assert np.array_equal(network.lm_head.weight.numpy(), table)
 
 
+def test_buffers_are_loaded_where_they_are_stored(tiny_model: Get, tmp_path: Path) -> None:
+    """Gemma 4 scales each layer's output by one."""
+    shutil.copytree(tiny_model("llama"), tmp_path / "model")
+    (file,) = (tmp_path / "model").glob("*.safetensors")
+    save_file(load_file(file) | {"model.scale": np.full(1, 0.5, np.float32)}, file, {"format": "pt"})
+    network, _ = load_empty(tmp_path / "model", "causal-lm")
+    network.model.register_buffer("scale", torch.ones(1))
+    network.model.register_buffer("other", torch.ones(1))
+    fill(network, "", Checkpoint.open(tmp_path / "model"), {})
+    assert (network.model.scale.item(), network.model.other.item()) == (0.5, 1)
+
+
 def test_a_model_that_does_not_fit_whole_is_merged_layer_by_layer(
     tiny_model: Get, tiny_adapter: Get, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any
 ) -> None:

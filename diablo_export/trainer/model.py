@@ -116,7 +116,7 @@ def load_empty(model: str | Path, task: str, *, labels: list[str] | None = None)
 
 
 def fill(module: nn.Module, path: str, checkpoint: Checkpoint, saved: Mapping[str, Any]) -> None:
-    """Load the parameters of a part of an empty model, float32.
+    """Load the parameters of a part of an empty model, float32, and its buffers where the checkpoint holds them.
 
     Args:
         module: the part.
@@ -150,6 +150,9 @@ def fill(module: nn.Module, path: str, checkpoint: Checkpoint, saved: Mapping[st
         setattr(module.get_submodule(owner), leaf, loaded)
     if absent:
         raise CheckpointError(f"{checkpoint.folder}: cannot be loaded in parts: lacks {', '.join(absent[:5])}")
+    for name, buffer in module.named_buffers(path):
+        if (stored := checkpoint.tensors.get(name)) is not None and stored.shape == tuple(buffer.shape):
+            buffer.copy_(torch.from_numpy(np.asarray(stored.read(), np.float32)))
     tie = getattr(module, "tie_weights", None)
     if tie is not None:
         tie()
