@@ -18,7 +18,7 @@ from diablo_export.adapter import Adapter
 from diablo_export.algorithms import Algorithm
 from diablo_export.base_grid import BITS
 from diablo_export.checkpoint import Checkpoint
-from diablo_export.console import progress
+from diablo_export.console import log, progress
 from diablo_export.converters.onnx_file import MODEL as MODEL
 from diablo_export.converters.onnx_weights import Job, Source, float_job, quantized_job, write
 from diablo_export.converters.packed_view import stored_codes
@@ -116,6 +116,7 @@ def finish(
     named = {value: origin for name, origin in layout.origins.items() if (value := _initializer(layout, name))}
     modules: dict[str, list[dict[str, Any]]] = {}
     jobs: dict[str, Job] = {}
+    shared: dict[str, None] = {}
     for node in nodes:
         found = linear_weight(node, named)
         if found is None:
@@ -140,10 +141,13 @@ def finish(
             entry, job = _quantize(layout.model.graph, node, weight, source, bits, group_size, kind, by)
             node.attributes.add(ir.AttrInt64("accuracy_level", accuracy_level))
         else:
+            shared |= {} if quantize == "none" or alone else {origin.module: None}
             entry = _plain(node, weight, origin)
             job = float_job(weight, source, origin.transposed)
         modules.setdefault(origin.module, []).append(entry | {"rows": list(origin.rows) if origin.rows else None})
         jobs[weight.name or ""] = job
+    if shared:
+        log.warning("not quantized, as several nodes compute with the same weight: %s", ", ".join(shared))
     _check_all_merged(weights.merged, modules)
     for value, origin in named.items():
         if quantize != "none":

@@ -174,6 +174,29 @@ def test_quantized_graphs_of_tuned_models(
 
 
 @pytest.mark.slow
+def test_weights_of_a_layer_that_runs_twice_stay_float(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    import transformers
+
+    sizes = {name: tiny.SIZES[name] for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")}
+    config = transformers.AlbertConfig(**sizes, embedding_size=32, num_attention_heads=4)
+    torch.manual_seed(0)
+    model = transformers.AlbertForSequenceClassification(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(0, 0.15)
+    model.save_pretrained(tmp_path / "base")
+    tiny.make_tokenizer(tmp_path / "base")
+    (tmp_path / "out").mkdir()
+    build_graph(tmp_path / "base", tmp_path / "out", task="text-classification", quantize="int8", accuracy_level=1)
+    (said,) = [record.getMessage() for record in caplog.records if "not quantized" in record.getMessage()]
+    assert "albert_layers.0.attention.query" in said and "classifier" not in said
+    inputs = classifier_inputs(2, 9)
+    found = graphs.open_session(tmp_path / "out").run(None, inputs)[0]
+    # the classifier and the embedding's projection are in int8: 1/254 of each group's largest weight
+    np.testing.assert_allclose(found, classify(model, inputs), rtol=0, atol=0.01)
+
+
+@pytest.mark.slow
 def test_real_model_whose_heads_are_of_size_8(real_data: Path, tmp_path: Path) -> None:
     model = real_data / "stories260k-hf"
     graph = build_graph(model, tmp_path)
