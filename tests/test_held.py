@@ -8,11 +8,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from click.testing import Result
 
 from diablo_export.errors import InputError
 from diablo_export.measure import held
+from diablo_export.measure.prompts import Sample, digest
 from tests import exports
 from tests.test_report import made
 
@@ -90,6 +92,31 @@ def test_other_ground_is_no_baseline() -> None:
         held.compare(report(), other, "old.json")
 
 
+def test_ground_is_told_by_what_was_read_and_not_by_its_file() -> None:
+    now = report(environment={"data": "d", "tokens": 9, "samples_xxh3": "a1"})
+    moved = report(environment={"data": "elsewhere/d", "tokens": 9, "samples_xxh3": "a1"})
+    held.compare(now, moved, "old.json")
+    edited = report(environment={"data": "d", "tokens": 9, "samples_xxh3": "b2"})
+    with pytest.raises(InputError, match=r"old.json: was measured on other ground: the data d has changed since"):
+        held.compare(now, edited, "old.json")
+    held.compare(now, report(), "old.json")  # of a version that did not write it down
+
+
+def test_samples_are_told_apart_by_tokens_labels_and_what_counts() -> None:
+    def sample(ids: list[int], counted: int = 1, label: Any = None) -> Sample:
+        return Sample(np.array(ids, np.int64), np.arange(len(ids)) >= counted, label)
+
+    lists = [
+        [sample([5, 6]), sample([7])],
+        [sample([5]), sample([6, 7])],
+        [sample([5, 6]), sample([8])],
+        [sample([5, 6], 2), sample([7])],
+        [sample([5, 6], 1, "good"), sample([7])],
+    ]
+    assert len({digest(samples) for samples in lists}) == len(lists)
+    assert digest(lists[0]) == digest([sample([5, 6]), sample([7])])
+
+
 def test_from_the_command_line(tiny_model: Get, tiny_adapter: Get, run: Run, tmp_path: Path) -> None:
     out = exports.merged(tiny_model("llama"), tiny_adapter("llama"), tmp_path / "out")
     file, old = toml(tmp_path, '[fp32]\n"kl.mean" = 1e-12\naccuracy.drop = 1\n'), tmp_path / "old.json"
@@ -98,6 +125,13 @@ def test_from_the_command_line(tiny_model: Get, tiny_adapter: Get, run: Run, tmp
     result = run("parity", out, *SMALL, "-q", "--limits", file, "--json", old)
     assert result.exit_code == 1 and "logits.mean_abs" in result.stderr and "accuracy" not in result.stderr
     assert run("parity", out, *SMALL, "-q", "--baseline", old).exit_code == 0
+    data = tmp_path / "data.txt"
+    data.write_text("the cat sat on the mat")
+    short = ("parity", out, *SMALL, "-q", "--no-modules", "--data", data)
+    assert run(*short, "--json", tmp_path / "text.json").exit_code == 0
+    data.write_text("the dog sat on the log")  # as many tokens
+    result = run(*short, "--baseline", tmp_path / "text.json")
+    assert result.exit_code == 2 and "has changed since" in result.stderr
     better = copy.deepcopy(json.loads(old.read_text()))
     better["adapter"]["survival_cosine"] = 2.0
     old.write_text(json.dumps(better))

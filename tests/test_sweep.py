@@ -17,6 +17,7 @@ import pytest
 from click.testing import Result
 
 from diablo_export.errors import InputError, OutputError
+from diablo_export.manifest import file_xxh3
 from diablo_export.trainer import sweep as sweep_module
 from diablo_export.trainer.baselines import METHODS
 from diablo_export.trainer.sweep import RESULTS, SETTINGS, cells, read_results, sweep
@@ -145,6 +146,9 @@ def test_killed_sweep_goes_on(
         sweep(model, file, output, **GRID)
     with pytest.raises(InputError, match=r"(?s)started with other settings.*max_steps was 4, now it is 5"):
         sweep(model, file, output, resume=True, **{**GRID, "max_steps": 5})
+    with monkeypatch.context() as patch, pytest.raises(InputError, match=r"(?s)with other settings.*base was"):
+        patch.setattr(sweep_module, "file_xxh3", lambda file: file_xxh3(file)[::-1])  # trained anew at the same place
+        sweep(model, file, output, resume=True, **GRID)
     with (work / RESULTS).open("a") as stream:
         stream.write('{"method": "lora", "lr"')  # a kill in the middle of a line
 

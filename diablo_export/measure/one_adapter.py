@@ -25,7 +25,7 @@ from diablo_export.measure.golden import Golden, record
 from diablo_export.measure.metrics import Comparison
 from diablo_export.measure.modules import look
 from diablo_export.measure.onnx_runner import OnnxRunner
-from diablo_export.measure.prompts import Ids, Sample, collect
+from diablo_export.measure.prompts import Ids, Sample, collect, digest
 from diablo_export.measure.texts import answers, continuations
 from diablo_export.measure.torch_runner import TorchRunner, context_length
 from diablo_export.trainer.model import load_tuned
@@ -177,6 +177,7 @@ def examine(
         "data": str(data or "built-in prompts"),
         "sequences": len(items),
         "tokens": tokens,
+        "samples_xxh3": digest(items),
         "threads": threads or torch.get_num_threads(),
     }
     try:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import random
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import xxhash
 
 from diablo_export.errors import DataError
 from diablo_export.trainer.data import Example, encode, read_examples
@@ -90,6 +92,15 @@ def collect(
             f"and --max-tokens {max_tokens} give no tokens; give more data, or larger bounds"
         )
     return found
+
+
+def digest(samples: Iterable[Sample]) -> str:
+    """XXH3-128 of sequences, of what counts in them and of their labels: whether two runs read the same."""
+    found = xxhash.xxh3_128()
+    for sample in samples:
+        said = [sample.ids.tolist(), np.flatnonzero(sample.target).tolist(), sample.label]
+        found.update(json.dumps(said).encode())
+    return found.hexdigest()
 
 
 def _pieces(example: Example, tokenizer: Any, window: int, classifier: bool) -> Iterator[Sample]:

@@ -17,9 +17,10 @@ from pathlib import Path
 from typing import Any
 
 from diablo_export.adapter import file_sha256
-from diablo_export.checkpoint import read_json
+from diablo_export.checkpoint import Checkpoint, read_json
 from diablo_export.console import log, progress
 from diablo_export.errors import DataError, InputError, OutputError, require
+from diablo_export.manifest import base_sha256, file_xxh3
 from diablo_export.output import check_output, full_disk_said, new_folder
 from diablo_export.trainer.baselines import BASE, METHODS
 from diablo_export.trainer.history import write_log
@@ -100,6 +101,8 @@ def sweep(
     grid = {*_KEY, "methods", "seeds", "output", "jobs", "device", "resume", "overwrite"}
     shared = {name: value for name, value in options.items() if name not in grid}
     settings = shared | {"model": str(model), "data": file_sha256(Path(data))}
+    weights = Checkpoint.open(model).files
+    settings["base"] = base_sha256({file.name: file_xxh3(file) for file in weights})
     settings["eval_data"] = file_sha256(Path(eval_data)) if eval_data else None
 
     finished = _so_far([output, work] if resume else [], settings)
