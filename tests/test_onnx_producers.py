@@ -244,6 +244,29 @@ def test_parity_sees_what_a_merge_should_have_left_alone(producer: str, tmp_path
     assert foreign(given, merged, entries, adapter) == ["m.a"]
 
 
+@pytest.mark.parametrize(
+    ("producer", "part"),
+    [(name, part) for name in ("rtn", "hqq-4-float-zeros", "qdq-uint4") for part in ("scales", "zeros")]
+    + [("default-4-sym-16", "scales"), ("qdq-int4", "scales")],
+)
+def test_parity_sees_groups_whose_grid_a_merge_should_have_left_alone(producer: str, part: str, tmp_path: Path) -> None:
+    given, merged, adapter = tmp_path / "given.onnx", tmp_path / "model.onnx", Adapter({"m.a": module(4)})
+    for file in (given, merged):
+        onnx.save(PRODUCERS[producer](), file)
+    entries = onnx_merge(merged, adapter)
+    assert foreign(given, merged, entries, adapter) == []
+    model = ir.load(merged)
+    stored = opened(next(one for one in linears(model) if one.name.startswith("/m/a/")), tmp_path)
+    last = slice(IN // layer(given).group_size - 1, None)  # the first output's block reads the first inputs
+    old = stored.part(slice(1), last)
+    values = getattr(old, part)
+    moved = values * 1.25 if part == "scales" else values + 1
+    stored.put(slice(1), last, replace(old, **{part: moved.astype(values.dtype)}))
+    stored.close()
+    ir.save(model, merged)
+    assert foreign(given, merged, entries, adapter) == ["m.a"]
+
+
 def _edited(**attributes: int) -> onnx.ModelProto:
     """The model with int4 codes and a DequantizeLinear of other attributes."""
     model = PRODUCERS["qdq-int4-matmul"]()

@@ -17,6 +17,7 @@ from diablo_export.blockdiag import Array
 from diablo_export.errors import InputError
 from diablo_export.manifest import file_xxh3
 from diablo_export.measure.exported_base import Mask, Stored, flat, is_slice, reached
+from diablo_export.quantization import unpack
 
 
 def given_base(manifest: Mapping[str, Any], adapter: Adapter) -> Path | None:
@@ -58,24 +59,59 @@ def foreign(given: Path, merged: Path, modules: list[dict[str, Any]], adapter: A
         if is_slice(entry, module):
             met = met[slice(*entry["rows"])]
         old, new = (_oriented(entry, stored.read(entry["weight"]), len(met)) for stored in (before, after))
-        if not np.array_equal(old[~_of_groups(entry, met, old)], new[~_of_groups(entry, met, old)]):
+        alone = ~_of_groups(entry, met, old)
+        if not np.array_equal(old[alone], new[alone]) or _rescaled(entry, met, before, after):
             found.add(entry["name"])
     return sorted(found)
+
+
+def _rescaled(entry: Mapping[str, Any], met: Mask, before: Stored, after: Stored) -> bool:
+    """Whether the scale or zero point of a group that meets no block is another one."""
+    if not entry.get("bits"):
+        return False
+    groups = _groups(entry, met)
+    for key in ("scales", "zero_points"):
+        if entry.get(key) in before.tensors:
+            old, new = (_by_group(entry, key, stored, len(met)) for stored in (before, after))
+            if old.shape == new.shape == groups.shape and not np.array_equal(old[~groups], new[~groups]):
+                return True  # of another shape is one scale for all, which any block may move
+    return False
+
+
+def _by_group(entry: Mapping[str, Any], key: str, stored: Stored, rows: int) -> Array:
+    """A module's scales or zero points, (out, groups)."""
+    values = stored.read(entry[key])
+    if entry["layout"] == "MatMulNBits":
+        codes = stored.tensors[entry["weight"]].dims
+        values = values.reshape(codes[0], -1)
+        packed = key == "zero_points" and values.dtype == np.uint8
+        return _rows(entry, unpack(values, entry["bits"], codes[1]) if packed else values, rows)
+    return _oriented(entry, values, rows) if values.ndim > 1 else _rows(entry, values.reshape(-1, 1), rows)
 
 
 def _oriented(entry: Mapping[str, Any], whole: Array, rows: int) -> Array:
     """A module's rows of a stored weight, or of its codes, (out, …)."""
     weight = whole.T if entry["transposed"] else whole
-    return weight[slice(*entry["rows"])] if entry.get("rows") and len(weight) > rows else weight
+    return _rows(entry, weight, rows)
+
+
+def _rows(entry: Mapping[str, Any], values: Array, count: int) -> Array:
+    """A module's `count` rows of what a weight holds, which may be several modules'."""
+    return values[slice(*entry["rows"])] if entry.get("rows") and len(values) > count else values
 
 
 def _of_groups(entry: Mapping[str, Any], met: Mask, like: Array) -> Mask:
     """Which of these weights, or of MatMulNBits' bytes, lie in a group that meets a block."""
     if not entry.get("bits"):
         return met
-    size = int(entry["group_size"])
-    padded = np.pad(met, ((0, 0), (0, -met.shape[1] % size)))
-    groups = np.any(padded.reshape(len(padded), -1, size), axis=-1)  # (out, groups)
+    groups = _groups(entry, met)
     if like.ndim == 3:  # (out, groups, bytes)
         return np.broadcast_to(groups[..., None], like.shape)
-    return np.repeat(groups, size, axis=1)[:, : met.shape[1]]
+    return np.repeat(groups, int(entry["group_size"]), axis=1)[:, : met.shape[1]]
+
+
+def _groups(entry: Mapping[str, Any], met: Mask) -> Mask:
+    """Which groups meet a block: (out, groups)."""
+    size = int(entry["group_size"])
+    padded = np.pad(met, ((0, 0), (0, -met.shape[1] % size)))
+    return np.asarray(padded.reshape(len(padded), -1, size).any(-1))
