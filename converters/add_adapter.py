@@ -13,10 +13,18 @@ import onnx_ir as ir
 
 from diablo_export.adapter import Adapter, file_sha256
 from diablo_export.block_storage import BASE_KEY, BLOCKS_SUFFIX, SCALES_SUFFIX
+from diablo_export.checkpoint import read_json
 from diablo_export.console import log
 from diablo_export.converters import onnx_file
 from diablo_export.converters.base import hashing
-from diablo_export.converters.onnx_adapters import ENDING, FOLDER, storage_errors, tensors, write_onnx_adapter
+from diablo_export.converters.onnx_adapters import (
+    ENDING,
+    FOLDER,
+    check_classes,
+    storage_errors,
+    tensors,
+    write_onnx_adapter,
+)
 from diablo_export.converters.onnx_match import match
 from diablo_export.errors import AdapterError, InputError, MatchError, OutputError
 from diablo_export.manifest import MANIFEST, PARITY, adapter_entry, read_manifest
@@ -63,6 +71,7 @@ def add_adapters(
         if source is not None:
             match(source.graph, adapter.modules)
         _check_inputs(name, adapter, inputs, manifest)
+        check_classes(name, adapter, _classes(folder))
     types = {name: value.dtype.numpy() for name, value in inputs.items() if value.dtype is not None}
     mark = graph.metadata_props.get(BASE_KEY)
     for name, adapter in adapters.items():
@@ -103,6 +112,13 @@ def _check_inputs(name: str, adapter: Adapter, inputs: Mapping[str, ir.Value], m
             f"adapter {name} ({adapter.path}): is a {adapter.task_type} adapter with the head {given}, the export is "
             f"for {task} with {wanted}; export it into a folder of its own"
         )
+
+
+def _classes(folder: Path) -> list[str]:
+    """The class names in config.json, in class order; an ONNX base may have brought none."""
+    file = folder / "config.json"
+    names = read_json(file).get("id2label") if file.exists() else None
+    return [names[number] for number in sorted(names, key=int)] if names else []
 
 
 def _write(

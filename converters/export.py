@@ -15,7 +15,14 @@ from diablo_export.checkpoint import Checkpoint
 from diablo_export.converters import genai_library, onnx_file, onnx_web
 from diablo_export.converters.add_adapter import add_adapters
 from diablo_export.converters.base import hashing
-from diablo_export.converters.onnx_adapters import ENDING, FOLDER, storage_errors, tensors, write_onnx_adapter
+from diablo_export.converters.onnx_adapters import (
+    ENDING,
+    FOLDER,
+    check_classes,
+    storage_errors,
+    tensors,
+    write_onnx_adapter,
+)
 from diablo_export.converters.onnx_branch import BLOCK_DTYPES, add_branches
 from diablo_export.converters.onnx_graph import Graph, build_graph, load_exporters
 from diablo_export.converters.onnx_head import feed_parameters
@@ -199,6 +206,8 @@ def _one_task(adapters: Mapping[str, Adapter]) -> str:
     if len(heads) > 1:
         shown = "; ".join(f"{n}: {[(p, v.shape) for p, v in one.saved.items()]}" for n, one in adapters.items())
         raise AdapterError(f"adapters in one folder must have heads of the same shapes; given are {shown}")
+    for name, one in adapters.items():
+        check_classes(name, one, next(iter(adapters.values())).labels)
     return spelled[kinds.pop()]
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,23 @@ from diablo_export.swap import write_adapter
 FOLDER = "adapters"
 ENDING = ".onnx_adapter"
 _LIMIT = 2**31  # it is a flatbuffer, whose offsets have 31 bits
+
+
+def check_classes(name: str, adapter: Adapter, classes: Sequence[str]) -> None:
+    """Hold an adapter's classes against those that config.json of a folder names, in class order.
+
+    Raises:
+        AdapterError: they are the same in another order: an answer would be named as another one.
+    """
+    if not adapter.labels or not classes or adapter.labels == list(classes):
+        return
+    said = (
+        f"adapter {name} ({adapter.path}): has the classes {', '.join(adapter.labels)}, config.json of the folder has "
+        f"{', '.join(classes)}"
+    )
+    if sorted(adapter.labels) == sorted(classes):
+        raise AdapterError(f"{said}; export it into a folder of its own")
+    log.warning("%s: its answers are to be read by their numbers, or by its own adapter_config.json", said)
 
 
 def tensors(adapter: Adapter, inputs: Mapping[str, np.dtype[Any]]) -> dict[str, Array]:

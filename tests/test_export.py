@@ -280,6 +280,24 @@ def test_heads_of_two_sizes(tiny_model: Get, tiny_adapter: Get, tmp_path: Path) 
         export(tiny_model("bert"), [tiny_adapter("bert"), other], tmp_path / "out")
 
 
+def test_classes_in_another_order(
+    tiny_model: Get, tiny_adapter: Get, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """One config.json names the classes: it would name an answer as its opposite."""
+    model, adapter, out = tiny_model("bert"), tiny_adapter("bert"), tmp_path / "out"
+    turned = changed(adapter, tmp_path / "turned", labels=["positive", "negative"])
+    wrong = r"turned\): has the classes positive, negative, .* negative, positive; .* a folder of its own"
+    with pytest.raises(AdapterError, match=wrong):
+        export(model, [adapter, turned], out)
+    export(model, adapter, out)
+    with pytest.raises(AdapterError, match=wrong):
+        export(model, turned, out, add=True)
+    mail = changed(adapter, tmp_path / "mail", labels=["ham", "spam"])
+    with caplog.at_level("WARNING", "diablo_export"):
+        export(model, mail, out, add=True)
+    assert "has the classes ham, spam, config.json of the folder has negative, positive: its answers" in caplog.text
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [
