@@ -12,6 +12,7 @@ from typing import Any
 from diablo_export.adapter import Adapter, head_classes
 from diablo_export.checkpoint import INDEX, SINGLE, Checkpoint, read_json
 from diablo_export.console import log
+from diablo_export.errors import CheckpointError
 
 # weights of the untuned base in other formats: copied beside the merged ones they would ship the wrong model
 _OTHER_WEIGHTS = (
@@ -86,7 +87,17 @@ def write_index(checkpoint: Checkpoint, files: Mapping[str, Mapping[str, int]], 
 
 
 def copy_others(checkpoint: Checkpoint, folder: Path) -> None:
-    """Copy the tokenizer, the generation config and whatever else is neither a weight nor written anew."""
+    """Copy the tokenizer, the generation config and whatever else is neither a weight nor written anew.
+
+    Raises:
+        CheckpointError: links to files that are no more, as a cache has that was cleaned by hand.
+    """
+    kept = [path for path in checkpoint.folder.iterdir() if not path.name.endswith(_OTHER_WEIGHTS)]
+    lost = sorted(path.name for path in kept if path.name[0] != "." and not path.exists())
+    if lost:
+        raise CheckpointError(
+            f"{checkpoint.folder}: {', '.join(lost)}: links to what is no more; download the model again"
+        )
     written = {"config.json", INDEX, *checkpoint.metadata}
 
     def unwanted(directory: str, names: list[str]) -> list[str]:

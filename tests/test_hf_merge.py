@@ -402,3 +402,16 @@ def test_base_files_are_hashed(tiny_model: Folder, tiny_adapter: Folder, tmp_pat
     merged = merge(base, adapter, tmp_path / "out")
     digest = xxhash.xxh3_128((base / SINGLE).read_bytes()).hexdigest()
     assert merged.base == {SINGLE: digest}
+
+
+def test_links_to_files_that_are_no_more(tiny_model: Folder, tiny_adapter: Folder, tmp_path: Path) -> None:
+    """As in a cache of Hugging Face's whose blobs were removed by hand."""
+    model = tmp_path / "model"
+    shutil.copytree(tiny_model("llama"), model)
+    (model / "tokenizer.json").unlink()
+    (model / "tokenizer.json").symlink_to("../../blobs/gone")
+    with pytest.raises(CheckpointError, match=r"model: tokenizer\.json: links to what is no more; download"):
+        merge(model, Adapter.load(tiny_adapter("llama")), tmp_path / "refused")
+    (model / "tokenizer.json").unlink()
+    (model / "pytorch_model.bin").symlink_to("../../blobs/gone")  # it would not be copied
+    merge(model, Adapter.load(tiny_adapter("llama")), tmp_path / "out")
