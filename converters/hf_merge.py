@@ -165,6 +165,7 @@ def _plan(checkpoint: Checkpoint, adapter: Adapter, packed: Mapping[str, PackedM
             continue
         if info.name in saved:
             part = given(name, saved.pop(info.name))
+            untied += _embeddings_beside(checkpoint, info)
         elif info.name in made:
             part = Part(name, info.dtype, info.shape, make=made[info.name])
         else:

@@ -312,6 +312,22 @@ def test_an_adapted_head_that_is_tied_is_untied(stored: str, tiny_model: Folder,
     assert not torch.equal(model.lm_head.weight, model.model.embed_tokens.weight)
 
 
+def test_embeddings_stay_where_an_adapter_brings_the_head_that_is_stored_for_both(
+    tiny_model: Folder, tiny_adapter: Folder, tmp_path: Path
+) -> None:
+    def rename(name: str, value: Any) -> tuple[str, Any]:
+        return "lm_head.weight" if name == "model.embed_tokens.weight" else name, value
+
+    base = rewrite(tiny_model("llama-tied"), tmp_path / "base", rename)
+    table = load_file(base / SINGLE)["lm_head.weight"]
+    adapter = Adapter.load(tiny_adapter("llama-tied"))
+    merge(base, replace(adapter, saved={"lm_head.weight": table + np.float32(1)}), tmp_path / "out")
+    after = load_file(tmp_path / "out" / SINGLE)
+    np.testing.assert_array_equal(after["model.embed_tokens.weight"], table)
+    np.testing.assert_array_equal(after["lm_head.weight"], table + np.float32(1))
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["tie_word_embeddings"] is False
+
+
 def test_other_weights_are_refused_naming_every_module(
     tiny_model: Folder, tiny_adapter: Folder, tmp_path: Path
 ) -> None:
