@@ -36,6 +36,17 @@ def test_picture_shows_what_there_is(evaluated: bool, tmp_path: Path) -> None:
     assert ((tmp_path / "plain.png").read_bytes() != (tmp_path / "full.png").read_bytes()) == evaluated
 
 
+@pytest.mark.parametrize("title", ["model on a$1_$.jsonl", "m on $b^^c$ 100%", "model_x on $.txt"])
+def test_titles_are_no_formulas_and_other_pictures_are_left_alone(
+    title: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import matplotlib
+
+    monkeypatch.setitem(matplotlib.rcParams, "backend", "svg")  # as a notebook has its own
+    draw(History(tmp_path / "log", [{"step": 1, "loss": 2.0}]), tmp_path / "loss.png", title)
+    assert matplotlib.get_backend() == "svg"
+
+
 def test_without_a_terminal_every_tenth_is_said(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level("INFO", "diablo_export"), training_bar(30) as show:
         for step in range(1, 31):

@@ -276,6 +276,14 @@ def test_table_tells_the_best_rate_and_how_flat_it_is(tmp_path: Path) -> None:
     assert (tmp_path / "sweep.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_targets_that_are_regular_expressions_are_shown_as_they_are(tmp_path: Path) -> None:
+    sets = [[r".*(q|v)_proj$", r".*\.up_proj$"], ["q_proj"]]
+    results = [row | {"target_modules": names} for names in sets for row in made("diablo", {1e-3: [3.0]})]
+    rows = table(results).splitlines()
+    assert rows[2].startswith(r"| DiaBlo N = 8, .*(q\|v)_proj$+.*\.up_proj$ | 100 |")  # else a cell more
+    draw(results, tmp_path / "sweep.png", "model on $a_$.jsonl")
+
+
 def test_a_gap_ends_the_flat_range() -> None:
     results = made("diablo", {1e-4: [3.0], 1e-3: [3.5], 1e-2: [3.0], 1e-1: [3.01]})
     assert lines(results)[0].flat() in ([1e-2, 1e-1], [1e-4])

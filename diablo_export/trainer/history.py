@@ -55,14 +55,13 @@ def write_log(file: Path, records: list[dict[str, Any]]) -> None:
 
 def draw(history: History, file: Path, title: str) -> None:
     """The loss curve as a picture: each step, a running mean, and the held-out loss (and accuracy)."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot, ticker
+    from matplotlib import ticker
+    from matplotlib.figure import Figure  # not pyplot, which would change where a notebook shows its own pictures
 
     steps, losses = history.column("loss")
     held_steps, held = history.column("eval_loss")
-    figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.subplots()
     axes.plot(steps, losses, color=_BLUE, alpha=0.25, linewidth=1)
     axes.plot(steps, running_mean(losses), color=_BLUE, linewidth=2, label="training loss (running mean)")
     if held:
@@ -84,9 +83,8 @@ def draw(history: History, file: Path, title: str) -> None:
         other.tick_params(axis="y", colors=_GREEN)
         other.spines[["top"]].set_visible(False)
     figure.legend(handles=handles, frameon=False, loc="outside lower center", ncols=3)
-    axes.set_title(title, fontsize=11, color=_GREY)
+    axes.set_title(title, fontsize=11, color=_GREY, parse_math=False)  # dollars in a file's name begin no formula
     figure.savefig(file, dpi=150)
-    pyplot.close(figure)
 
 
 def running_mean(values: list[float]) -> list[float]:

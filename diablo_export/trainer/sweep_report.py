@@ -108,26 +108,25 @@ def table(results: Sequence[dict[str, Any]]) -> str:
 
 def _row(line: Line) -> str:
     best, flat, parameters = line.best, line.flat(), line.results[0]["parameters"]
+    name = line.name.replace("|", r"\|")  # within a regular expression
     if best is None:
-        return f"| {line.name} | {parameters:,} | – | diverged | – | – | – |"
+        return f"| {name} | {parameters:,} | – | diverged | – | – | – |"
     values = line.values[best]
     spread = f"{min(values):.4f} – {max(values):.4f}" if len(values) > 1 else "one"
     wide = f"{flat[0]:.3g} – {flat[-1]:.3g} (×{flat[-1] / flat[0]:.3g})" if len(flat) > 1 else f"{best:.3g} alone"
     step = statistics.median(result["step_seconds"] for result in line.results if "step_seconds" in result)
     mean = statistics.fmean(values)
-    return f"| {line.name} | {parameters:,} | {best:.3g} | {mean:.4f} | {spread} | {wide} | {1000 * step:.0f} ms |"
+    return f"| {name} | {parameters:,} | {best:.3g} | {mean:.4f} | {spread} | {wide} | {1000 * step:.0f} ms |"
 
 
 def draw(results: Sequence[dict[str, Any]], file: Path, title: str) -> None:
     """The picture: mean over seeds as a line, their range as a band, a cross at the edge where a seed diverged."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib.figure import Figure  # not pyplot, which would change where a notebook shows its own pictures
 
     found = lines(results)
     base = next((result[found[0].figure] for result in results if result["method"] == BASE), None)
-    figure, axes = pyplot.subplots(figsize=(9, 5), layout="constrained")
+    figure = Figure(figsize=(9, 5), layout="constrained")
+    axes = figure.subplots()
     for line, style in zip(found, _styles(found), strict=True):
         values, means = line.values, line.means
         axes.plot(list(means), list(means.values()), linewidth=2, markersize=6, label=line.name, **style)
@@ -143,10 +142,10 @@ def draw(results: Sequence[dict[str, Any]], file: Path, title: str) -> None:
     axes.set_ylabel("held-out accuracy" if found[0].figure == "eval_accuracy" else "held-out loss")
     axes.grid(alpha=0.25, which="both")
     axes.spines[["top", "right"]].set_visible(False)
-    axes.set_title(title, fontsize=11, color="#666666")
-    figure.legend(frameon=False, loc="outside right upper")
+    axes.set_title(title, fontsize=11, color="#666666", parse_math=False)
+    for text in figure.legend(frameon=False, loc="outside right upper").get_texts():
+        text.set_parse_math(False)  # a regular expression's dollar begins no formula
     figure.savefig(file, dpi=150)
-    pyplot.close(figure)
 
 
 def _styles(found: Sequence[Line]) -> list[dict[str, Any]]:
