@@ -7,7 +7,7 @@ nothing is rounded. Every other byte stays as it is.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ import numpy as np
 import onnx_ir as ir
 
 from diablo_export.adapter import Adapter
+from diablo_export.converters.onnx_aside import bytes_in_common
 from diablo_export.converters.onnx_groups import corners, opened, quantized, touched
 from diablo_export.converters.onnx_head import feed_parameters
 from diablo_export.converters.onnx_linears import Linear
@@ -47,7 +48,10 @@ def refuse(file: Path, found: Iterable[Match]) -> None:
         ExportError: lists them, with the reason of each.
     """
     found = list(found)
-    faults = [fault for one in found for piece in one.pieces if (fault := _refusal(piece.linear))]
+    common: dict[str, str] = {}
+    for graph in dict.fromkeys(piece.linear.node.graph for one in found for piece in one.pieces):
+        common |= bytes_in_common(graph) if isinstance(graph, ir.Graph) else {}
+    faults = [fault for one in found for piece in one.pieces if (fault := _refusal(piece.linear, common))]
     faults += [f"{one.module.name}: {linear.name} is this module as well" for one in found for linear in one.again]
     if faults:
         raise ExportError(
@@ -64,14 +68,16 @@ def put_head(model: ir.Model, adapter: Adapter) -> None:
         model.graph.inputs.remove(model.graph.initializers[name])
 
 
-def _refusal(linear: Linear) -> str | None:
-    """Why blocks cannot be merged into this node's weight, or None."""
+def _refusal(linear: Linear, common: Mapping[str, str]) -> str | None:
+    """Why blocks cannot be merged into this node's weight, or None; `common` is what `bytes_in_common` found."""
     made = [] if linear.source is None else [linear.source.outputs[0]]
     for value in (*linear.stored, *made):
+        what = "weight" if value in (linear.weight, *made) else str(value.name)
         if len(value.uses()) > 1:
             others = [use.node.name for use in value.uses() if use.node not in (linear.node, linear.source)]
-            what = "weight" if value in (linear.weight, *made) else str(value.name)
             return f"{linear.name}: its {what} is shared with {', '.join(map(str, others))}, which would change as well"
+        if other := common.get(str(value.name)):
+            return f"{linear.name}: its {what} has bytes in common with {other}, which would change as well"
     if linear.group_index is not None:
         return f"{linear.name}: its groups are permuted (g_idx), so a block meets almost all of them"
     if linear.fault is not None:

@@ -94,11 +94,7 @@ def _places(
         if not isinstance(tensor, ir.ExternalTensor):
             inside = True
             continue
-        here, start = places[source.folder / tensor.location], tensor.offset or 0
-        if start in here:
-            raise ExportError(f"{source.file.name}: {name} has its bytes in common with another weight, which would "
-                              "change as well; give each its own, or the Hugging Face folder of the base")  # fmt: skip
-        here[start] = functools.partial(merged, value, users[name])
+        places[source.folder / tensor.location][tensor.offset or 0] = functools.partial(merged, value, users[name])
     return places, inside
 
 

@@ -178,7 +178,8 @@ def test_a_disk_that_fills_up(
     assert not any(tmp_path.iterdir())
 
 
-def test_weights_with_bytes_in_common_are_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("adapted", [("m.a", "m.other"), ("m.a",)])
+def test_weights_with_bytes_in_common_are_refused(adapted: tuple[str, ...], tmp_path: Path) -> None:
     """Two nodes with initializers of their own, which the file stores once."""
     file = tmp_path / "model.onnx"
     save(PRODUCERS["default-4-sym-64"](), file)
@@ -193,12 +194,15 @@ def test_weights_with_bytes_in_common_are_refused(tmp_path: Path) -> None:
         )  # fmt: skip
     ir.save(graph, file)
     blocks = module(4).blocks
-    adapter = Adapter({name: AdaptedModule(name, blocks, IN, OUT) for name in ("m.a", "m.other")})
+    adapter = Adapter({name: AdaptedModule(name, blocks, IN, OUT) for name in adapted})
     model = find(file)
     assert model is not None
     (tmp_path / "copied").mkdir()
-    with pytest.raises(ExportError, match=r"m\.other.* has its bytes in common with another weight"):
+    why = r"/m/a/\S+: its weight has bytes in common with m\.other\S+, which would change as well"
+    with pytest.raises(ExportError, match=why):
         merged_copy(model, tmp_path / "copied", adapter)
+    with pytest.raises(ExportError, match=why):
+        onnx_merge(file, adapter)
 
 
 def test_other_bytes_in_some_places(tmp_path: Path) -> None:
