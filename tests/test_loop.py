@@ -149,6 +149,11 @@ def test_clipping_limits_the_step() -> None:
     assert parameter.item() == pytest.approx(-0.1, rel=1e-5)
 
 
+def test_a_loss_that_nothing_trained_has_a_part_in_is_refused() -> None:
+    with pytest.raises(InputError, match=r"step 1 reaches nothing that is trained: .* choose others"):
+        loop(lambda batch: torch.ones(2).sum(), torch.nn.Parameter(torch.ones(1)), steps=1)
+
+
 def test_steps_are_counted_from_start() -> None:
     parameter = torch.nn.Parameter(torch.ones(1))
     steps = loop(lambda batch: parameter.square().sum(), parameter, steps=5, start=3)

@@ -123,6 +123,15 @@ def test_training_learns_and_logs(tiny_model: Callable[[str], Path], folder: Pat
     assert picture.startswith(b"\x89PNG") and len(picture) > 10_000
 
 
+def test_modules_that_learn_nothing_are_named(
+    tiny_model: Callable[[str], Path], folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Where only the first token is looked back from, it is all that attention can look at."""
+    how: dict[str, Any] = {"num_blocks": 4, "max_length": 2, "max_steps": 2, "target_modules": ["q_proj", "v_proj"]}
+    train(tiny_model("llama"), folder / "text.jsonl", tmp_path / "a", **how)
+    assert "the blocks of 2 of 4 modules are zero still: nothing of the data reached model.layers.0" in caplog.text
+
+
 def test_completions_are_learned_and_short_lines_left_out(
     tiny_model: Callable[[str], Path], folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -243,6 +252,25 @@ def test_resumed_run_ends_in_the_same_bits(
     train(tiny_model("gpt2"), folder / "text.jsonl", output, resume=True, **RUN)
     assert same_weights(output, uninterrupted)
     assert untimed(log_of(output)) == untimed(log_of(uninterrupted))
+
+
+def test_layers_that_a_step_leaves_out_are_saved_and_resumed(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import transformers
+
+    sizes: dict[str, Any] = {"vocab_size": 320, "hidden_size": 32, "word_embed_proj_dim": 32, "ffn_dim": 32}
+    config = transformers.OPTConfig(
+        **sizes, num_hidden_layers=8, num_attention_heads=2, max_position_embeddings=64, layerdrop=0.5
+    )
+    transformers.OPTForCausalLM(config).save_pretrained(tmp_path / "opt")
+    tiny.make_tokenizer(tmp_path / "opt")
+    run = {**RUN, "eval_fraction": 0}
+    work = stopped(tmp_path / "opt", folder / "text.jsonl", tmp_path / "a", monkeypatch)  # after the first step
+    assert work.exists()
+    train(tmp_path / "opt", folder / "text.jsonl", tmp_path / "a", resume=True, **run)
+    train(tmp_path / "opt", folder / "text.jsonl", tmp_path / "b", **run)
+    assert same_weights(tmp_path / "a", tmp_path / "b")
 
 
 def test_resume_without_a_checkpoint_starts_at_the_beginning(

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from diablo_export.errors import InputError
 from diablo_export.trainer.data import Encoded
-from diablo_export.trainer.processes import whole
+from diablo_export.trainer.processes import ALONE, whole
 
 SCHEDULES = ("linear", "cosine", "constant")
 
@@ -41,7 +41,7 @@ def train_loop(
     clip: float | None = 1.0,
     seed: int = 0,
     culprit: Callable[[Sequence[Sequence[Encoded]]], str] = lambda parts: "",
-    add_up: Callable[[Sequence[nn.Parameter], float], float] = lambda parameters, loss: loss,
+    add_up: Callable[[Sequence[nn.Parameter], float], float] = ALONE.add_up,
     backward: Callable[[Tensor, bool], None] = lambda loss, last: torch.autograd.backward(loss),
     clip_norm: Callable[[Sequence[nn.Parameter], float], Tensor] = nn.utils.clip_grad_norm_,
     after_step: Callable[[Step], None] = lambda step: None,
@@ -59,13 +59,14 @@ def train_loop(
         rate: the learning rate of a step.
         clip: largest norm of the gradient, or None.
         culprit: says where a step's batches broke the numbers, when they did.
-        add_up: adds gradients, in place, and loss up over processes that train together.
+        add_up: adds gradients, in place, and loss up over processes that train together; none is missing afterwards.
         backward: adds up the gradients of a batch's loss; told whether it is the step's last.
         clip_norm: clips the gradient to a norm, and says what that was before.
         after_step: sees each finished step, to log, evaluate and save; what it raises ends the training.
 
     Raises:
-        InputError: loss or gradient is NaN or infinite; the weights are still those of the step before.
+        InputError: loss or gradient is NaN or infinite, or the loss depends on nothing that is trained; the weights are
+            still those of the step before.
     """
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     for step in range(start, steps):
@@ -78,6 +79,11 @@ def train_loop(
         total = 0.0
         for part in parts:
             share = loss(part) / count
+            if not share.requires_grad:
+                raise InputError(
+                    f"step {step + 1} reaches nothing that is trained: this model does not use these --target-modules "
+                    "for its answer; choose others"
+                )
             backward(share, part is parts[-1])
             total += share.item()
         total = add_up(parameters, total)

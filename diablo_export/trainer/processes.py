@@ -72,12 +72,20 @@ class Processes:
         return total.tolist()
 
     def add_up(self, parameters: Sequence[nn.Parameter], loss: float) -> float:
-        """Add up gradients (in place) and loss over all processes: all then take the same step."""
+        """Add up gradients (in place) and loss over all processes: all then take the same step.
+
+        What a step left out, such as a layer that is dropped, gets a gradient of zero: it is stepped with all others,
+        so that the optimizer's state follows from the number of the step.
+        """
+        if self.deepspeed is None:  # which keeps gradients elsewhere
+            for parameter in parameters:
+                if parameter.grad is None:
+                    parameter.grad = torch.zeros_like(parameter)
         if self.accelerator is None:
             return loss
         if not self.sharded and self.deepspeed is None:  # else they were on their way back
-            parts = [p.grad if p.grad is not None else torch.zeros_like(p) for p in parameters]
-            total = self.accelerator.reduce(torch.cat([part.flatten() for part in parts]), "sum")
+            parts = [parameter.grad.flatten() for parameter in parameters if parameter.grad is not None]
+            total = self.accelerator.reduce(torch.cat(parts), "sum")
             for parameter, part in zip(parameters, total.split([part.numel() for part in parts]), strict=True):
                 parameter.grad = part.view_as(parameter)
         return self.sum([loss])[0]
@@ -90,6 +98,9 @@ class Processes:
         """Go on when all processes are here."""
         if self.accelerator is not None:
             self.accelerator.wait_for_everyone()
+
+
+ALONE = Processes()
 
 
 def join_processes(device: str, batch_size: int, packed: bool = False) -> Processes:
@@ -105,7 +116,7 @@ def join_processes(device: str, batch_size: int, packed: bool = False) -> Proces
     """
     count = int(os.environ.get("WORLD_SIZE", "1"))
     if count < 2:
-        return Processes()
+        return ALONE
     if batch_size < count:
         raise InputError(
             f"--batch-size is {batch_size}, which {count} processes share: give {count} or more, or start fewer"

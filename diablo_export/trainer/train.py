@@ -234,6 +234,8 @@ def train(
         settle(network)
         adapter, history = learner.adapter(model, task, lesson.labels, grid), watch.history
         if processes.first:
+            if not on_grid:  # where moves of less than a step are none
+                _tell_zeros(adapter)
             _write(output, overwrite, adapter, history, f"{Path(model).name} on {Path(data).name}, lr {lr:g}")
         processes.wait()
     evaluations = [record for record in history.records if "eval_loss" in record]
@@ -264,6 +266,15 @@ def _write(output: Path, overwrite: bool, adapter: Adapter, history: History, ti
         write_log(folder / LOG, history.records)
         draw(history, folder / PICTURE, f"{title}, {adapter.num_blocks} blocks")
     log.info("wrote %s", output)
+
+
+def _tell_zeros(adapter: Adapter) -> None:
+    zero = [name for name, module in adapter.modules.items() if not module.blocks.any()]
+    if zero:
+        log.warning(
+            "the blocks of %d of %d modules are zero still: nothing of the data reached %s", len(zero),
+            len(adapter.modules), ", ".join(zero[:5]) + ", …" * (len(zero) > 5),
+        )  # fmt: skip
 
 
 @contextlib.contextmanager
