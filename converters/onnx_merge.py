@@ -15,13 +15,15 @@ import numpy as np
 import onnx_ir as ir
 
 from diablo_export.adapter import Adapter
+from diablo_export.blockdiag import Array
+from diablo_export.console import log
 from diablo_export.converters.onnx_aside import bytes_in_common
 from diablo_export.converters.onnx_groups import corners, opened, quantized, touched
 from diablo_export.converters.onnx_head import feed_parameters
 from diablo_export.converters.onnx_linears import Linear
 from diablo_export.converters.onnx_match import Match, match
 from diablo_export.converters.onnx_stored import Held, keep, writable
-from diablo_export.errors import ExportError
+from diablo_export.errors import AdapterError, ExportError
 from diablo_export.requantize import nearest, rounded, whole_steps
 
 
@@ -31,11 +33,13 @@ def onnx_merge(file: Path, adapter: Adapter) -> list[dict[str, Any]]:
     Raises:
         MatchError: adapted modules that the graph does not show.
         ExportError: weights that cannot be merged into, with the reason of each.
+        AdapterError: base plus blocks is more than a weight's dtype holds.
     """
     model = ir.load(file)
     found = match(model, adapter.modules)
     refuse(file, found.values())
     entries = [merge_module(one, file.parent, adapter) for one in found.values()]
+    warn_of_rounding(entries)
     put_head(model, adapter)
     ir.save(model, file)
     return entries
@@ -100,8 +104,8 @@ def merge_module(one: Match, folder: Path, adapter: Adapter, held: Held | None =
 
 def _merge(one: Match, folder: Path, on_grid: bool, held: Held | None) -> dict[str, Any]:
     if not quantized(one):
-        add(one, folder, held)
-        return {"why": f"added to the weight ({one.why})"}
+        gain = add(one, folder, held)
+        return {"why": f"added to the weight ({one.why})", "weight_gain": gain}
     done = total = 0
     exact = on_grid
     for linear, found in corners(one):
@@ -120,12 +124,44 @@ def _merge(one: Match, folder: Path, on_grid: bool, held: Held | None) -> dict[s
     return {"why": why, "touched_groups": done}
 
 
-def add(one: Match, folder: Path, held: Held | None = None) -> None:
-    """Add the blocks to a module's float weight: exact, but for its dtype."""
+def add(one: Match, folder: Path, held: Held | None = None) -> float:
+    """Add the blocks to a module's float weight: exact, but for its dtype.
+
+    Returns:
+        <what was added after rounding, blocks> / <blocks, blocks>: 1 where rounding took nothing.
+
+    Raises:
+        AdapterError: base plus blocks is more than the dtype holds.
+    """
+    left = wanted = 0.0
     for linear, found in corners(one):
         stored = writable(linear.weight, folder, held)
         weight = stored.T if linear.transposed else stored  # (out, in), a view
+        wide = np.float64 if stored.dtype == np.float64 else np.float32
         for corner in found:
-            total = weight[corner.rows, corner.columns].astype(np.float32) + corner.delta.astype(np.float32)
-            weight[corner.rows, corner.columns] = total.astype(stored.dtype)
+            before: Array = weight[corner.rows, corner.columns].astype(wide)
+            delta: Array = corner.delta.astype(wide)
+            with np.errstate(over="ignore"):  # an error of its own
+                total: Array = (before + delta).astype(stored.dtype)
+            if not np.isfinite(total).all():
+                raise AdapterError(
+                    f"{one.module.name}: base plus blocks overflows {stored.dtype}, the type of the weight of "
+                    f"{linear.name}; merge into a float32 model, or keep the blocks as a branch: diablo-export export"
+                )
+            weight[corner.rows, corner.columns] = total
+            left += float(np.vdot(total.astype(wide) - before, delta))
+            wanted += float(np.vdot(delta, delta))
         keep(linear.weight, stored)
+    return left / wanted if wanted else 1.0
+
+
+def warn_of_rounding(entries: Iterable[Mapping[str, Any]]) -> None:
+    """Say which float weights are stored in a type that takes away a tenth of the blocks or more."""
+    kept = {str(entry["name"]): float(entry.get("weight_gain", 1.0)) for entry in entries}
+    lossy = [f"{name} keeps {gain:.0%}" for name, gain in kept.items() if not 0.9 <= gain <= 1.1]
+    if lossy:
+        more = f" and {len(lossy) - 5} more" if len(lossy) > 5 else ""
+        log.warning(
+            "rounding to the type of the model's weights changes the blocks: %s%s; merge into a float32 model, or keep "
+            "the blocks as a branch: diablo-export export", ", ".join(lossy[:5]), more,
+        )  # fmt: skip

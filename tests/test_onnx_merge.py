@@ -15,7 +15,7 @@ from diablo_export.converters.merge import merge
 from diablo_export.converters.onnx_linears import Linear, linears, numpy_of
 from diablo_export.converters.onnx_match import match
 from diablo_export.converters.onnx_merge import onnx_merge
-from diablo_export.errors import ExportError, InputError, MatchError
+from diablo_export.errors import AdapterError, ExportError, InputError, MatchError
 from diablo_export.fingerprint import fingerprint
 from diablo_export.manifest import file_xxh3
 from diablo_export.quantization import Quantized, dequantize, quantize, unpack, zero_points
@@ -134,6 +134,38 @@ def test_the_genai_builders_float(
     assert manifest["quantize"] == "none"
     wanted = in_torch(tiny_model(architecture), tiny_adapter(architecture))
     np.testing.assert_allclose(runner(tmp_path / "out/model.onnx")(), wanted, rtol=0, atol=LOGITS)
+
+
+def half(values: Array, file: Path) -> Path:
+    """A graph of one layer that is stored in float16."""
+    model = graph({"/m/a/MatMul": values})
+    (weight,) = model.graph.initializers.values()
+    weight.const_value = ir.tensor(values.T.astype(np.float16), name=weight.name)
+    weight.dtype = ir.DataType.FLOAT16
+    ir.save(model, file)
+    return file
+
+
+def test_what_float16_cannot_hold_is_refused(tmp_path: Path) -> None:
+    values = weight(24, 88, 0)
+    blocks = np.zeros(BlockShape.for_linear(88, 24, 4).blocks, np.float32)
+    blocks[3, -1, -1] = 70_000
+    file = half(values, tmp_path / "model.onnx")
+    before = file.read_bytes()
+    adapter = Adapter({"m.a": AdaptedModule("m.a", blocks, 88, 24, fingerprint(values))})
+    with pytest.raises(AdapterError, match=r"m\.a: base plus blocks overflows float16.*/m/a/MatMul"):
+        onnx_merge(file, adapter)
+    assert file.read_bytes() == before
+
+
+def test_what_float16_takes_away_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    values = np.ones((24, 88), np.float32)  # the next float16 is 0.001 away
+    blocks = np.full(BlockShape.for_linear(88, 24, 4).blocks, 1e-4, np.float32)
+    adapter = Adapter({"m.a": AdaptedModule("m.a", blocks, 88, 24)})
+    with caplog.at_level("WARNING", "diablo_export"):
+        (entry,) = onnx_merge(half(values, tmp_path / "model.onnx"), adapter)
+    assert entry["weight_gain"] == 0
+    assert "m.a keeps 0%" in caplog.text and "float32" in caplog.text
 
 
 def test_a_module_in_parts(tmp_path: Path) -> None:
