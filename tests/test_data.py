@@ -79,6 +79,7 @@ def test_text_file_is_one_document_per_paragraph(write: Callable[..., Path]) -> 
         ('{"text": "a"', r"line 2: not JSON \(Expecting ',' delimiter at column 13\): \{\"text\": \"a\""),
         (r'{"text": "cat \ud83d"}', "line 2: has half of a surrogate pair"),
         (r'{"messages": [{"role": "user", "content": "\udc00"}]}', "line 2: has half of a surrogate pair"),
+        ("[" * 100_000, r"line 2: not JSON \(brackets too deep within each other\): \[\["),
         ("[1, 2]", r"line 2: a JSON list, not an object: \[1, 2\]"),
         ('{"question": "a", "answer": "b"}', "line 2: has the keys 'question', 'answer'; that is none of the forms"),
         ("{}", "line 2: has the keys nothing"),

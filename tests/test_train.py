@@ -429,6 +429,25 @@ def test_bad_data(
     assert not list(tmp_path.iterdir())
 
 
+def test_positions_that_begin_behind_the_padding_are_not_there_for_text(folder: Path, tmp_path: Path) -> None:
+    """RoBERTa's first position is the one after its padding token: of 34 positions, 32 are left."""
+    import transformers
+
+    config = transformers.RobertaConfig(
+        vocab_size=320, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+        max_position_embeddings=34, pad_token_id=1,
+    )  # fmt: skip
+    transformers.RobertaForSequenceClassification(config).save_pretrained(tmp_path / "m")
+    tiny.make_tokenizer(tmp_path / "m")
+    (tmp_path / "data.jsonl").write_text(
+        "".join(json.dumps({"text": TEXT * 9, "label": label}) + "\n" for label in "ab")
+    )
+    how: dict[str, Any] = {"task": "text-classification", "num_blocks": 4}
+    assert train(tmp_path / "m", tmp_path / "data.jsonl", tmp_path / "a", **how).steps == 1
+    with pytest.raises(InputError, match="--max-length is 33, but the model has 32 positions; give 32 or less"):
+        train(tmp_path / "m", tmp_path / "data.jsonl", tmp_path / "b", max_length=33, **how)
+
+
 def test_cuda_asked_for_and_absent(tiny_model: Callable[[str], Path], folder: Path, tmp_path: Path) -> None:
     if torch.cuda.is_available():
         pytest.skip("this machine has a GPU")

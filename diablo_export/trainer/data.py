@@ -113,6 +113,8 @@ def _example(line: str, number: int) -> Example:
         value = json.loads(line)
     except json.JSONDecodeError as error:
         raise ValueError(f"not JSON ({error.msg} at column {error.colno}): {_short(line)}") from error
+    except RecursionError as error:
+        raise ValueError(f"not JSON (brackets too deep within each other): {_short(line)}") from error
     if "\\u" in line and re.search("[\ud800-\udfff]", json.dumps(value, ensure_ascii=False)):
         raise ValueError(f"has half of a surrogate pair (\\ud800 to \\udfff), which is no character: {_short(line)}")
     if not isinstance(value, dict):

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from diablo_export.base_grid import BaseGrid
 from diablo_export.checkpoint import Checkpoint
@@ -143,9 +144,19 @@ def item_length(network: Any, max_length: int | None) -> int:
         InputError: more than the model has positions.
     """
     limit = getattr(network.config, "max_position_embeddings", None) or math.inf
+    limit -= _before_text(network)
     if max_length is not None and max_length > limit:
         raise InputError(f"--max-length is {max_length}, but the model has {limit} positions; give {limit} or less")
     return max_length or int(min(limit, 512))
+
+
+def _before_text(network: nn.Module) -> int:
+    """Positions that no text takes: RoBERTa and its kind count from behind that of the padding."""
+    tables = [table for name, table in network.named_modules() if name.endswith("position_embeddings")]
+    padded = [
+        table.padding_idx for table in tables if isinstance(table, nn.Embedding) and table.padding_idx is not None
+    ]
+    return max(padded, default=-1) + 1
 
 
 def encode_file(path: str | Path, examples: list[Example], **how: Any) -> list[Encoded]:
