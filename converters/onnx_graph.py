@@ -7,7 +7,6 @@ that the runtime then refuses never leaves this module: a session is opened and 
 from __future__ import annotations
 
 import contextlib
-import importlib
 import json
 import shutil
 from collections.abc import Collection, Iterable
@@ -25,7 +24,7 @@ from diablo_export.converters.onnx_nodes import MODEL, Weights, finish
 from diablo_export.converters.onnx_trial import try_graph
 from diablo_export.converters.onnx_weights import DATA
 from diablo_export.converters.packed_view import float_view
-from diablo_export.errors import ExportError, InputError, require
+from diablo_export.errors import DependencyError, ExportError, InputError, require
 from diablo_export.quantization import check_layout
 
 PRECISIONS = ("fp32", "fp16")
@@ -57,8 +56,8 @@ def load_exporters() -> None:
     """
     for package, extra in (("torch", "train"), ("transformers", "train"), ("onnxruntime", "cpu")):
         require(package, extra)
-    with contextlib.suppress(ImportError):  # the road that needs it says so
-        importlib.import_module("onnxruntime_genai.models.builder")
+    with contextlib.suppress(DependencyError):  # the road that needs it says so
+        require("onnxruntime_genai.models.builder", "genai")
 
 
 def build_graph(

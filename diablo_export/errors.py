@@ -18,6 +18,7 @@ A message names the file, the value found, what is allowed and what to do.
 from __future__ import annotations
 
 import importlib
+import logging
 from types import ModuleType
 
 
@@ -66,7 +67,13 @@ class CheckFailed(DiabloError):
 
 
 def require(module: str, extra: str) -> ModuleType:
-    """Import `module`, or raise DependencyError naming the extra that would install it."""
+    """Import `module`, or raise DependencyError naming the extra that would install it.
+
+    The root logger stays as it was: onnxruntime's quantizer calls basicConfig() when it is imported, which would print
+    this package's messages, and keep the caller's own basicConfig() from doing anything.
+    """
+    root = logging.getLogger()
+    handlers, level = root.handlers[:], root.level
     try:
         return importlib.import_module(module)
     except ImportError as error:
@@ -74,3 +81,6 @@ def require(module: str, extra: str) -> ModuleType:
             f"this needs the Python package {module!r}, which cannot be imported here ({error}); "
             f'install it with: pip install "diablo-export[{extra}]"'
         ) from error
+    finally:
+        root.handlers[:] = handlers
+        root.setLevel(level)
