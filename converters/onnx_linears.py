@@ -41,6 +41,7 @@ class Linear:
     group_index: ir.Value | None = None  # which group each input belongs to; None: k // group_size
     source: ir.Node | None = None  # the DequantizeLinear that makes the weight
     fault: str | None = None  # why its groups are not runs of inputs, where they are not
+    bias: tuple[ir.Value, ir.Value] | None = None  # int32 codes and scales, where those are x's times the weight's
 
     @property
     def name(self) -> str:
@@ -97,8 +98,9 @@ class Linear:
 
     @property
     def stored(self) -> list[ir.Value]:
-        """Its initializers: the weight or its codes, scales, zero points; those of them that there are."""
-        return [value for value in (self.weight, self.scales, self.zero_points) if value is not None]
+        """What of it a merge changes: the weight or its codes, scales, zero points, a bias on their grid."""
+        values = (self.weight, self.scales, self.zero_points, *(self.bias or ()))
+        return [value for value in values if value is not None]
 
     def _zero_at(self, rows: Index, group: Index) -> npt.NDArray[np.float32]:
         if self.zero_points is None:
@@ -208,8 +210,27 @@ def _dequantized(node: ir.Node, source: ir.Node, transposed: bool) -> Linear | N
         fault = fault or "its codes are unsigned and have no zero points, so all its weights are of one sign"
     return Linear(
         node, "DequantizeLinear", codes, inputs, outputs, transposed, dtype.bitwidth, size, scales, zeros,
-        source=source, fault=fault,
+        source=source, fault=fault, bias=_bias(node, numpy_of(scales)),
     )  # fmt: skip
+
+
+def _bias(node: ir.Node, scales: Array) -> tuple[ir.Value, ir.Value] | None:
+    """A Gemm's bias of int32, which onnxruntime adds to the sums of x's codes times the weight's: on their grid.
+
+    It never looks at the bias's own scales then. Quantizers write those of x times those of the weight.
+    """
+    value = node.inputs[2] if node.op_type == "Gemm" and len(node.inputs) > 2 else None
+    source = value.producer() if value is not None else None
+    if source is None or source.op_type != "DequantizeLinear":
+        return None
+    codes, steps = source.inputs[:2]
+    if codes is None or steps is None or codes.const_value is None or steps.const_value is None:
+        return None
+    sizes = numpy_of(steps)
+    if codes.dtype != ir.DataType.INT32 or scales.ndim != 1 or sizes.shape != scales.shape or not scales.all():
+        return None
+    ratios = sizes / scales
+    return (codes, steps) if np.allclose(ratios, ratios[0], rtol=1e-3) else None
 
 
 def _groups_of(source: ir.Node, scales: Array, inputs: int, along_inputs: bool) -> tuple[int, str | None]:

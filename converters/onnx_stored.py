@@ -100,8 +100,9 @@ class Dequantized:
 
     def __init__(self, linear: Linear, folder: Path, held: Held | None = None) -> None:
         """Open the initializers of the node, as `writable` does; `folder` is where its model.onnx lies."""
-        self._values = linear.stored
+        self._values = [value for value in linear.stored if value not in (linear.bias or ())]
         self._arrays = [writable(value, folder, held) for value in self._values]
+        self._bias = None if linear.bias is None else _Bias(linear.bias, self._arrays[1], folder, held)
         self._bits, self._size, self._inputs = linear.bits, linear.group_size, linear.in_features
         self._flip = linear.transposed
         dtype = linear.weight.dtype
@@ -149,6 +150,8 @@ class Dequantized:
             if spare:  # the bits behind the last code stay as they were
                 packed[-1] |= raw[-1] & np.uint8(0xFF << spare & 0xFF)
             raw[:] = packed
+        if self._bias is not None:
+            self._bias.follow(self._arrays[1])
         for value, array in zip(self._values, self._arrays, strict=True):
             keep(value, array)
 
@@ -171,3 +174,23 @@ class Dequantized:
             return (groups[..., None] * self._size + np.arange(self._size)).reshape(len(groups), -1)
         stop = None if groups.stop is None else groups.stop * self._size
         return slice(groups.start * self._size, stop)
+
+
+class _Bias:
+    """A bias of int32 codes on the grid of x's scale times the weight's, one scale for each output."""
+
+    def __init__(self, values: tuple[ir.Value, ir.Value], scales: Array, folder: Path, held: Held | None) -> None:
+        """Open its codes and scales; `scales` are the weight's, (out,), as they are before anything changes."""
+        self._values, self._old = values, scales.copy()
+        self._codes, self._steps = (writable(value, folder, held) for value in values)
+
+    def follow(self, scales: Array) -> None:
+        """Bring it to the grid of the weight's new scales; outputs whose scale is the same keep their bytes."""
+        moved = (scales != self._old) & (scales != 0)
+        ratio = scales[moved].astype(np.float64) / self._old[moved]
+        codes = np.rint(self._codes[moved] / ratio)  # the old codes in the new steps
+        largest = np.iinfo(np.int32).max
+        self._codes[moved] = np.clip(codes, -largest, largest).astype(np.int32)
+        self._steps[moved] = (self._steps[moved] * ratio).astype(self._steps.dtype)
+        for value, array in zip(self._values, (self._codes, self._steps), strict=True):
+            keep(value, array)

@@ -17,7 +17,7 @@ import onnx_ir as ir
 import onnxruntime as ort
 import pytest
 from onnx import TensorProto, helper, numpy_helper
-from onnxruntime.quantization import QuantFormat
+from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
 from onnxruntime.quantization import matmul_nbits_quantizer as producers
 
 from diablo_export.adapter import AdaptedModule, Adapter
@@ -307,6 +307,51 @@ def test_weights_that_blocks_cannot_be_merged_into(make: Make, why: str, tmp_pat
     one = AdaptedModule("m.a", module(4).blocks, IN, OUT)  # without samples: these grids hold other values
     with pytest.raises(ExportError, match=f"/m/a/MatMul: {why}"):
         onnx_merge(tmp_path / "model.onnx", Adapter({"m.a": one}))
+
+
+class Ranges(CalibrationDataReader):  # type: ignore[misc]
+    """What static quantization takes the ranges of activations from."""
+
+    def __init__(self) -> None:
+        self.left = [{"x": np.random.default_rng(3).normal(size=(64, IN)).astype(np.float32) * 3}]
+
+    def get_next(self) -> dict[str, Array] | None:
+        return self.left.pop() if self.left else None
+
+
+@pytest.mark.parametrize("kind", [QuantType.QInt8, QuantType.QUInt8])
+def test_a_bias_on_the_grid_of_its_weight_goes_with_it(kind: Any, tmp_path: Path) -> None:
+    """onnxruntime adds a Gemm's int32 bias to its int32 sums, whatever scales the bias has of its own."""
+    random = np.random.default_rng(0)
+    stored = [weights("a"), random.normal(size=OUT).astype(np.float32) * 30]
+    node = helper.make_node("Gemm", ["x", "w", "b"], ["a"], name="/m/a/Gemm", transB=1)
+    names = [numpy_helper.from_array(value, name) for value, name in zip(stored, "wb", strict=True)]
+    onnx.save(_model([node], names, ("a",)), tmp_path / "float.onnx")
+    given = tmp_path / "model.onnx"
+    options = {"per_channel": True, "weight_type": kind, "activation_type": QuantType.QUInt8, "reduce_range": True}
+    quantize_static(str(tmp_path / "float.onnx"), str(given), Ranges(), **options)
+    x = {"x": random.normal(size=(16, IN)).astype(np.float32)}
+    before, one = _answers(given, x), module(4)
+    (entry,) = onnx_merge(given, Adapter({"m.a": one}))
+    after = _answers(given, x)
+    assert entry["touched_groups"] == OUT
+    plain, fused = before
+    assert np.abs(plain - fused).max() <= np.abs(plain).max() / 128  # one step of the activations, of 255
+    plain, fused = after
+    assert np.abs(plain - fused).max() <= np.abs(plain).max() / 128
+    effect, wanted = plain - before[0], x["x"] @ add_to_weight(np.zeros((OUT, IN), np.float32), one.blocks).T
+    gain = float((effect * wanted).sum() / (wanted**2).sum())
+    assert gain == pytest.approx(1, abs=0.02)  # int8 of both sides
+
+
+def _answers(file: Path, feeds: dict[str, Array]) -> list[Array]:
+    """What onnxruntime makes of a model as it is written, and fused."""
+    found = []
+    for level in (ort.GraphOptimizationLevel.ORT_DISABLE_ALL, ort.GraphOptimizationLevel.ORT_ENABLE_ALL):
+        options = ort.SessionOptions()
+        options.graph_optimization_level = level
+        found.append(ort.InferenceSession(str(file), options, providers=["CPUExecutionProvider"]).run(["a"], feeds)[0])
+    return found
 
 
 @pytest.mark.slow
