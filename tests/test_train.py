@@ -356,6 +356,33 @@ def test_unfinished_run_is_not_lost_nor_mixed_up(
     assert output.exists() and not work.exists()
 
 
+@pytest.mark.parametrize("what", ["weights", "config", "tokenizer", "held out"])
+def test_a_run_goes_on_with_nothing_else_than_it_began_with(
+    what: str, tiny_model: Callable[[str], Path], folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import transformers
+
+    base = Path(shutil.copytree(tiny_model("llama"), tmp_path / "base"))
+    stopped(base, folder / "text.jsonl", tmp_path / "adapter", monkeypatch)
+    how: dict[str, Any] = {**RUN, "eval_fraction": 0}
+    if what == "weights":  # that no block lies beside
+        network = transformers.AutoModelForCausalLM.from_pretrained(base)
+        network.model.norm.weight.data += 0.1
+        network.save_pretrained(base)
+    elif what == "config":
+        config = json.loads((base / "config.json").read_text())
+        (base / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 0.01}))
+    elif what == "tokenizer":
+        tokenizer = transformers.AutoTokenizer.from_pretrained(base)
+        tokenizer.eos_token = "<s>"
+        tokenizer.save_pretrained(base)
+    else:
+        how["eval_data"] = folder / "text.jsonl"
+    name = {"tokenizer": "tokens", "held out": "eval_data"}.get(what, "base")
+    with pytest.raises(InputError, match=f"(?s)started with other settings.*  {name} was [^\n]*, now it is"):
+        train(base, folder / "text.jsonl", tmp_path / "adapter", resume=True, **how)
+
+
 # refusals
 
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+import xxhash
 from torch import nn
 
 from diablo_export.adapter import TASKS, AdaptedModule, Adapter, stored_transposed
@@ -30,6 +33,7 @@ class Learner:
     targets: list[str]  # as adapter_config.json names them
     marks: dict[str, Fingerprint]  # of the base's weights, by adapted module
     num_blocks: int
+    base_digest: str  # tells one base from another, in hex
 
     @property
     def parameters(self) -> dict[str, nn.Parameter]:
@@ -37,11 +41,6 @@ class Learner:
         named = dict(self.network.named_parameters())
         blocks = {f"{name}.diablo_blocks": layer.blocks for name, layer in diablo_layers(self.network).items()}
         return blocks | {name: named[name] for name in self.head}
-
-    @property
-    def base_digest(self) -> str:
-        """Tells one base from another, in hex."""
-        return hashlib.sha256("".join(mark.xxh3_128 for mark in self.marks.values()).encode()).hexdigest()
 
     def adapter(self, model: str | Path, task: str, labels: list[str] | None, grid: BaseGrid | None) -> Adapter:
         """The adapter as it is trained now, for the base `model`; every process must ask for it."""
@@ -87,6 +86,7 @@ def put_blocks(
     wanted = [target_modules] if isinstance(target_modules, str) else list(target_modules or ())
     targets = choose_targets(network, wanted, exclude=owners(head))
     marks = _fingerprints(checkpoint, targets)
+    digest = _base_digest(network, checkpoint, marks, {*head, *(f"{name}.weight" for name in targets)})
     wrap_targets(network, targets, num_blocks)
     network.config.use_cache = False
     for name in head:
@@ -94,12 +94,22 @@ def put_blocks(
         parameter.data = parameter.data.float()
         parameter.requires_grad_(True)
     names = short_names(network, targets) if not wanted or ALL in wanted else wanted
-    return Learner(network, head, names, marks, num_blocks)
+    return Learner(network, head, names, marks, num_blocks, digest)
 
 
 def owners(parameters: Sequence[str]) -> set[str]:
     """The modules that these parameters belong to."""
     return {name.rpartition(".")[0] for name in parameters}
+
+
+def _base_digest(network: nn.Module, checkpoint: Checkpoint, marks: Mapping[str, Fingerprint], but: set[str]) -> str:
+    """Of the base's configuration, its targets' fingerprints, and everything else that it holds `but` those."""
+    digest = hashlib.sha256(json.dumps([checkpoint.config, [mark.xxh3_128 for mark in marks.values()]]).encode())
+    for name, value in network.state_dict().items():
+        if name not in but:
+            plain = value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
+            digest.update(f"{name}:{xxhash.xxh3_128_hexdigest(plain.data)}".encode())
+    return digest.hexdigest()
 
 
 def _fingerprints(checkpoint: Checkpoint, targets: Sequence[str]) -> dict[str, Fingerprint]:

@@ -23,7 +23,7 @@ from diablo_export.console import log
 from diablo_export.errors import require
 from diablo_export.output import new_folder
 from diablo_export.packed.modules import check_base
-from diablo_export.trainer.batches import Batches
+from diablo_export.trainer.batches import Batches, digest
 from diablo_export.trainer.folding import fold_blocks
 from diablo_export.trainer.history import LOG, PICTURE, History, draw, write_log
 from diablo_export.trainer.initial import begin
@@ -198,8 +198,8 @@ def train(
         log.info("continuing after step %d of %d", start, steps)
     size = sum(parameter.numel() for parameter in trained)
     log.info(
-        "training %s parameters in %d modules on %s: %s items, %d steps of %d × %d", f"{size:,}", len(learner.marks),
-        place.type, f"{len(lesson.items):,}", steps, batch_size, grad_accumulation,
+        "training %s parameters in %d modules on %s: %s items, %d steps of %d", f"{size:,}", len(learner.marks),
+        place.type, f"{len(lesson.items):,}", steps, batch_size * grad_accumulation,
     )  # fmt: skip
 
     run = functools.partial(
@@ -253,6 +253,8 @@ def _settings(
     """What a resumed run must share with its beginning."""
     return {name: options[name] for name in _KEPT} | {
         "base": learner.base_digest, "data": file_sha256(Path(options["data"])), "targets": list(learner.marks),
+        "tokens": digest(lesson.items),
+        "eval_data": file_sha256(Path(options["eval_data"])) if options["eval_data"] else None,
         "max_length": lesson.max_length, "labels": lesson.labels, "autocast": autocast,
         "base_quantization": grid and grid.to_json(),
         "init_adapter": given and given.path and file_sha256(given.path / WEIGHTS),
