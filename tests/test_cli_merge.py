@@ -19,7 +19,7 @@ Get = Callable[..., Path]
 def test_summary_names_folder_files_and_the_next_step(
     run: Run, tiny_model: Get, tiny_adapter: Get, tmp_path: Path
 ) -> None:
-    out = tmp_path / "out"
+    out = tmp_path / "the output"
     result = run(
         "merge", "--model", tiny_model("llama"), "--adapter", tiny_adapter("llama"), "--quantize", "int4",
         "--group-size", 16, "--method", "rtn", "--output", out,
@@ -27,7 +27,7 @@ def test_summary_names_folder_files_and_the_next_step(
     assert result.exit_code == 0, result.output
     assert "14 modules merged from adapter" in result.stdout
     assert "model.onnx.data" in result.stdout
-    assert f"next: diablo-export parity {out}" in result.stdout
+    assert result.stdout.endswith(f"next: diablo-export parity '{out}' --data test.jsonl\n")
     manifest = json.loads((out / "diablo_export.json").read_text())
     assert (manifest["options"]["group_size"], manifest["options"]["format"]) == (16, "onnx")
 

@@ -121,6 +121,7 @@ def test_what_misses_stays_and_is_marked(run: Run, tiny_model: Get, tiny_adapter
     assert "the fine-tune does not survive as asked: gain" in result.stderr
     assert "(asked: within 0.001 of 1)" in result.stderr and "(asked: 0.999)" in result.stderr
     assert "survival on 8 sequences of 32 tokens, sampled from the tuned model" in result.stdout
+    assert "next:" not in result.stdout
     survival = read_manifest(out)["survival"]
     assert not survival["passed"]
     tried = [row["method"] for row in survival["tried"]]

@@ -18,7 +18,7 @@ from diablo_export.cli.options import (
     quantize_option,
     verbosity_options,
 )
-from diablo_export.cli.summary import print_summary
+from diablo_export.cli.summary import print_next, print_summary
 
 
 @click.command(short_help="Export ONNX that keeps the blocks as a swappable branch.")
@@ -86,3 +86,4 @@ def command(
         click.echo(json.dumps(manifest, indent=1))
     else:
         print_summary(manifest, output)
+        print_next("parity", output, "--data", "test.jsonl")

@@ -24,7 +24,7 @@ from diablo_export.cli.options import (
     size,
     verbosity_options,
 )
-from diablo_export.cli.summary import print_summary
+from diablo_export.cli.summary import print_next, print_summary
 from diablo_export.console import log
 from diablo_export.errors import CheckFailed
 
@@ -105,6 +105,8 @@ def command(model: str, adapter: Path, output: Path, as_json: bool, **options: A
     survival = manifest.get("survival")
     if survival is not None and not survival["passed"]:
         raise CheckFailed(_missed(survival, output))
+    if not as_json:
+        print_next("parity", output, "--data", "test.jsonl")
 
 
 def print_survival(manifest: Mapping[str, Any]) -> None:

@@ -20,6 +20,7 @@ from diablo_export.cli.options import (
     overwrite_option,
     verbosity_options,
 )
+from diablo_export.cli.summary import print_next
 from diablo_export.console import log
 from diablo_export.errors import require
 
@@ -78,4 +79,4 @@ def _say(manifest: Mapping[str, Any], output: Path) -> None:
     loss = manifest["loss"]
     if loss["float"] is not None:
         click.echo(f"loss on text held back: {loss['float']:.4f}, quantized {loss['quantized']:.4f}")
-    click.echo(f"next: diablo-export train --model {output} --data train.jsonl --output adapter")
+    print_next("train", "--model", output, "--data", "train.jsonl", "--output", "adapter")

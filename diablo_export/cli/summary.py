@@ -1,8 +1,9 @@
-"""What `merge` and `export` say when they are done: what was written, where, how large, and what to do next."""
+"""What commands say when they are done: what was written, where, how large, and what to do next."""
 
 from __future__ import annotations
 
 import logging
+import shlex
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -31,7 +32,12 @@ def print_summary(manifest: Mapping[str, Any], output: Path) -> None:
     if len(files) > _MOST_FILES:
         click.echo(f"  … and {len(files) - _MOST_FILES} more")
     click.echo(f"made by: {manifest['exporter']} ({manifest['reason']})")
-    click.echo(f"next: diablo-export parity {output} --data test.jsonl")
+
+
+def print_next(*words: object) -> None:
+    """Print the command to type next, quoted for a shell; nothing when asked to be quiet."""
+    if log.isEnabledFor(logging.INFO):
+        click.echo(f"next: diablo-export {shlex.join(map(str, words))}")
 
 
 def _size(size: int) -> str:
