@@ -19,7 +19,7 @@ Run = Callable[..., Result]
 def test_quick_demo_walks_the_whole_road(tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     result = run("demo", "--quick", "--output", tmp_path / "demo")
     assert result.exit_code == 0, result.output
-    for title in ("base: English prose", "tuned: base + blocks", "exported: int4"):
+    for title in ("base: English prose", "tuned: with blocks", "int4: blocks merged"):
         assert title in result.stdout
     assert "Loss on code" in result.stdout and "s in all" in result.stdout
     assert {path.name for path in (tmp_path / "demo").iterdir()} == {"base", "data", "adapter", "int4", "branch"}

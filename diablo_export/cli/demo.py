@@ -54,7 +54,7 @@ def _show(done: Demo) -> None:
     from rich.text import Text
 
     console = Console(highlight=False)
-    titles = {"base": "base: English prose", "tuned": "tuned: base + blocks", "int4": "exported: int4, blocks merged"}
+    titles = {"base": "base: English prose", "tuned": "tuned: with blocks", "int4": "int4: blocks merged"}
     texts = Table(
         title="On an empty page, with the same random numbers, they write",
         box=SIMPLE_HEAD,
@@ -73,7 +73,7 @@ def _show(done: Demo) -> None:
         adapter = report["adapter"] or {}
         values = [adapter.get(figure) for figure in _FIGURES] + [report["top1_agreement"]]
         shown = ["–" if value is None else f"{value:.3f}" for value in values]
-        figures.add_row(f"{done.output / folder}", *shown, report["verdict"])
+        figures.add_row(folder, *shown, report["verdict"])
     console.print(figures)
     before, after = done.eval_losses
     console.print(f"Loss on code that no one trained on: {before:.2f} without the blocks, {after:.2f} with them.")
