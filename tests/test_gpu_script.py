@@ -54,7 +54,7 @@ def test_the_scripts_run_on_the_cpu(tmp_path: Path, library: Path) -> None:
     report = json.loads((tmp_path / "gpu.json").read_text())
     assert done.returncode == 0, (done.stdout, report["missed"])
     parts = report["parts"]
-    assert list(parts) == ["numbers", "speed", "sessions", "training"]
+    assert list(parts) == ["numbers", "speed", "training", "sessions"]
     worst = parts["numbers"]["worst"]
     assert parts["numbers"]["calls"] == 40 and 0 < max(worst.values()) <= 1
     if library.with_name("libdiablo_kernels_emulated.so").is_file():
@@ -79,7 +79,8 @@ def test_limits_are_named(script: Any) -> None:
             "speed": {"branch": [{"layer": "q", "rows": 1, "ratio": 1.4}, {"layer": "q", "rows": 16, "ratio": 9}]},
             "sessions": {"layers": [{"layer": "k", "rows": 512, "ratio": {"fused": 1.04, "lora": 1.02}}]},
             "training": {
-                "kinds": {"diablo": kind, "lora": {**kind, "peak_bytes": 9}, "einsum": kind, "diablo int4": kind}
+                "kinds": {"diablo": kind, "lora": {**kind, "peak_bytes": 9}, "einsum": kind, "diablo int4": kind},
+                "not_installed": ["bitsandbytes"],
             },
         },
     }
@@ -93,7 +94,7 @@ def test_limits_are_named(script: Any) -> None:
         "training, tokens a second of diablo over lora: 1, wanted at least 1.1",
         "training, memory of diablo over lora: 1.11, wanted at most 1",
         "training, tokens a second of diablo over einsum: 1, wanted at least 1.3",
-        "training, diablo int4 over qlora nf4: not installed, so not compared",
+        "training, diablo int4 over qlora nf4: not measured; not installed: bitsandbytes",
     ]
     assert [one.name for one in found if one.held] == [
         "error over what is allowed, fp32",
@@ -108,6 +109,22 @@ def test_limits_are_named(script: Any) -> None:
 
 
 def test_a_part_that_hangs_or_dies_is_reported(script: Any) -> None:
-    assert script.run([sys.executable, "-c", "import time; time.sleep(60)"], 1)["failed"] == "not done after 1 s"
+    slow = "import os, time; print('{\"a\": 1}'); print('{\"a\": 2}\\n{\"a\"', end=''); os.fork(); time.sleep(60)"
+    cut = script.run([sys.executable, "-c", slow], 1)  # with what it had found, and what it started is gone too
+    assert cut["failed"] == "not done after 1 s" and cut["a"] == 2 and cut["seconds"] < 30
     died = script.run([sys.executable, "-c", "print('{\"a\": 1}'); raise SystemExit(3)"], 60)
     assert died["a"] == 1 and died["failed"] == "exit code 3"
+
+
+def test_a_part_can_be_run_again_alone(tmp_path: Path, library: Path) -> None:
+    if not library.with_name("libdiablo_kernels_c.so").is_file():
+        pytest.skip("a build from before there was a plain library, or one without tests")
+    common = ["--device", "cpu", "--small", "--kit", str(library.parent), "--output", str(tmp_path)]
+    assert started(*common, "--only", "speeds").returncode == 2
+    done = started(*common, "--only", "speed", "--seconds", "0")
+    report = json.loads((tmp_path / "gpu.json").read_text())
+    assert done.returncode == 1 and report["parts"]["speed"]["failed"] == "no time was left"
+    report["parts"]["numbers"] = {"worst": {"fp16": 0.5}}
+    (tmp_path / "gpu.json").write_text(json.dumps(report))
+    started(*common, "--only", "speed", "--seconds", "0")
+    assert json.loads((tmp_path / "gpu.json").read_text())["parts"].keys() == {"numbers", "speed"}

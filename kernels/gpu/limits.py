@@ -86,10 +86,11 @@ def training(part: dict[str, Any]) -> Iterator[Figure]:
     kinds = part.get("kinds", {})
     for own, wanted, factor in TRAINING:
         other = "peft lora" if wanted == "lora" and "peft lora" in kinds else wanted
-        if own not in kinds:
-            continue
-        if other not in kinds:
-            yield Figure(f"training, {own} over {other}", None, factor, why="not installed, so not compared")
+        if not all("tokens_per_second" in kinds.get(kind, {}) for kind in (own, other)):
+            absent = ", ".join(part.get("not_installed", []))
+            why = "not measured" + (f"; not installed: {absent}" if absent else "")
+            if own in kinds:
+                yield Figure(f"training, {own} over {other}", None, factor, why=why)
             continue
         faster = kinds[own]["tokens_per_second"] / kinds[other]["tokens_per_second"]
         yield Figure(f"training, tokens a second of {own} over {other}", faster, factor, least=True)

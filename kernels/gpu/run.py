@@ -3,24 +3,29 @@
     python kernels/gpu/run.py [--output build/gpu]            # or: make gpu
     python kernels/gpu/run.py --prepare build/gpu-kit         # on a machine with nvcc and this project's packages
     python kernels/gpu/run.py --kit build/gpu-kit             # on a machine with a GPU and neither, nor a network
+    python kernels/gpu/run.py --only sessions,training        # some parts again; the others' results are kept
 
-Writes gpu.json and gpu.md. Each part is a process of its own with a time limit: what one of them breaks, the others
-still show. Exits with 0 when every check held and every limit was met, 1 when one was not, 2 where there is no GPU or
-nothing to run on it. `--device cpu --small` tries the scripts themselves where there is none.
+Writes gpu.json and gpu.md, anew after each part. Each part is a process of its own with a time limit: what one of them
+breaks, the others still show, and of one that is cut off what it had found by then. Exits with 0 when every check held
+and every limit was met, 1 when one was not, 2 where there is no GPU or nothing to run on it. `--device cpu --small`
+tries the scripts themselves where there is none.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import tempfile
 import time
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
@@ -28,43 +33,72 @@ from limits import Figure, figures, table
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
-TOGETHER = 540  # seconds that all parts may take: less than ten minutes with a build for one GPU
+TOGETHER = 540  # seconds that everything may take, a build for one GPU included
+KIT = ROOT / "build" / "gpu-kit"
+PARTS = ("numbers", "speed", "training", "sessions", "memcheck", "racecheck", "synccheck")
 LIBRARIES = ("libdiablo_kernels_c.so", "libdiablo_kernels_ort.so")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=ROOT / "build" / "gpu")
-    parser.add_argument("--kit", type=Path, help="what --prepare made; or the environment variable DIABLO_GPU_KIT")
+    parser.add_argument("--kit", type=Path, help=f"what --prepare made; unless named, {KIT.relative_to(ROOT)} if there")
     parser.add_argument("--prepare", type=Path, metavar="FOLDER", help="make a kit, and run nothing")
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     parser.add_argument("--small", action="store_true", help="a few small calls, to try the scripts")
+    parser.add_argument("--only", metavar="PART,PART", help=f"some of {', '.join(PARTS)}")
+    parser.add_argument("--seconds", type=float, default=TOGETHER, help="that all parts may take (default %(default)s)")
     asked = parser.parse_args()
+    began = time.monotonic()
     if asked.prepare:
         return prepare(asked.prepare)
+    only = asked.only.split(",") if asked.only else list(PARTS)
+    if unknown := sorted(set(only) - set(PARTS)):
+        stop(f"--only {','.join(unknown)}: no such part; there are {', '.join(PARTS)}")
     machine = describe(asked.device)
-    kit = asked.kit or (Path(os.environ["DIABLO_GPU_KIT"]) if "DIABLO_GPU_KIT" in os.environ else None)
-    library = kit or build(asked.output / "library", "native" if asked.device == "cuda" else None)
+    kit = asked.kit or (KIT if KIT.is_dir() else None)
+    library = kit or build(ROOT / "build" / "gpu-library", architecture(machine))
     absent = [name for name in LIBRARIES if not (library / name).is_file()]
     if absent:
         stop(f"{library}: has no {' and no '.join(absent)}; `run.py --prepare` makes a kit that does")
     models = kit / "models" if kit and (kit / "models").is_dir() else None
     asked.output.mkdir(parents=True, exist_ok=True)
-    report: dict[str, Any] = {"machine": machine, "parts": {}}
-    began = time.monotonic()
+    report: dict[str, Any] = {"machine": machine, "parts": earlier(asked.output, machine) if asked.only else {}}
     for name, command, limit in parts(library, models, asked.device, asked.small):
-        report["parts"][name] = run(command, min(limit, max(1, began + TOGETHER - time.monotonic())))
-        took = report["parts"][name]["seconds"]
-        print(f"{name}: {report['parts'][name].get('failed') or 'done'} in {took:.0f} s", flush=True)
-    found = figures(report)
-    for one in found:
+        if name not in only:
+            continue
+        left = began + asked.seconds - time.monotonic()
+        watched = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"} if name.endswith("check") else {}  # each tensor's own end
+        found = (
+            run(command, min(limit, left), **watched) if left > 1 else {"failed": "no time was left", "seconds": 0.0}
+        )
+        report["parts"][name] = found
+        print(f"{name}: {found.get('failed') or 'done'} in {found['seconds']:.0f} s", flush=True)
+        if "failed" in found:
+            print(found.get("output", "")[-1500:], flush=True)
+        write(report, asked.output)
+    for one in figures(report):
         print(f"{'ok    ' if one.held else 'MISSED'} {one}")
-    report["figures"] = [{**asdict(one), "held": one.held} for one in found]
-    report["missed"] = [str(one) for one in found if not one.held]
-    (asked.output / "gpu.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    (asked.output / "gpu.md").write_text(markdown(report, found), encoding="utf-8")
     print(f"{asked.output / 'gpu.md'}: " + ("; ".join(report["missed"]) or "every check held and every limit was met"))
     sys.exit(1 if report["missed"] else 0)
+
+
+def earlier(output: Path, machine: dict[str, Any]) -> dict[str, Any]:
+    """The parts of the run before, where it was on such a machine."""
+    try:
+        before = json.loads((output / "gpu.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return dict(before["parts"]) if before.get("machine") == machine else {}
+
+
+def write(report: dict[str, Any], output: Path) -> None:
+    """gpu.json and gpu.md, as far as the report goes."""
+    found = figures(report)
+    report["figures"] = [{**asdict(one), "held": one.held} for one in found]
+    report["missed"] = [str(one) for one in found if not one.held]
+    (output / "gpu.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    (output / "gpu.md").write_text(markdown(report, found), encoding="utf-8")
 
 
 def stop(why: str) -> None:
@@ -91,22 +125,34 @@ def describe(device: str) -> dict[str, Any]:
     return found
 
 
+def architecture(machine: dict[str, Any]) -> str | None:
+    """Of the GPU, in CMake's words; None without one."""
+    return f"{machine['capability'].replace('.', '')}-real" if "capability" in machine else None
+
+
+def tool(name: str) -> str | None:
+    """A program of CUDA's, on the PATH or where CUDA installs it."""
+    homes = [os.environ.get("CUDA_HOME"), "/usr/local/cuda"]
+    return shutil.which(name) or next(
+        (found for home in homes if home and (found := shutil.which(f"{home}/bin/{name}"))), None
+    )
+
+
 def build(folder: Path, architectures: str | None) -> Path:
     """Both libraries, or with None their CPU half; ends the program where nothing can build them."""
-    needed = ["cmake", "nvcc"] if architectures else ["cmake"]
-    absent = [name for name in needed if shutil.which(name) is None]
+    needed = {"cmake": shutil.which("cmake"), **({"nvcc": tool("nvcc")} if architectures else {})}
+    absent = [name for name, place in needed.items() if place is None]
     if absent:
         stop(f"{' and '.join(absent)}: not on the PATH; give a kit that was made elsewhere: --kit FOLDER")
-    settings = [
-        "-DDIABLO_CUDA=" + ("ON" if architectures else "OFF"),
-        "-DDIABLO_TESTS=ON",
-        "-DCMAKE_BUILD_TYPE=Release",
-    ]
+    settings = ["-DDIABLO_TESTS=ON", "-DCMAKE_BUILD_TYPE=Release", f"-DDIABLO_CUDA={'ON' if architectures else 'OFF'}"]
     if architectures:
-        settings.append(f"-DCMAKE_CUDA_ARCHITECTURES={architectures}")
-    subprocess.run(["cmake", "-S", str(ROOT / "kernels"), "-B", str(folder), *settings], check=True)
+        settings += [f"-DCMAKE_CUDA_ARCHITECTURES={architectures}", f"-DCMAKE_CUDA_COMPILER={needed['nvcc']}"]
     targets = ["--target", "diablo_kernels_c", "diablo_kernels_ort"]
-    subprocess.run(["cmake", "--build", str(folder), "--parallel", *targets], check=True)
+    try:
+        subprocess.run(["cmake", "-S", str(ROOT / "kernels"), "-B", str(folder), *settings], check=True)
+        subprocess.run(["cmake", "--build", str(folder), "--parallel", *targets], check=True)
+    except subprocess.CalledProcessError as error:
+        stop(f"{' '.join(error.cmd)} failed, see above; a kit that was made elsewhere needs no compiler: --kit FOLDER")
     return folder
 
 
@@ -145,38 +191,61 @@ def make_models(folder: Path, scratch: Path) -> None:
 
 
 def parts(library: Path, models: Path | None, device: str, small: bool) -> list[tuple[str, list[str], int]]:
-    """Name, command and seconds at most of each part."""
+    """Name, command and seconds at most of each part; what needs nothing but torch comes first."""
     common = ["--library", str(library), "--device", device]
     tiny = ["--small"] if small else []
-    correct = [str(HERE / "correctness.py"), *common]
-    made = [("numbers", [sys.executable, *correct, "--calls", "40" if small else "2000"], 120)]
+    correct = [sys.executable, str(HERE / "correctness.py"), *common]
+    made = [("numbers", [*correct, "--calls", "40" if small else "2000"], 120)]
     made.append(("speed", [sys.executable, str(HERE / "speed.py"), *common, *tiny], 90))
-    with_models = ["--models", str(models)] if models else []
-    made.append(("sessions", [sys.executable, str(HERE / "sessions.py"), *common, *tiny, *with_models], 220))
     rounds = ["--rounds", "1"] if small else []
-    training = [sys.executable, str(HERE / "training.py"), "--device", device, *tiny, *rounds]
-    made.append(("training", training, 90))
-    sanitizer = shutil.which("compute-sanitizer") if device == "cuda" else None
-    for tool in ("memcheck", "racecheck") if sanitizer else ():
-        watched = [str(sanitizer), "--tool", tool, "--error-exitcode", "99", sys.executable, *correct, "--calls", "40"]
-        made.append((tool, watched, 75))
+    made.append(("training", [sys.executable, str(HERE / "training.py"), "--device", device, *tiny, *rounds], 100))
+    with_models = ["--models", str(models)] if models else []
+    made.append(("sessions", [sys.executable, str(HERE / "sessions.py"), *common, *tiny, *with_models], 240))
+    sanitizer = tool("compute-sanitizer") if device == "cuda" else None
+    if sanitizer:  # looks at no kernels but these; what CUDA calls of others return is not its business
+        watch = [sanitizer, "--error-exitcode", "99", "--kernel-name", "kns=diablo", "--report-api-errors", "no"]
+        made += [(name, [*watch, "--tool", name, *correct, "--calls", "40", "--no-graphs"], 75) for name in PARTS[-3:]]
     return made
 
 
-def run(command: list[str], limit: float) -> dict[str, Any]:
-    """What a part printed, or how it failed, and how long it took."""
+def run(command: list[str], limit: float, **variables: str) -> dict[str, Any]:
+    """What a part printed at last, how it failed where it did, and how long it took."""
     began = time.perf_counter()
-    result: dict[str, Any]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=limit)
-        lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
-        result = json.loads(lines[-1]) if lines else {}
-        if done.returncode or not lines:
-            result["failed"] = f"exit code {done.returncode}"
-            result["output"] = (done.stdout + done.stderr)[-3000:]
-    except subprocess.TimeoutExpired:
-        result = {"failed": f"not done after {limit:.0f} s"}
+    failed = ""
+    with tempfile.TemporaryFile() as printed, tempfile.TemporaryFile() as complained:
+        environment = {**os.environ, "PYTHONUNBUFFERED": "1", **variables}
+        part = subprocess.Popen(command, stdout=printed, stderr=complained, env=environment, process_group=0)
+        try:
+            if code := part.wait(limit):
+                failed = f"exit code {code}"
+        except subprocess.TimeoutExpired:
+            failed = f"not done after {limit:.0f} s"
+        finally:  # and what it started itself
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(part.pid, signal.SIGKILL)
+            part.wait()
+        texts = [_read(file) for file in (printed, complained)]
+    result = last_found(texts[0])
+    failed = failed or ("" if result else "it printed nothing")
+    if failed:
+        result = {**result, "failed": failed}
+    if "failed" in result:
+        result["output"] = "".join(texts)[-3000:]
     return {**result, "seconds": time.perf_counter() - began}
+
+
+def _read(file: IO[bytes]) -> str:
+    file.seek(0)
+    return file.read().decode(errors="replace")
+
+
+def last_found(printed: str) -> dict[str, Any]:
+    """Parts print all that they have found after each step: the last line that is whole counts."""
+    for line in reversed(printed.splitlines()):
+        if line.startswith("{"):
+            with contextlib.suppress(ValueError):
+                return dict(json.loads(line))
+    return {}
 
 
 def markdown(report: dict[str, Any], found: list[Figure]) -> str:
@@ -197,11 +266,13 @@ def speed_table(speed: dict[str, Any]) -> list[str]:
     if "bandwidth" not in speed:
         return []
     empty = speed["empty_call"] * 1e6
-    lines = [f"A large copy moves {speed['bandwidth'] / 1e12:.3f} TB/s; an empty call takes {empty:.2f} us.", ""]
-    lines += ["| kernel | layer | rows | us | floor us | ratio |", "|---|---|---|---|---|---|"]
+    lines = [f"A large copy moves {speed['bandwidth'] / 1e12:.3f} TB/s, a large product in bfloat16 does"]
+    lines += [f"{speed['matrix_rate'] / 1e12:.1f} Tflop/s; a call with nothing to do takes {empty:.2f} us.", ""]
+    lines += ["| kernel | layer | rows | us | floor us | ratio | without that call |", "|---|---|---|---|---|---|---|"]
     for kernel in ("branch", "int4", "dense"):
         for one in speed[kernel]:
-            row = (kernel, one["layer"], one["rows"], *(f"{one[key]:.2f}" for key in ("us", "floor_us", "ratio")))
+            numbers = [f"{one[key]:.2f}" for key in ("us", "floor_us", "ratio", "ratio_without_launch") if key in one]
+            row = (kernel, one["layer"], one["rows"], *numbers, *(["–"] if len(numbers) < 4 else []))
             lines.append("| " + " | ".join(map(str, row)) + " |")
     return [*lines, ""]
 
@@ -230,8 +301,12 @@ def session_tables(sessions: dict[str, Any]) -> list[str]:
 def training_table(training: dict[str, Any]) -> list[str]:
     if "kinds" not in training:
         return []
-    lines = ["| training | parameters | ms a step | tokens/s | peak MB |", "|---|---|---|---|---|"]
+    lines = [f"The products of {training['layers']} layers need {training['floor_ms']:.1f} ms a step at the rate of a"]
+    lines += [f"large one, {training['matrix_rate'] / 1e12:.1f} Tflop/s.", ""]
+    lines += ["| training | parameters | ms a step | tokens/s | peak MB |", "|---|---|---|---|---|"]
     for kind, one in training["kinds"].items():
+        if "ms" not in one:
+            continue
         cells = (
             one["parameters"],
             f"{one['ms']:.1f}",

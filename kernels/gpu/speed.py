@@ -41,9 +41,11 @@ def main() -> None:
     rows = [1, 8] if asked.small else [1, 4, 16, 512, 2048]
     spread = (1 << 20) if asked.small else (256 << 20)  # several times the largest cache
     bandwidth = copy_bandwidth(device, spread * 4)
+    empty = empty_call(kernels, device)
     found: dict[str, Any] = {
         "bandwidth": bandwidth,
-        "empty_call": empty_call(kernels, device),
+        "matrix_rate": matrix_rate(device, 256 if asked.small else 8192),
+        "empty_call": empty,
         "branch": [],
         "int4": [],
         "dense": [],
@@ -51,27 +53,27 @@ def main() -> None:
     few = [m for m in rows if m <= (16 if device == "cuda" else 1)] if kernels.takes_int4(device) else []
     for name, (inputs, outputs) in shapes.items():
         for m in rows:
-            found["branch"].append({
-                "layer": name,
-                "rows": m,
-                **branch(kernels, device, m, inputs, outputs, asked.num_blocks, spread, bandwidth),
-            })
+            taken = branch(kernels, device, m, inputs, outputs, asked.num_blocks, spread, bandwidth)
+            over_empty = (taken["us"] - empty * 1e6) / taken["floor_us"]  # small layers are a launch and little else
+            found["branch"].append({"layer": name, "rows": m, **taken, "ratio_without_launch": over_empty})
         if few:
             taken = dense(kernels, device, inputs, outputs, asked.num_blocks, spread, bandwidth)
             found["dense"].append({"layer": name, "rows": 0, **taken})
+        print(json.dumps(found))
     single: dict[str, tuple[str, ...]] = {name: (name,) for name in shapes}
     for name, parts in (single | JOINED).items():
         for m in few if set(parts) <= set(shapes) else []:
             sizes = [shapes[part] for part in parts]
             taken = int4(kernels, device, m, sizes, asked.num_blocks, spread, bandwidth)
             found["int4"].append({"layer": name, "rows": m, **taken})
-    print(json.dumps(found))
+        print(json.dumps(found))
 
 
 def seconds(calls: list[Call], device: str) -> float:
-    """Of one call: the median of five replays of all in a row."""
+    """Of one call: the median of five replays of all in a row, a few times over where they are few."""
     if device == "cpu":
         return min(timed(calls) for _ in range(3)) / len(calls)
+    calls = calls * max(1, 64 // len(calls))  # what the replay itself costs counts less
     calls[0]()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
@@ -98,13 +100,20 @@ def timed(calls: list[Call]) -> float:
 
 def copy_bandwidth(device: str, size: int) -> float:
     """Bytes read and written a second."""
-    source = torch.zeros(size, dtype=torch.uint8, device=device)
+    source = torch.randint(0, 256, (size,), dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
 
     def copy() -> None:
         target.copy_(source)
 
     return 2 * size / seconds([copy] * 4, device)
+
+
+def matrix_rate(device: str, size: int) -> float:
+    """Operations a second of a large product in bfloat16, of random numbers: zeros run faster."""
+    a, b = (torch.randn(size, size, dtype=torch.bfloat16, device=device) for _ in "ab")
+    product = torch.empty_like(a)
+    return 2 * size**3 / seconds([lambda: torch.mm(a, b, out=product)] * 4, device)
 
 
 def empty_call(kernels: Kernels, device: str) -> float:

@@ -4,8 +4,9 @@
 
 Decoder layers of Llama 3 8B's sizes in bfloat16, batches of 4 x 2048 tokens, AdamW. The kinds take turns: this
 project's layer, also beside packed int4; LoRA of as many parameters, PEFT's too where it is installed; and the layer as
-the paper has it, an einsum and a sum. Each beside a base of its own, adapters in float32, under autocast. With
-bitsandbytes installed, LoRA on nf4 as well.
+the paper has it, an einsum and a sum; and the frozen base alone. Each beside a base of its own, adapters in float32,
+under autocast. With bitsandbytes installed, LoRA on nf4 as well. The floor of a step is what the base's products need
+at the rate of a large one, measured here.
 """
 
 from __future__ import annotations
@@ -16,11 +17,13 @@ import json
 import statistics
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from speed import matrix_rate
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -116,53 +119,87 @@ def main() -> None:
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     parser.add_argument("--small", action="store_true", help="to try the script itself")
     parser.add_argument("--layers", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--num-blocks", type=int, default=64)
     asked = parser.parse_args()
     sizes, tokens, blocks = (SMALL, (2, 16), 4) if asked.small else (LLAMA, (4, 2048), asked.num_blocks)
-    kinds: dict[str, Any] = {"diablo": Blocks, "einsum": Einsum, "lora": Lora, "diablo int4": Packed}
+    kinds: dict[str, Any] = {"diablo": Blocks, "einsum": Einsum, "lora": Lora, "diablo int4": Packed, "base": frozen}
     missing = [name for name in ("peft", "bitsandbytes") if importlib.util.find_spec(name) is None]
     if "peft" not in missing:
         kinds["peft lora"] = peft_lora
         if "bitsandbytes" not in missing and asked.device == "cuda":
             kinds["qlora nf4"] = peft_qlora
-    found, steps = {}, {}
+    rate = matrix_rate(asked.device, 256 if asked.small else 8192)
+    floor = asked.layers * operations(sizes, tokens) / rate * 1e3
+    found: dict[str, Any] = {
+        "tokens": tokens,
+        "layers": asked.layers,
+        "matrix_rate": rate,
+        "floor_ms": floor,
+        "kinds": {},
+    }
+    found["not_installed"] = missing
+    steps, failed = {}, []
     for kind, make in kinds.items():
-        steps[kind], found[kind] = prepare(make, sizes, asked.layers, tokens, blocks, asked.device)
-    times: dict[str, list[float]] = {kind: [] for kind in kinds}
+        try:
+            steps[kind], found["kinds"][kind] = prepare(make, sizes, asked.layers, tokens, blocks, asked.device)
+        except Exception as error:  # of other libraries; the others are compared all the same
+            failed.append(f"{kind}: {type(error).__name__}: {error}")
+            found["failed"] = "; ".join(failed)
+            traceback.print_exc()
+    times: dict[str, list[float]] = {kind: [] for kind in steps}
     for turn in range(asked.rounds):
-        for kind in list(kinds)[turn % len(kinds) :] + list(kinds)[: turn % len(kinds)]:
+        for kind in list(steps)[turn % len(steps) :] + list(steps)[: turn % len(steps)]:
             times[kind].append(clock(steps[kind], asked.device))
-    for kind, values in times.items():
-        found[kind]["ms"] = statistics.median(values) * 1e3
-        found[kind]["tokens_per_second"] = tokens[0] * tokens[1] / statistics.median(values)
-    print(json.dumps({"tokens": tokens, "layers": asked.layers, "kinds": found, "not_installed": missing}))
+        for kind, values in times.items():
+            found["kinds"][kind]["ms"] = statistics.median(values) * 1e3
+            found["kinds"][kind]["tokens_per_second"] = tokens[0] * tokens[1] / statistics.median(values)
+        print(json.dumps(found))
+
+
+def operations(sizes: dict[str, tuple[int, int]], tokens: tuple[int, int]) -> float:
+    """Of a layer's step: its products, forward and for the gradient of x; and attention, two and five over half of all
+    pairs.
+    """
+    batch, length = tokens
+    pairs = batch * length * length / 2
+    return 4.0 * batch * length * sum(i * o for i, o in sizes.values()) + 7 * 2 * pairs * sizes["q_proj"][1]
+
+
+def frozen(base: nn.Linear, num_blocks: int) -> nn.Module:
+    return base
 
 
 def peft_lora(base: nn.Linear, num_blocks: int) -> nn.Module:
     from peft.tuners.lora import LoraConfig
     from peft.tuners.lora.layer import Linear
 
-    rank = rank_of(base, num_blocks)
+    return peft_layer(Linear, base, LoraConfig, rank_of(base, num_blocks))
+
+
+def peft_layer(make: Any, base: nn.Module, config: Any, rank: int) -> nn.Module:
+    """PEFT's layer with an adapter in float32, as its own models have it."""
     try:
-        return Linear(base, "default", LoraConfig(r=rank, lora_alpha=16), r=rank, lora_alpha=16)
+        layer: nn.Module = make(base, "default", config(r=rank, lora_alpha=16), r=rank, lora_alpha=16)
     except TypeError:  # before 0.18 the layer took no config
-        return Linear(base, "default", r=rank, lora_alpha=16)
+        layer = make(base, "default", r=rank, lora_alpha=16)
+    for name, parameter in layer.named_parameters():
+        if "lora_" in name:
+            parameter.data = parameter.data.float()
+    return layer
 
 
 def peft_qlora(base: nn.Linear, num_blocks: int) -> nn.Module:
-    import bitsandbytes
+    from bitsandbytes.nn import Linear4bit as Packed4bit
+    from bitsandbytes.nn import Params4bit
     from peft.tuners.lora import LoraConfig
     from peft.tuners.lora.bnb import Linear4bit
 
-    packed = bitsandbytes.nn.Linear4bit(
-        base.in_features, base.out_features, bias=False, compute_dtype=torch.bfloat16, quant_type="nf4"
-    )
-    packed.load_state_dict({"weight": base.weight.detach().cpu()})
-    rank = rank_of(base, num_blocks)
-    return Linear4bit(
-        packed.to(base.weight.device), "default", LoraConfig(r=rank, lora_alpha=16), r=rank, lora_alpha=16
-    )
+    inputs, outputs, device = base.in_features, base.out_features, base.weight.device
+    packed = Packed4bit(inputs, outputs, bias=False, compute_dtype=torch.bfloat16, quant_type="nf4", device="meta")
+    # From bfloat16, as a model is loaded: what it is dequantized to
+    packed.weight = Params4bit(base.weight.detach().cpu(), requires_grad=False, quant_type="nf4")
+    return peft_layer(Linear4bit, packed.to(device), LoraConfig, rank_of(base, num_blocks))
 
 
 def prepare(
@@ -179,15 +216,16 @@ def prepare(
 
     model = nn.Sequential(*(Layer(part, 32 if sizes is LLAMA else 4) for _ in range(layers)))
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=device == "cuda")
+    optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=device == "cuda") if trained else None
     x = torch.randn(*tokens, sizes["q_proj"][0], device=device, dtype=torch.bfloat16, requires_grad=True)
 
     def step() -> None:
         with torch.autocast(device, torch.bfloat16):
             loss = model(x).float().square().mean()
         loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
+        if optimizer is not None:
+            optimizer.step()
+            optimizer.zero_grad()
         x.grad = None
 
     if device == "cuda":
