@@ -188,7 +188,13 @@ def test_deleting_an_adapter_leaves_the_other(tiny_model: Folder) -> None:
     ("options", "message"),
     [
         ({"bias": "all"}, "bias is 'all', only 'none' is possible: the adapter format has no place for biases"),
-        ({"num_blocks": 0}, "num_blocks is 0, it must be at least 1"),
+        ({"num_blocks": 0}, "num_blocks is 0, it must be a whole number, at least 1"),
+        ({"num_blocks": "8"}, "num_blocks is '8', it must be a whole number, at least 1"),
+        ({"num_blocks": 8.0}, "num_blocks is 8.0, it must be a whole number, at least 1"),
+        ({"num_blocks": None}, "num_blocks is None, it must be a whole number, at least 1"),
+        ({"num_blocks": True}, "num_blocks is True, it must be a whole number, at least 1"),
+        ({"target_modules": "(q_proj"}, "target_modules '(q_proj' is no regular expression (missing )"),
+        ({"exclude_modules": "*"}, "exclude_modules '*' is no regular expression (nothing to repeat"),
         ({"format_version": 2}, "format_version is 2, this program reads 1"),
         ({"layers_pattern": "layers"}, "layers_pattern is given without layers_to_transform"),
         ({"target_modules": "q_proj", "layers_to_transform": [1]}, "go with a list of target_modules"),
@@ -217,6 +223,23 @@ def test_targets_that_cannot_take_blocks_are_all_named_and_the_model_is_left_alo
     assert "model.layers.1.self_attn.k_proj" in message and "q_proj" not in message
     assert "model.embed_tokens: Target module Embedding is not supported" in message
     assert not any(isinstance(module, DiabloLayer) for module in base.modules())
+
+
+def test_all_linear_layers_that_cannot_take_blocks_leave_the_model_alone(tiny_model: Folder) -> None:
+    base = AutoModelForCausalLM.from_pretrained(tiny_model("llama"))
+    with pytest.raises(DiabloPeftError, match=r"(?s)layers.0.self_attn.k_proj: num_blocks is 60.*layers.1.self_attn"):
+        get_peft_model(base, DiabloConfig(num_blocks=60, target_modules="all-linear"))
+    assert not any(isinstance(module, DiabloLayer) for module in base.modules())
+
+
+@pytest.mark.parametrize("first", [["q_proj", "lm_head"], "all-linear"])
+def test_a_second_adapter_takes_all_linear_layers_too(first: Any, tiny_model: Folder) -> None:
+    base = AutoModelForCausalLM.from_pretrained(tiny_model("llama"))
+    model = get_peft_model(base, DiabloConfig(num_blocks=4, target_modules=first))
+    model.add_adapter("second", DiabloConfig(num_blocks=2, target_modules="all-linear"))
+    layers = {name: module for name, module in base.named_modules() if isinstance(module, DiabloLayer)}
+    taken = {name.rpartition(".")[2] for name, layer in layers.items() if "second" in layer.diablo_blocks}
+    assert taken == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
 
 
 def test_attention_that_never_calls_its_projection_is_refused() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import re
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -76,8 +77,10 @@ class DiabloConfig(PeftConfig):
 
     def _faults(self) -> list[str]:
         faults = []
-        if self.num_blocks < 1 and not self.modules:  # an adapter from elsewhere may know only each module's own count
-            faults.append(f"num_blocks is {self.num_blocks}, it must be at least 1")
+        count: Any = self.num_blocks
+        whole = isinstance(count, int) and not isinstance(count, bool) and count >= 1
+        if not whole and not self.modules:  # an adapter from elsewhere may know only each module's own count
+            faults.append(f"num_blocks is {count!r}, it must be a whole number, at least 1")
         if self.bias != "none":
             faults.append(f"bias is {self.bias!r}, only 'none' is possible: the adapter format has no place for biases")
         if self.format_version != FORMAT_VERSION:
@@ -87,6 +90,12 @@ class DiabloConfig(PeftConfig):
             )
         if isinstance(self.target_modules, str) and (self.layers_to_transform is not None or self.layers_pattern):
             faults.append("layers_to_transform and layers_pattern go with a list of target_modules, not with a string")
+        for name in ("target_modules", "exclude_modules"):
+            if isinstance(pattern := getattr(self, name), str):
+                try:
+                    re.compile(pattern)
+                except re.error as error:
+                    faults.append(f"{name} {pattern!r} is no regular expression ({error})")
         if self.layers_pattern and self.layers_to_transform is None:
             faults.append("layers_pattern is given without layers_to_transform")
         return faults

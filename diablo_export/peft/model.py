@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
-from peft.tuners.tuners_utils import BaseTuner, check_target_module_exists
+from peft.tuners.tuners_utils import BaseTuner, _maybe_include_all_linear_layers, check_target_module_exists
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from diablo_export.adapter import SUFFIX
 from diablo_export.blockdiag import BlockShape
@@ -56,8 +58,9 @@ class DiabloModel(BaseTuner):
             return
         if peft_config.target_modules is None:
             peft_config.target_modules = set(default_targets(model))
-        if peft_config.target_modules != ALL:  # those are expanded by PEFT, to linear layers
-            _check_targets(model, peft_config)
+        if str(peft_config.target_modules).lower() == ALL:
+            peft_config.target_modules = _all_linear(model, peft_config)
+        _check_targets(model, peft_config)
 
     @staticmethod
     def _check_target_module_exists(peft_config: Any, key: str) -> Any:
@@ -167,6 +170,14 @@ def default_targets(model: nn.Module) -> list[str]:
     if not inside:
         raise DiabloPeftError("Please specify `target_modules`: this model has no linear layers in numbered blocks")
     return list(PAPER) if leaves.issuperset(PAPER) else sorted(within)
+
+
+def _all_linear(model: nn.Module, config: DiabloConfig) -> set[str]:
+    """The linear layers that PEFT means by it, and those that hold blocks already, which it does not know as linear."""
+    chosen: Any = _maybe_include_all_linear_layers(copy.copy(config), model)
+    whole: Any = model
+    head = whole.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
+    return set(chosen.target_modules) | {name for name, part in model.named_modules() if isinstance(part, DiabloLayer) and part is not head}
 
 
 def _check_targets(model: nn.Module, config: DiabloConfig) -> None:
