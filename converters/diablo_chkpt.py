@@ -24,7 +24,7 @@ from diablo_export.checkpoint import DTYPE_NAMES, DTYPES, Checkpoint, TensorInfo
 from diablo_export.console import log
 from diablo_export.errors import AdapterError, InputError, OutputError, require
 from diablo_export.fingerprint import fingerprint
-from diablo_export.output import new_folder
+from diablo_export.output import keep_inputs, new_folder
 
 BLOCKS = ".block_A"
 HEAD = "score."  # the paper's filter keeps entries with "block" or "score" in their name
@@ -56,6 +56,7 @@ def convert(file: str | Path, model: str | Path, output: str | Path, overwrite: 
         InputError: a file that holds anything but tensors, or no blocks.
         OutputError: `output` exists or cannot be written.
     """
+    keep_inputs(output, file, model)
     source, checkpoint = Path(file), Checkpoint.open(model)
     if source.is_dir():
         return _to_file(Adapter.load(source), checkpoint, Path(output), overwrite)

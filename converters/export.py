@@ -33,7 +33,7 @@ from diablo_export.converters.sizes import check_options, onnx_bytes
 from diablo_export.converters.trained_grid import grids, numbers, output_grid, warn_of_another
 from diablo_export.errors import AdapterError, InputError, MatchError
 from diablo_export.manifest import adapter_entry, write_manifest
-from diablo_export.output import check_output, new_folder
+from diablo_export.output import check_output, keep_inputs, new_folder
 from diablo_export.packed.modules import check_base
 from diablo_export.runtime import session
 
@@ -93,6 +93,7 @@ def export(
     if add:
         graph = (quantize, group_size, asymmetric, precision, block_dtype, for_, custom_ops_library)
         return _add(model, adapter, Path(output), graph, overwrite)
+    keep_inputs(output, model, *(folder for _, folder in _pairs(adapter)))
     check_output(output, overwrite)
     check_options(quantize, group_size, asymmetric, precision)
     _check_block_dtype(block_dtype, precision)

@@ -15,7 +15,7 @@ from diablo_export.converters.sizes import check_options, checkpoint_bytes, onnx
 from diablo_export.converters.trained_grid import numbers, output_grid, warn_of_another
 from diablo_export.errors import AdapterError, ExportError, InputError
 from diablo_export.manifest import adapter_entry, write_manifest
-from diablo_export.output import check_output, new_folder
+from diablo_export.output import check_output, keep_inputs, new_folder
 
 if TYPE_CHECKING:
     from diablo_export.converters.onnx_graph import Graph
@@ -87,6 +87,7 @@ def merge(
         DataError: calibration data that cannot be used.
         OutputError: `output` exists, is not writable, or there is no room.
     """
+    keep_inputs(output, model, adapter, calibration, reference)
     check_output(output, overwrite)
     merge_method.check_values(method, calibration, min_survival, max_seconds, plan, max_bytes, seed)
     check_options(quantize, group_size, asymmetric, precision)

@@ -25,7 +25,7 @@ from diablo_export.converters.merge_method import seed_faults
 from diablo_export.converters.sizes import checkpoint_bytes
 from diablo_export.errors import CheckpointError, InputError
 from diablo_export.manifest import write_manifest
-from diablo_export.output import check_output, new_folder
+from diablo_export.output import check_output, keep_inputs, new_folder
 from diablo_export.packed.fresh import FITTED, METHODS, config, fault, quantized, tensors
 from diablo_export.packed.grid import PackedGrid
 from diablo_export.quantization import check_layout
@@ -80,6 +80,7 @@ def quantize(
         CheckpointError: a model that cannot be read, or is quantized already. InputError: bad options.
         DataError: text that cannot be used. OutputError: `output` exists, is not writable, or there is no room.
     """
+    keep_inputs(output, model, calibration)
     check_output(output, overwrite)
     size, zeros = usual(task == "text-classification", group_size, asymmetric)
     _check(bits, size, method, task, seed)

@@ -144,6 +144,24 @@ def check_output(path: str | Path, overwrite: bool = False, needs: int = 0) -> N
         )
 
 
+def keep_inputs(path: str | Path, *inputs: str | Path | None) -> None:
+    """Refuse an output folder that is, or holds, something that is read: replacing it would destroy that.
+
+    Args:
+        path: the output folder.
+        inputs: files and folders; names that are none, such as Hugging Face ids, and None are passed over.
+
+    Raises:
+        OutputError: names the input.
+    """
+    target = real(path)
+    for given in inputs:
+        place = None if given is None else Path(os.path.realpath(given))
+        if place is not None and place.exists() and target in (place, *place.parents) and target.is_dir():
+            what = "is read" if place == target else f"holds {given}, which is read,"
+            raise OutputError(f"{path}: {what} and would be replaced; choose another --output")
+
+
 def _check_parent(target: Path) -> None:
     """Make the folder that `target` goes to, and see that it can be written."""
     try:

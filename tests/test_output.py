@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections import namedtuple
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from click.testing import Result
 
 from diablo_export import output
 from diablo_export.errors import OutputError
+
+Get = Callable[..., Path]
 
 
 def write(folder: Path, text: str, overwrite: bool = False) -> None:
@@ -35,6 +40,38 @@ def test_an_existing_folder_is_kept_without_overwrite(tmp_path: Path) -> None:
     with pytest.raises(OutputError, match=r"out: exists already; .* or give --overwrite"):
         write(tmp_path / "out", "two")
     assert (tmp_path / "out" / "sub" / "file").read_text() == "one"
+
+
+def test_what_is_read_is_not_replaced(tmp_path: Path) -> None:
+    write(tmp_path / "all" / "model", "weights")
+    (tmp_path / "link").symlink_to(tmp_path / "all")
+    model, link = tmp_path / "all" / "model", tmp_path / "link"
+    with pytest.raises(OutputError, match=r"model: is read and would be replaced; choose another --output"):
+        output.keep_inputs(model, None, "an/id", model)
+    with pytest.raises(OutputError, match=r"link: holds \S+file, which is read, and would be replaced"):
+        output.keep_inputs(link, model / "sub" / "file")
+    output.keep_inputs(model / "inside", model)
+    output.keep_inputs(tmp_path / "all" / "other", model)
+
+
+@pytest.mark.parametrize("verb", ["train", "sweep", "quantize", "merge", "export", "convert"])
+def test_no_verb_replaces_what_it_reads(
+    verb: str, tiny_model: Get, tiny_adapter: Get, run: Callable[..., Result], tmp_path: Path
+) -> None:
+    folder = shutil.copytree(tiny_model("llama"), tmp_path / "here" / "model").parent
+    shutil.copytree(tiny_adapter("llama"), folder / "adapter")
+    (folder / "data.txt").write_text("the cat sat on the mat\n")
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    text = folder / "data.txt"
+    given = {
+        "train": ["--data", text], "sweep": ["--data", text, "--eval-data", text, "--methods", "diablo"],
+        "quantize": [], "convert": [folder / "adapter"],
+    }  # fmt: skip
+    read = ["--model", folder / "model", *given.get(verb, ["--adapter", folder / "adapter"])]
+    for place in (folder, folder / "model"):
+        result = run(verb, *read, "--output", place, "--overwrite")
+        assert result.exit_code == 2 and "and would be replaced; choose another --output" in result.stderr
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
 
 
 @pytest.mark.parametrize("exchange", [True, False])

@@ -21,7 +21,7 @@ from diablo_export.checkpoint import Checkpoint, read_json
 from diablo_export.console import log, progress
 from diablo_export.errors import DataError, InputError, OutputError, require
 from diablo_export.manifest import base_sha256, file_xxh3
-from diablo_export.output import check_output, full_disk_said, new_folder
+from diablo_export.output import check_output, full_disk_said, keep_inputs, new_folder
 from diablo_export.trainer.baselines import BASE, METHODS
 from diablo_export.trainer.history import write_log
 from diablo_export.trainer.options import check_options, choose_device
@@ -95,6 +95,7 @@ def sweep(
         require("peft", "peft")
     _check_methods(model, methods)
     output, work, place = Path(output), Path(f"{os.path.abspath(output)}.sweep"), choose_device(device)
+    keep_inputs(output, model, data, eval_data)
     _check_places(output, work, resume, overwrite)
     sets: list[list[str] | None] = [list(names) for names in target_modules] or [None]
     wanted = cells(methods, lr, num_blocks, sets, seeds, with_base=task == "causal-lm")

@@ -21,7 +21,7 @@ from diablo_export.adapter import WEIGHTS, Adapter, file_sha256
 from diablo_export.base_grid import BaseGrid
 from diablo_export.console import log
 from diablo_export.errors import require
-from diablo_export.output import new_folder
+from diablo_export.output import keep_inputs, new_folder
 from diablo_export.packed.modules import check_base
 from diablo_export.trainer.batches import Batches, digest
 from diablo_export.trainer.folding import fold_blocks
@@ -153,6 +153,7 @@ def train(
     output, work, place = Path(output), work_folder(Path(output)), choose_device(device)
     autocast = use_bfloat16(dtype, place)
     if processes.first and not dry_run:
+        keep_inputs(output, model, data, eval_data, init_adapter)
         check_places(output, work, resume, overwrite)
     processes.wait()
     going_on = resume and unfinished(work)
