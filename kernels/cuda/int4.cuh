@@ -113,7 +113,7 @@ struct Codes {
 
   __device__ void read(const WeightRow<T>& row, int pass, int group) {
     load_once(row.codes + (pass >> 1), words);
-    scale = row.scales[group];
+    scale = load_constant(row.scales + group);
     zeros = row.zeros == nullptr ? 0x88 : row.zeros[group >> 1];
   }
 };

@@ -22,9 +22,10 @@ struct MatrixTile {
 using Tile16 = MatrixTile<16, 32, 128, 1, 1, 4>;
 using Tile64 = MatrixTile<64, 64, 32, 2, 2, 1>;
 
-// Gaps of 8: the rows that are read together lie in different banks, and each begins at a multiple of 16 bytes.
+// Gaps of 8: the rows that are read together lie in different banks, and each begins at a multiple of 16 bytes, which
+// whole stores and ldmatrix need; a union alone would begin at any float.
 template <class T, class Tile>
-union MatrixShared {
+union alignas(16) MatrixShared {
   struct {
     T x[Tile::kRows][Tile::kStep + 8];
     T d[Tile::kStep][Tile::kColumns + 8];

@@ -158,6 +158,11 @@ inline T* kept(T* pointer) {
 
 inline void load_once(const void* from, uint32_t (&to)[4]) { load_whole<16>(from, to); }
 
+template <class T>
+inline T load_constant(const T* from) {
+  return *from;
+}
+
 inline uint32_t load_word(const void* from) {
   CHECK(reinterpret_cast<uintptr_t>(from) % 4 == 0, "a word is misaligned");
   uint32_t word;
