@@ -177,7 +177,9 @@ def _all_linear(model: nn.Module, config: DiabloConfig) -> set[str]:
     chosen: Any = _maybe_include_all_linear_layers(copy.copy(config), model)
     whole: Any = model
     head = whole.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
-    return set(chosen.target_modules) | {name for name, part in model.named_modules() if isinstance(part, DiabloLayer) and part is not head}
+    return set(chosen.target_modules) | {
+        name for name, part in model.named_modules() if isinstance(part, DiabloLayer) and part is not head
+    }
 
 
 def _check_targets(model: nn.Module, config: DiabloConfig) -> None:
