@@ -77,6 +77,25 @@ def test_a_layer_that_is_trained_itself_gets_its_gradient(trained: str, monkeypa
     assert parameter.grad is not None
 
 
+@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("stored", [torch.float32, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_a_weight_is_its_float32_value_rounded_once(
+    bits: int, symmetric: bool, stored: torch.dtype, dtype: torch.dtype
+) -> None:
+    torch.manual_seed(bits)
+    codes = torch.randint(0, 256, (6, 3, 16 * bits // 8), dtype=torch.uint8)
+    scales, zeros = torch.randn(6, 3).to(stored), torch.randint(0, 2**bits, (6, 3), dtype=torch.uint8)
+    kept = codes.clone()
+    got = joined.unpack_weight(codes, scales, None if symmetric else zeros, bits, 45, dtype)
+    shifted = [codes >> shift & (2**bits - 1) for shift in range(0, 8, bits)]
+    zero = 2 ** (bits - 1) if symmetric else zeros[..., None].float()
+    wanted = (torch.stack(shifted, -1).flatten(-2).float() - zero) * scales[..., None].float()
+    assert got.dtype == dtype and torch.equal(got, wanted.flatten(1)[:, :45].to(dtype))
+    assert torch.equal(codes, kept)  # in 8 bits they are not copied to be unpacked
+
+
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("bits", [2, 4, 8])
 def test_packed_is_the_layer_on_its_grid(bits: int, symmetric: bool) -> None:

@@ -67,12 +67,22 @@ def unpack_codes(codes: Tensor, bits: int) -> Tensor:
     if bits == 8:
         return codes
     shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=codes.device)
-    integers: Tensor = (codes[..., None] >> shifts) & (2**bits - 1)
+    integers: Tensor = (codes[..., None] >> shifts).bitwise_and_(2**bits - 1)
     return integers.flatten(-2)
 
 
-def unpack_weight(codes: Tensor, scales: Tensor, zeros: Tensor | None, bits: int, in_features: int) -> Tensor:
-    """The weight (out_features, in_features) in float32 that packed codes stand for: (code − zero) · scale.
+def unpack_weight(
+    codes: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    bits: int,
+    in_features: int,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """The weight (out_features, in_features) that packed codes stand for: (code − zero) · scale.
+
+    It is that number in float32, rounded once to `dtype`; no float32 copy of it is made on the way, as codes less their
+    zero points are whole numbers: each training step reads and writes every weight, so a pass over bytes counts.
 
     Args:
         codes: (out, groups, group_size · bits / 8), low bits first.
@@ -80,10 +90,14 @@ def unpack_weight(codes: Tensor, scales: Tensor, zeros: Tensor | None, bits: int
         zeros: (out, groups), uint8; None: 2^(bits − 1).
         bits: of a code: 2, 4 or 8.
         in_features: without what pads the last group.
+        dtype: a float one.
     """
-    values = unpack_codes(codes, bits).float()
-    values -= 2 ** (bits - 1) if zeros is None else zeros[..., None]
-    values *= scales[..., None]
+    integers = unpack_codes(codes, bits)
+    wide = torch.int16 if bits == 8 else torch.int8  # what a difference of two of them fits into
+    integers = integers.to(wide) if bits == 8 else integers.view(wide)
+    integers -= 2 ** (bits - 1) if zeros is None else zeros[..., None].to(wide)
+    values = torch.empty(integers.shape, dtype=dtype, device=codes.device)
+    torch.mul(integers, scales[..., None].float(), out=values)
     return values.flatten(1)[:, :in_features]
 
 
@@ -145,7 +159,7 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, blocks: Tensor) -> T
 def _packed_linear(
     x: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor | None, bias: Tensor | None, blocks: Tensor, bits: int
 ) -> Tensor:
-    return _joined(x, unpack_weight(codes, scales, zeros, bits, x.shape[-1]).to(x.dtype), bias, blocks)
+    return _joined(x, unpack_weight(codes, scales, zeros, bits, x.shape[-1], x.dtype), bias, blocks)
 
 
 @torch.library.custom_op("diablo::linear_input_gradient", mutates_args=())
@@ -157,7 +171,7 @@ def _linear_input_gradient(gradient: Tensor, weight: Tensor, blocks: Tensor) -> 
 def _packed_input_gradient(
     gradient: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor | None, blocks: Tensor, bits: int, in_features: int
 ) -> Tensor:
-    weight = unpack_weight(codes, scales, zeros, bits, in_features).to(gradient.dtype)
+    weight = unpack_weight(codes, scales, zeros, bits, in_features, gradient.dtype)
     return _input_gradient(gradient, weight, blocks)
 
 
