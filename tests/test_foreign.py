@@ -13,8 +13,10 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import pytest
 from click.testing import Result
+from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
 
 from diablo_export.converters.onnx_adapters import write_onnx_adapter
 from diablo_export.errors import AdapterError, CheckFailed, InputError
@@ -232,6 +234,27 @@ def test_plain_torch_exports_with_free_and_with_fixed_length(
     base = foreign.export_with_torch(model, tmp_path / "base" / "m.onnx")
     with pytest.raises(CheckFailed, match="the export is the model without the adapter"):
         require_pass(judge(base, model, adapters["lora"]), base)
+
+
+@pytest.mark.slow  # an export by torch, and what is merged into it
+def test_a_merge_into_an_export_of_a_fixed_length(model: Path, tiny_adapter: Get, tmp_path: Path) -> None:
+    """Torch fixes the length where nobody says otherwise, and names outputs as it likes."""
+    from diablo_export.converters.merge import merge
+
+    given = foreign.export_with_torch(model, tmp_path / "given" / "model.onnx", 24)
+    graph = ir.load(given)
+    graph.graph.outputs[0].name = "linear_14"
+    ir.save(graph, given)
+    merge(given, tiny_adapter("llama"), tmp_path / "merged")
+    report = parity(tmp_path / "merged", certificate=True, max_tokens=160, threads=1)
+    assert report["verdict"] == "pass" and len(report["modules"]) == 14, exports.failed(report)
+    assert verify(tmp_path / "merged")["verdict"] == "pass"
+    quantizer = MatMulNBitsQuantizer(onnx.load(given), bits=8, block_size=32, is_symmetric=True)
+    quantizer.process()
+    (tmp_path / "int8").mkdir()
+    onnx.save(quantizer.model.model, tmp_path / "int8" / "model.onnx")
+    manifest = merge(tmp_path / "int8", tiny_adapter("llama"), tmp_path / "measured", method="refit", max_seconds=5)
+    assert manifest["survival"]["passed"]
 
 
 @pytest.mark.slow  # an export by torch

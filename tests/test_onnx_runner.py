@@ -110,3 +110,21 @@ def test_a_cache_of_unknown_size_is_named(tmp_path: Path) -> None:
 def test_cache_shape(file: str, config: dict[str, Any], expected: tuple[int, int] | None, tmp_path: Path) -> None:
     (tmp_path / file).write_text(json.dumps(config))
     assert cache_shape(tmp_path) == expected
+
+
+def test_length_and_output_are_read_from_the_graph(tmp_path: Path) -> None:
+    model = onnx.parser.parse_model("""
+        <ir_version: 10, opset_import: ["" : 21]>
+        made (int64[1, 6] input_ids) => (float[1, 6, 2] scores) {
+            axes = Constant <value = int64[1] {-1}> ()
+            column = Unsqueeze (input_ids, axes)
+            numbers = Cast <to = 1> (column)
+            scores = Concat <axis = -1> (numbers, numbers)
+        }
+    """)
+    onnx.save(model, tmp_path / "model.onnx")
+    runner = OnnxRunner(runtime.session(tmp_path / "model.onnx"))
+    assert (runner.output, runner.length, runner.decodes) == ("scores", 6, False)
+    assert runner.prefill(np.array([3, 4, 5])).tolist() == [[3, 3], [4, 4], [5, 5]]
+    with pytest.raises(ExportError, match="takes sequences of 6 tokens, and here are 7; export it with a free length"):
+        runner.prefill(np.arange(7))

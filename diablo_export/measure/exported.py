@@ -80,13 +80,13 @@ def open_exported(
     provider = session.get_providers()[0]
     if is_branch(manifest):
         on, off, zero = states(manifest, session, out, name, shape)
-        return Exported(on, off, zero, None, provider, on.has_cache, path)
+        return Exported(on, off, zero, None, provider, on.decodes, path)
     on = OnnxRunner(session, cache_shape=shape)
     given = given_base(manifest, adapter)
     if given is not None:
         off = OnnxRunner(runtime.session(given, threads=threads, spin=False), cache_shape=shape)
         outside = foreign(given, path, list(manifest["modules"]), adapter)
-        return Exported(on, off, None, outside, provider, on.has_cache, path)
+        return Exported(on, off, None, outside, provider, on.decodes, path)
     checkpoint = Checkpoint.open(str(base.model.name_or_path))
     rebuilt = rebuild(path, list(manifest["modules"]), checkpoint, adapter)
     if not rebuilt.initializers:
@@ -94,7 +94,7 @@ def open_exported(
     off = OnnxRunner(
         runtime.session(path, initializers=rebuilt.initializers, threads=threads, spin=False), cache_shape=shape
     )
-    return Exported(on, off, None, rebuilt.foreign, provider, on.has_cache, path, rebuilt.initializers)
+    return Exported(on, off, None, rebuilt.foreign, provider, on.decodes, path, rebuilt.initializers)
 
 
 def states(

@@ -148,8 +148,7 @@ def _open(
         runner, off = (dataclasses.replace(runner, fixed=fixed) for fixed in (values, zeros))
     if other is not None:
         off = _runner(other, base, threads, classifier)[1]
-    decodes = runner.has_cache and graph.length is None
-    return Exported(runner, off, None, None, session.get_providers()[0], decodes, graph.file)
+    return Exported(runner, off, None, None, session.get_providers()[0], runner.decodes, graph.file)
 
 
 def _runner(graph: Graph, base: TorchRunner, threads: int | None, classifier: bool) -> tuple[Any, OnnxRunner]:

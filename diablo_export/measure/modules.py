@@ -140,7 +140,7 @@ def _is_fitted(manifest: Mapping[str, Any]) -> Fitted:
 
 
 def _decodes(taps: OnnxTaps | TorchTaps, adapter: Adapter) -> bool:
-    return bool(taps.runner.empty_cache()) if isinstance(taps, OnnxTaps) else adapter.task_type == "CAUSAL_LM"
+    return taps.runner.decodes if isinstance(taps, OnnxTaps) else adapter.task_type == "CAUSAL_LM"
 
 
 def _limits(out: Path, manifest: Mapping[str, Any]) -> tuple[float, float]:

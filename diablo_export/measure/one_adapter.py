@@ -19,7 +19,7 @@ from diablo_export.blockdiag import Array
 from diablo_export.console import log, progress
 from diablo_export.errors import ExportError
 from diablo_export.manifest import versions
-from diablo_export.measure import compare, padding, sources
+from diablo_export.measure import compare, foreign_graph, padding, sources
 from diablo_export.measure.exported import Exported, open_exported
 from diablo_export.measure.golden import Golden, record
 from diablo_export.measure.metrics import Comparison
@@ -100,6 +100,8 @@ def measure(
     found.environment["precision"] = sources.precision(out, manifest)
     bounds: dict[str, Any] = {"data": data, "samples": samples, "max_tokens": max_tokens, "seed": seed, "steps": steps}
     bounds |= {"threads": threads, "certify": certify, "labels": adapter.labels}
+    if manifest.get("exporter") == "given":  # whoever exported it may have fixed the length of its sequences
+        bounds["longest"] = foreign_graph.read(out / "model.onnx").length
 
     opened: list[Exported] = []
 

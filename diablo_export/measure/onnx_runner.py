@@ -46,8 +46,9 @@ class OnnxRunner:
         adapter: an `.onnx_adapter` file, loaded, or None for the base.
         fixed: inputs fed on every run, such as a classification head or blocks.
         cache_shape: (heads, head size) of the KV cache, for graphs that leave them open; see `cache_shape`.
-        output: name of the logits.
-        length: tokens of every sequence, for graphs that take no others: shorter ones are padded at the right.
+        output: name of the logits; where the graph has none of that name, its only output.
+        length: tokens of every sequence, for graphs that take no others: shorter ones are padded at the right. None:
+            what the graph says.
     """
 
     session: onnxruntime.InferenceSession
@@ -57,6 +58,17 @@ class OnnxRunner:
     output: str = "logits"
     length: int | None = None
 
+    def __post_init__(self) -> None:
+        """Read from the graph what nobody said."""
+        if self.session is None:  # one that was closed
+            return
+        outputs = [value.name for value in self.session.get_outputs() if not _CACHE.match(value.name)]
+        if self.output not in outputs and len(outputs) == 1:
+            object.__setattr__(self, "output", outputs[0])
+        ids = next((value for value in self.session.get_inputs() if value.name == "input_ids"), None)
+        if self.length is None and ids is not None and isinstance(ids.shape[-1], int):
+            object.__setattr__(self, "length", ids.shape[-1])
+
     def prefill(self, ids: Ids) -> Array:
         """Logits of a whole sequence (tokens,): (tokens, vocabulary), or (1, labels) of a classifier; float32."""
         if self.length is not None:
@@ -65,7 +77,7 @@ class OnnxRunner:
 
     def batch(self, rows: Sequence[Ids], token: int, *, left: bool = False) -> list[Array]:
         """Logits of several sequences, padded with `token` and run at once; each as `prefill` gives it."""
-        padded = pad(rows, token, left=left, length=self.length)
+        padded = self._pad(rows, token, left=left)
         feeds = {**self._inputs(padded), **self.empty_cache(len(rows)), **self.fixed}
         (logits,) = runtime.run(self.session, feeds, self.adapter, [self.output])
         return padded.unpadded(logits.astype(np.float32))
@@ -96,6 +108,11 @@ class OnnxRunner:
         """Whether the graph takes and gives a KV cache."""
         return any(_CACHE.match(value.name) for value in self.session.get_inputs())
 
+    @property
+    def decodes(self) -> bool:
+        """Whether it can go on from its cache, token by token."""
+        return self.has_cache and self.length is None
+
     def _call(
         self, ids: Ids, cache: Mapping[str, Array], past: int = 0, keep: bool = False
     ) -> tuple[Array, dict[str, Array]]:
@@ -114,7 +131,16 @@ class OnnxRunner:
 
     def padded(self, ids: Ids) -> dict[str, Array]:
         """The same for a graph that takes sequences of one length only: filled up at the right."""
-        return self._inputs(pad([ids], 0, length=self.length))
+        return self._inputs(self._pad([ids], 0))
+
+    def _pad(self, rows: Sequence[Ids], token: int, *, left: bool = False) -> Padded:
+        longest = max(len(row) for row in rows)
+        if self.length is not None and longest > self.length:
+            raise ExportError(
+                f"the model takes sequences of {self.length} tokens, and here are {longest}; "
+                "export it with a free length"
+            )
+        return pad(rows, token, left=left, length=self.length)
 
     def _inputs(self, padded: Padded) -> dict[str, Array]:
         known: dict[str, Array] = {
