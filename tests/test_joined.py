@@ -77,6 +77,16 @@ def test_a_layer_that_is_trained_itself_gets_its_gradient(trained: str, monkeypa
     assert parameter.grad is not None
 
 
+def test_a_backward_pass_under_autocast_takes_the_dtypes_of_the_forward() -> None:
+    x, weight, _, blocks, _ = case((10, 7, 4), dtype=torch.float32)
+    wanted = torch.autograd.grad(joined.linear(x, weight, None, blocks).sum(), (x, blocks))
+    loss = joined.linear(x, weight, None, blocks).sum()
+    with torch.autocast("cpu", torch.bfloat16):
+        got = torch.autograd.grad(loss, (x, blocks))
+    for a, b in zip(got, wanted, strict=True):
+        assert torch.equal(a, b)
+
+
 @pytest.mark.parametrize("bits", [2, 4, 8])
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("stored", [torch.float32, torch.float16])

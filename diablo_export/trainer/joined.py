@@ -108,6 +108,11 @@ def _under_autocast(x: Tensor) -> tuple[Tensor, torch.dtype]:
     return x.to(dtype), dtype
 
 
+def _as_they_are(x: Tensor) -> torch.autocast:
+    """Products in the dtypes that they were given, also where autocast is on around a backward pass."""
+    return torch.autocast(x.device.type, enabled=False)
+
+
 def _rows(x: Tensor) -> Tensor:
     """(…, features) → (tokens, features), contiguous: the views below need that."""
     return x.reshape(-1, x.shape[-1]).contiguous()
@@ -138,8 +143,9 @@ def _add_products(y: Tensor, x: Tensor, blocks: Tensor) -> None:
 def _input_gradient(gradient: Tensor, weight: Tensor, blocks: Tensor) -> Tensor:
     """gradient · W + gradient · blockdiag(D)ᵀ: (…, out) → (…, in)."""
     rows = _rows(gradient)
-    dx = rows @ weight
-    _add_products(dx, rows, blocks.to(dx.dtype).mT)
+    with _as_they_are(rows):
+        dx = rows @ weight
+        _add_products(dx, rows, blocks.to(dx.dtype).mT)
     return dx.view(*gradient.shape[:-1], weight.shape[1])
 
 
@@ -181,14 +187,16 @@ def _block_gradient(x: Tensor, gradient: Tensor, blocks: Tensor) -> Tensor:
     count, size_in, size_out = blocks.shape
     x, gradient = _rows(x), _rows(gradient)
     whole = min(count, x.shape[1] // size_in, gradient.shape[1] // size_out)
-    products = torch.bmm(_whole(x, whole, size_in).mT, _whole(gradient, whole, size_out)).to(blocks.dtype)
+    with _as_they_are(x):
+        products = torch.bmm(_whole(x, whole, size_in).mT, _whole(gradient, whole, size_out)).to(blocks.dtype)
     if whole == count:
         return products
     found = torch.zeros_like(blocks, memory_format=torch.contiguous_format)
     found[:whole] = products
     for block in range(whole, count):
         inputs, outputs = _cut(x, block, size_in), _cut(gradient, block, size_out)
-        found[block, : inputs.shape[1], : outputs.shape[1]] = inputs.T @ outputs
+        with _as_they_are(x):
+            found[block, : inputs.shape[1], : outputs.shape[1]] = inputs.T @ outputs
     return found
 
 
