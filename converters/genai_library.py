@@ -6,16 +6,16 @@ onnxruntime-genai refuses paths outside of the model's folder (0.18 takes those 
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
 
 from diablo_export import runtime
 from diablo_export.console import log
+from diablo_export.converters import genai_config
+from diablo_export.converters.genai_config import CONFIG
 from diablo_export.errors import InputError
 
-CONFIG = "genai_config.json"
 KEY = "custom_ops_library"
 AUTO = "auto"
 
@@ -43,30 +43,24 @@ def write(folder: Path, library: Path) -> None:
     Raises:
         InputError: the export has no such file, as onnxruntime-genai does not run it.
     """
-    file = folder / CONFIG
-    if not file.is_file():
+    config = genai_config.read(folder)
+    if config is None:
         raise InputError(
             f"--custom-ops-library {library}: this export has no {CONFIG}: onnxruntime-genai does not run it; leave "
             "the option out: diablo_export.runtime.session finds the library by itself"
         )
     shutil.copyfile(library, folder / library.name)
-    config = json.loads(file.read_text(encoding="utf-8"))
     config["model"]["decoder"].setdefault("session_options", {})[KEY] = library.name
-    _save(file, config)
+    genai_config.write(folder, config)
 
 
 def drop(folder: Path) -> None:
     """Take out whatever library a copied genai_config.json names: what is converted does not say what is loaded."""
-    file = folder / CONFIG
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):  # there is none; or genai cannot read it either
-        return
     dropped: list[str] = []
-    config = _without(config, dropped)
+    config = _without(genai_config.read(folder), dropped)
     if dropped:
         log.warning("%s: left out %s, which named %s", CONFIG, KEY, ", ".join(dropped))
-        _save(file, config)
+        genai_config.write(folder, config)
 
 
 def _without(value: Any, dropped: list[str]) -> Any:
@@ -77,7 +71,3 @@ def _without(value: Any, dropped: list[str]) -> Any:
         return value
     dropped += [str(each) for key, each in value.items() if key == KEY]
     return {key: _without(each, dropped) for key, each in value.items() if key != KEY}
-
-
-def _save(file: Path, config: Any) -> None:
-    file.write_text(json.dumps(config, indent=4) + "\n", encoding="utf-8")

@@ -15,7 +15,7 @@ from diablo_export.console import log
 from diablo_export.errors import CheckpointError
 
 # weights of the untuned base in other formats: copied beside the merged ones they would ship the wrong model
-_OTHER_WEIGHTS = (
+OTHER_WEIGHTS = (
     ".bin", ".ckpt", ".gguf", ".h5", ".index.json", ".msgpack", ".onnx", ".onnx_data", ".ot", ".pt", ".pth",
     ".safetensors",
 )  # fmt: skip
@@ -92,7 +92,7 @@ def copy_others(checkpoint: Checkpoint, folder: Path) -> None:
     Raises:
         CheckpointError: links to files that are no more, as a cache has that was cleaned by hand.
     """
-    kept = [path for path in checkpoint.folder.iterdir() if not path.name.endswith(_OTHER_WEIGHTS)]
+    kept = [path for path in checkpoint.folder.iterdir() if not path.name.endswith(OTHER_WEIGHTS)]
     lost = sorted(path.name for path in kept if path.name[0] != "." and not path.exists())
     if lost:
         raise CheckpointError(
@@ -104,7 +104,7 @@ def copy_others(checkpoint: Checkpoint, folder: Path) -> None:
         skip = [name for name in names if name.startswith(".")]
         if Path(directory) == checkpoint.folder:
             skip += [name for name in names if name in written]
-        others = [name for name in names if name.endswith(_OTHER_WEIGHTS) and name not in skip]
+        others = [name for name in names if name.endswith(OTHER_WEIGHTS) and name not in skip]
         if others:
             log.info("not copied, they hold weights of the base: %s", ", ".join(sorted(others)))
         return skip + others

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from diablo_export.converters import genai_library
+from diablo_export.converters import genai_config, genai_library
+from diablo_export.converters.hf_folder import OTHER_WEIGHTS
 from diablo_export.errors import InputError
 from diablo_export.manifest import MANIFEST, PARITY, file_xxh3, read_manifest
 
@@ -16,7 +17,10 @@ if TYPE_CHECKING:  # it takes a second to load, and merges of Hugging Face folde
     import onnx_ir as ir
 
 MODEL = "model.onnx"
-_NOT_CONFIG = (".onnx", ".onnx_adapter", ".data")
+_WEIGHTS = (*OTHER_WEIGHTS, ".data", ".onnx_adapter")
+# a folder with one of these is a model's, whatever its graph is called
+_MARKS = ("config.json", "genai_config.json", "tokenizer.json", "tokenizer_config.json")
+_BELOW = "onnx"  # where repositories of several formats keep their graphs, their config one folder up
 _TEMPLATES = "additional_chat_templates"  # where tokenizers of several chat templates have all but the first
 
 
@@ -27,7 +31,8 @@ class OnnxModel:
     file: Path  # the graph
     files: list[Path]  # the graph and its external data
     graph: ir.Model  # as it was read
-    others: list[Path]  # config, tokenizer and whatever else lies in its folder
+    home: Path  # the folder of its config and tokenizer
+    others: list[Path]  # these, and whatever else lies there
 
     @property
     def folder(self) -> Path:
@@ -61,12 +66,28 @@ def find(model: str | Path) -> OnnxModel | None:
     if not len(graph.graph):
         raise InputError(f"{file}: holds a graph without nodes; copy or export it again")
     data = _data_files(file, graph)
-    beside = sorted([*file.parent.iterdir(), *(file.parent / _TEMPLATES).glob("*")])
-    others = [path for path in beside if path.is_file() and path.suffix not in _NOT_CONFIG]
-    named = {MANIFEST, PARITY, *(path.name for path in data)}
-    return OnnxModel(
-        file, [file, *data], graph, [p for p in others if p.name not in named] if file.name == MODEL else []
-    )
+    home = _home(file)
+    return OnnxModel(file, [file, *data], graph, home or file.parent, _others(home, data) if home else [])
+
+
+def _home(file: Path) -> Path | None:
+    """The folder that is this graph's; None where the file may lie among strangers."""
+    folder = file.parent.resolve()
+    for place in (file.parent, folder.parent if folder.name == _BELOW else folder):
+        if any((place / name).is_file() for name in _MARKS):
+            return place
+    return file.parent if file.name == MODEL else None
+
+
+def _others(home: Path, data: list[Path]) -> list[Path]:
+    """What lies in `home`, but weights, in whatever format, and what this program says of them."""
+    beside = sorted([*home.iterdir(), *(home / _TEMPLATES).glob("*")])
+    reports = {MANIFEST, PARITY}
+    return [
+        path
+        for path in beside
+        if path.is_file() and not path.name.endswith(_WEIGHTS) and path not in data and path.name not in reports
+    ]
 
 
 def _graph_file(path: Path) -> Path | None:
@@ -110,12 +131,14 @@ def copy(model: OnnxModel, folder: Path, data: bool = True) -> dict[str, str]:
     """
     hashes = {}
     for path in [*(model.files if data else [model.file]), *model.others]:
-        target = folder / (MODEL if path == model.file else path.relative_to(model.folder))
+        inside = path.relative_to(model.folder if path in model.files else model.home)
+        target = folder / (MODEL if path == model.file else inside)
         target.parent.mkdir(parents=True, exist_ok=True)
         if path in model.files:
             hashes[path.name] = file_xxh3(path, target)
         else:
             shutil.copyfile(path, target)
+    genai_config.rename_graph(folder, model.file.name, MODEL)
     genai_library.drop(folder)
     return hashes
 

@@ -13,7 +13,7 @@ import onnx_ir as ir
 
 from diablo_export.blockdiag import Array
 from diablo_export.converters.onnx_linears import Linear, linears
-from diablo_export.converters.onnx_match import named
+from diablo_export.converters.onnx_names import named
 from diablo_export.errors import ExportError
 
 

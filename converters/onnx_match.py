@@ -9,9 +9,6 @@ several nodes.
 
 from __future__ import annotations
 
-import ast
-import functools
-import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -21,14 +18,13 @@ import onnx_ir as ir
 
 from diablo_export.adapter import AdaptedModule
 from diablo_export.converters.onnx_linears import Linear, linears
+from diablo_export.converters.onnx_names import may_be_one, of_path, parts_of, paths, same, scope
 from diablo_export.converters.onnx_nodes import MODULE, ROWS
 from diablo_export.errors import MatchError
 from diablo_export.fingerprint import SAME_WEIGHT, positions
 
-_SCOPES = "pkg.torch.onnx.name_scopes"
 # leaf of a fused layer → the layers it fuses, in output order
 _FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
-_SAME_PART = {"self_attn": "attn"}  # what onnxruntime-genai's builder calls it
 _BFLOAT16 = 2**-8  # one rounding to bfloat16, the coarsest float that a graph may hold, relative
 _FEW_SAMPLES = 8  # fewer samples of a part are no evidence
 
@@ -207,72 +203,24 @@ def _by_scope(
             yield [_all_of(layer)]
 
 
-def scope(node: ir.Node) -> str | None:
-    """The module path that torch.onnx recorded on a node, or None."""
-    recorded = node.metadata_props.get(_SCOPES)
-    return _last_but_one(recorded) if recorded else None
-
-
-@functools.lru_cache(1 << 12)  # each module asks every layer
-def _last_but_one(recorded: str) -> str | None:
-    try:
-        scopes = ast.literal_eval(recorded)
-    except (SyntaxError, ValueError):
-        return None
-    return str(scopes[-2]) if isinstance(scopes, list) and len(scopes) > 1 else None
-
-
 def _by_name(
     module: AdaptedModule, modules: Mapping[str, AdaptedModule], layers: Sequence[Linear]
 ) -> Iterator[list[Piece]]:
     """Nodes, or weights, that are named after the module, after a fused layer it is in, or after its parts."""
-    *parent, leaf = _path(module.name)
+    *parent, leaf = parts_of(module.name)
     for layer in layers:
-        if any(_same(path, [*parent, leaf]) for path in _paths(layer)):
+        if any(same(path, [*parent, leaf]) for path in paths(layer)):
             yield [_all_of(layer)]
     for fused, parts in _FUSED.items():
         if leaf in parts:
             names = [f"{module.name.removesuffix(leaf)}{part}" for part in parts]
             for layer in layers:
-                if any(_same(path, [*parent, fused]) for path in _paths(layer)):
+                if any(same(path, [*parent, fused]) for path in paths(layer)):
                     yield from _range_of(module, names, modules, layer)
         if leaf == fused:
-            named = [next(_of_path(layers, [*parent, part]), None) for part in parts]
+            named = [next(of_path(layers, [*parent, part]), None) for part in parts]
             if all(named):
                 yield [_all_of(layer) for layer in named if layer]
-
-
-def named(layers: Sequence[Linear], module: str) -> Iterator[Linear]:
-    """The layers that say they are this module, by mark, scope or name; the surest first."""
-    yield from (layer for layer in layers if layer.node.metadata_props.get(MODULE) == module)
-    yield from (layer for layer in layers if scope(layer.node) == module)
-    yield from _of_path(layers, _path(module))
-
-
-def _of_path(layers: Iterable[Linear], path: list[str]) -> Iterator[Linear]:
-    return (layer for layer in layers if any(_same(other, path) for other in _paths(layer)))
-
-
-def _paths(layer: Linear) -> list[list[str]]:
-    """What a node's name and its weight's name say about the module: the words before the operator's."""
-    return _said(layer.name, layer.weight.name or "")
-
-
-@functools.lru_cache(1 << 12)  # each module asks every layer
-def _said(node: str, weight: str) -> list[list[str]]:
-    node = re.sub(r"/(MatMul|Gemm)\w*$", "", node)
-    weight = re.sub(r"(\.MatMul)?\.weight\w*$", "", weight)
-    return [_path(node), _path(weight)]
-
-
-def _path(name: str) -> list[str]:
-    return [_SAME_PART.get(part, part) for part in re.split(r"[./]", name) if part]
-
-
-def _same(first: list[str], second: list[str]) -> bool:
-    """Equal, or equal but for a prefix such as the name of the base model."""
-    length = min(len(first), len(second))
-    return first == second or (length >= 3 and first[-length:] == second[-length:])
 
 
 def _all_of(layer: Linear) -> Piece:
@@ -389,21 +337,8 @@ def _clashes(found: Iterable[Match]) -> list[str]:
 
 def _again(one: Match, layers: Sequence[Linear]) -> tuple[Linear, ...]:
     """Further nodes that are the module: of its name but for a number at the end of a part, and of the same values."""
-    named = [(piece.linear, other) for piece in one.pieces for other in layers if _same_module(piece.linear, other)]
+    named = [(piece.linear, other) for piece in one.pieces for other in layers if may_be_one(piece.linear, other)]
     return tuple(dict.fromkeys(other for linear, other in named if _same_values(linear, other)))
-
-
-def _same_module(first: Linear, second: Linear) -> bool:
-    """Whether what the exporter recorded of two nodes allows that they are runs of one module."""
-    scopes = scope(first.node), scope(second.node)
-    if all(scopes):
-        return scopes[0] == scopes[1]
-    return _unnumbered(first.name) == _unnumbered(second.name)
-
-
-@functools.lru_cache(1 << 12)
-def _unnumbered(name: str) -> str:
-    return re.sub(r"(_Q?\d+)+(?=/|$)", "", name)  # onnxruntime's quantizer puts _Q4 behind the number
 
 
 def _same_values(first: Linear, second: Linear) -> bool:

@@ -16,11 +16,11 @@ from safetensors.numpy import save
 
 from diablo_export.block_storage import BASE_KEY
 from diablo_export.blockdiag import Array
+from diablo_export.converters.genai_config import CONFIG
 from diablo_export.errors import InputError
 
 ENDING = ".safetensors"
 NO_ADAPTER = "base"  # the file beside the adapters, so none may have its name
-_GENAI = "genai_config.json"  # onnxruntime-genai feeds no required blocks: the folder is not one for it
 
 
 def check_names(names: Mapping[str, object]) -> None:
@@ -56,5 +56,5 @@ def write_safetensors(file: Path, parameters: Mapping[str, Array], base: str) ->
 
 
 def leave_out_genai(folder: Path) -> None:
-    """Take onnxruntime-genai's configuration out of the folder."""
-    (folder / _GENAI).unlink(missing_ok=True)
+    """Take onnxruntime-genai's configuration out of the folder: it feeds no required blocks."""
+    (folder / CONFIG).unlink(missing_ok=True)

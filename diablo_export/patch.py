@@ -14,41 +14,20 @@ import os
 import shutil
 import sys
 import zipfile
-import zlib
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path, PurePosixPath
-from typing import IO, Any, Literal
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import IO, Any
 
-from diablo_export import __version__
 from diablo_export.console import log, progress
 from diablo_export.difference import Advance, Content, content, write_difference, write_other
 from diablo_export.errors import DiabloError, InputError, OutputError, PatchError
 from diablo_export.output import new_file, new_folder, real
+from diablo_export.patch_header import HEADER, MANIFEST, Entry, Side, faults_said, lines, new_header, read, summary
 
-FORMAT = "diablo-export patch"
-FORMAT_VERSION = 1
-_HEADER = "patch.json"
 _MODEL = "model.onnx"  # what a merge calls the graph, whatever the base calls it
-_MANIFEST = "diablo_export.json"
+_GENAI = "genai_config.json"  # and there too
 # what speaks of a folder's weights: left in place, it would speak of others
-_REPORTS = (_MANIFEST, "parity.json", "certificate.json", "certificate.npz")
-
-Side = Literal["before", "after"]
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One file of the merged model, by its path in the base's folder; a side that is None has no such file."""
-
-    name: str
-    before: Content | None
-    after: Content | None
-    changed_bytes: int
-
-    def side(self, side: Side) -> Content | None:
-        """What the file is on this side."""
-        return self.before if side == "before" else self.after
+_REPORTS = (MANIFEST, "parity.json", "certificate.json", "certificate.npz")
 
 
 def create(base: str | Path, merged: str | Path, output: str | Path, *, overwrite: bool = False) -> dict[str, Any]:
@@ -84,8 +63,8 @@ def create(base: str | Path, merged: str | Path, output: str | Path, *, overwrit
             entries.append(Entry(name, found[0] if old else None, found[1] if new else None, found[2]))
         if all(entry.before == entry.after for entry in entries):
             raise InputError(f"{merged}: is {base}, byte for byte; there is nothing to write a patch of")
-        text = json.dumps(_header(entries, total, Path(merged)), indent=1)
-        archive.writestr(zipfile.ZipInfo(_HEADER), text, zipfile.ZIP_DEFLATED)  # without the time: same in, same out
+        text = json.dumps(new_header(entries, total, Path(merged)), indent=1)
+        archive.writestr(zipfile.ZipInfo(HEADER), text, zipfile.ZIP_DEFLATED)  # without the time: same in, same out
     return info(output)
 
 
@@ -126,28 +105,7 @@ def info(patch: str | Path) -> dict[str, Any]:
     Raises:
         PatchError: it cannot be read.
     """
-    return _report(Path(patch), _read(Path(patch))[0])
-
-
-def _report(patch: Path, header: dict[str, Any]) -> dict[str, Any]:
-    size = patch.stat().st_size
-    return {**header, "patch_bytes": size, "share": size / max(1, header["model_bytes"])}
-
-
-def lines(report: dict[str, Any]) -> list[str]:
-    """What a person reads of `info`."""
-    groups = report["touched_groups"]
-    said = [
-        f"{_size(report['patch_bytes'])}, {report['share']:.2%} of the model's {_size(report['model_bytes'])}"
-        + (f"; {groups:,} touched groups" if groups else "")
-        + (f"; adapter {', '.join(report['adapters'])}" if report["adapters"] else "")
-    ]
-    for file in report["files"]:
-        sizes = [side and side["bytes"] for side in (file["before"], file["after"])]
-        if file["before"] != file["after"]:
-            what = "new" if sizes[0] is None else "removed" if sizes[1] is None else f"{file['changed_bytes']:,} bytes"
-            said.append(f"  {file['name']:<40} {what}")
-    return said
+    return summary(Path(patch), read(Path(patch))[0])
 
 
 # ------------------------------------------------------------------------------------------------------- making one
@@ -165,6 +123,8 @@ def _pairs(base: Path, merged: Path) -> dict[str, tuple[Path | None, Path | None
         name = path.relative_to(merged).as_posix()
         name = renamed.get(name, name)
         old = folder / name
+        if name == _GENAI and _same_but_for(old, path, renamed):
+            path = old
         pairs[name] = (old if old.is_file() else None), path
     if not any(old for old, _ in pairs.values()):
         raise InputError(f"{merged}: has no file that is in {folder} as well; is it a merge of that model?")
@@ -174,26 +134,20 @@ def _pairs(base: Path, merged: Path) -> dict[str, tuple[Path | None, Path | None
     return pairs
 
 
-def _header(entries: Sequence[Entry], model_bytes: int, merged: Path) -> dict[str, Any]:
-    manifest: dict[str, Any] = {}
-    with contextlib.suppress(OSError, ValueError):  # a merge by other means has none
-        manifest = json.loads((merged / _MANIFEST).read_text(encoding="utf-8"))
-    counts = [module["touched_groups"] for module in manifest.get("modules", []) if "touched_groups" in module]
-    return {
-        "format": FORMAT,
-        "format_version": FORMAT_VERSION,
-        "made_by": f"diablo-export {__version__}",
-        "adapters": [adapter["name"] for adapter in manifest.get("adapters", [])],
-        "touched_groups": sum(counts) or None,
-        "model_bytes": model_bytes,
-        "files": [asdict(entry) for entry in entries],
-    }
-
-
 def _files(folder: Path) -> list[Path]:
     """The files of a folder, but hidden ones."""
     found = sorted(path for path in folder.rglob("*") if path.is_file())
     return [path for path in found if not any(part.startswith(".") for part in path.relative_to(folder).parts)]
+
+
+def _same_but_for(old: Path, new: Path, renamed: Mapping[str, str]) -> bool:
+    """Whether two JSON files differ in nothing but the names of files: the patch keeps the base's."""
+    with contextlib.suppress(OSError, ValueError):
+        text = new.read_text(encoding="utf-8")
+        for name, before in renamed.items():
+            text = text.replace(json.dumps(name), json.dumps(before))
+        return bool(json.loads(text) == json.loads(old.read_text(encoding="utf-8")))
+    return False
 
 
 @contextlib.contextmanager
@@ -206,54 +160,6 @@ def _reading(file: Path | None) -> Iterator[IO[bytes]]:
 # -------------------------------------------------------------------------------------------------------- using one
 
 
-def _read(patch: Path) -> tuple[dict[str, Any], list[Entry]]:
-    """A patch's header, as it is and as entries."""
-    with _faults_said(patch), zipfile.ZipFile(patch) as archive:
-        header: dict[str, Any] = json.loads(archive.read(_HEADER))
-        made = header["format"], header["format_version"]
-        if made == (FORMAT, FORMAT_VERSION):
-            entries = [_entry(file) for file in header["files"]]
-            return {**header, **_said_of(header), "files": [asdict(entry) for entry in entries]}, entries
-    raise PatchError(
-        f"{patch}: is a {made[0]} of version {made[1]}, this program reads a {FORMAT} of version {FORMAT_VERSION}; "
-        "use the diablo-export that made it, or make it again"
-    )
-
-
-@contextlib.contextmanager
-def _faults_said(patch: Path) -> Iterator[None]:
-    """What goes wrong while a patch is read is a PatchError."""
-    try:
-        yield
-    except FileNotFoundError as error:
-        raise PatchError(f"{patch}: no such file; give the file that diablo-export patch create wrote") from error
-    except IsADirectoryError as error:
-        raise PatchError(f"{patch}: is a folder; the model comes first, then the patch") from error
-    except (zipfile.BadZipFile, zlib.error, EOFError, KeyError, TypeError, ValueError) as error:
-        raise PatchError(f"{patch}: is no patch, or a broken one ({error}); copy it again, or make it again") from error
-
-
-def _said_of(header: dict[str, Any]) -> dict[str, Any]:
-    """What patch.json says for the reader, which may come from anywhere."""
-    groups = header["touched_groups"]
-    return {
-        "adapters": [str(name) for name in header["adapters"]],
-        "touched_groups": groups and int(groups),
-        "model_bytes": int(header["model_bytes"]),
-    }
-
-
-def _entry(file: dict[str, Any]) -> Entry:
-    """An entry of patch.json, which may come from anywhere."""
-    path = PurePosixPath(file["name"])
-    if path.is_absolute() or ".." in path.parts or not path.parts or set(str(path)) & set("\\:"):
-        raise ValueError(f"{file['name']!r} lies outside of the model's folder")
-    before, after = (
-        side and Content(int(side["bytes"]), str(side["sha256"])) for side in (file["before"], file["after"])
-    )
-    return Entry(str(path), before, after, int(file["changed_bytes"]))
-
-
 def _turn(
     place: Path, patch: Path, output: str | Path | None, overwrite: bool, source: Side, target: Side
 ) -> dict[str, Any]:
@@ -262,8 +168,8 @@ def _turn(
     goal = folder if output is None else real(output)
     if goal != folder and goal.is_relative_to(folder):
         raise OutputError(f"{output}: lies in the model's folder {folder}; choose another --output")
-    header, entries = _read(patch)
-    report = _report(patch, header)  # before the folder is replaced: the patch may lie in it
+    header, entries = read(patch)
+    report = summary(patch, header)  # before the folder is replaced: the patch may lie in it
     waiting = _waiting(folder, patch, entries, source, target)
     done = [entry for entry in entries if entry.before != entry.after and entry not in waiting.values()]
     if done and waiting:
@@ -323,7 +229,7 @@ def _write(folder: Path, goal: Path, patch: Path, waiting: dict[int, Entry], ove
     with new_folder(goal, in_place or overwrite, needs) as work:
         for path in others:
             _keep(path, work / path.relative_to(folder), in_place)
-        with progress("Writing", needs) as advance, _faults_said(patch), zipfile.ZipFile(patch) as archive:
+        with progress("Writing", needs) as advance, faults_said(patch), zipfile.ZipFile(patch) as archive:
             for number, entry in wanted.items():
                 with archive.open(str(number)) as difference:
                     _write_file(folder, work, entry, difference, target, advance)
@@ -383,10 +289,6 @@ def _said(side: Content | None) -> str:
     if side is None:
         return "no file"
     return f"{side.bytes:,} bytes" + (f" with SHA-256 {side.sha256[:12]}…" if side.sha256 else "")
-
-
-def _size(size: int) -> str:
-    return f"{size / 1e6:,.1f} MB" if size >= 1e5 else f"{size / 1e3:,.1f} kB"
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -17,6 +17,7 @@ from click.testing import Result
 from diablo_export import runtime
 from diablo_export.converters import genai_library
 from diablo_export.converters.export import export
+from diablo_export.converters.genai_config import CONFIG
 from diablo_export.errors import InputError
 from tests.onnx_runs import IDS, LOGITS, runner
 
@@ -43,16 +44,16 @@ def trap(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def named(folder: Path) -> Any:
-    config = json.loads((folder / genai_library.CONFIG).read_text())
+    config = json.loads((folder / CONFIG).read_text())
     return config["model"]["decoder"]["session_options"].get(genai_library.KEY)
 
 
 def copied(folder: Path, target: Path, library: Path | str) -> Path:
     """The same export with a library named in its genai_config.json and in its manifest."""
     shutil.copytree(folder, target)
-    config = json.loads((target / genai_library.CONFIG).read_text())
+    config = json.loads((target / CONFIG).read_text())
     config["model"]["decoder"]["session_options"][genai_library.KEY] = str(library)
-    (target / genai_library.CONFIG).write_text(json.dumps(config))
+    (target / CONFIG).write_text(json.dumps(config))
     manifest = json.loads((target / "diablo_export.json").read_text())
     manifest[genai_library.KEY] = manifest["options"][genai_library.KEY] = str(library)
     (target / "diablo_export.json").write_text(json.dumps(manifest))
@@ -133,9 +134,9 @@ def test_a_given_model_s_library_is_dropped(
 ) -> None:
     given = tmp_path / "given"
     shutil.copytree(genai_graph("llama", "fp32").parent, given)
-    config = json.loads((given / genai_library.CONFIG).read_text())
+    config = json.loads((given / CONFIG).read_text())
     config["model"]["decoder"]["session_options"][genai_library.KEY] = str(trap)
-    (given / genai_library.CONFIG).write_text(json.dumps(config))
+    (given / CONFIG).write_text(json.dumps(config))
     export(given, tiny_adapter("llama"), tmp_path / "out")
     assert named(tmp_path / "out") is None
     assert f"left out custom_ops_library, which named {trap}" in caplog.text

@@ -20,7 +20,7 @@ LAYERS = [
     ["blockdiag"],
     ["checkpoint", "block_storage", "difference"],
     ["fingerprint"],
-    ["adapter", "base_grid", "quantization", "requantize", "opschema", "output", "console"],
+    ["adapter", "base_grid", "quantization", "requantize", "opschema", "output", "console", "patch_header"],
     ["packed", "algorithms"],
     ["manifest", "patch", "runtime", "swap", "combine", "machine"],
     ["kernel_check"],

@@ -13,6 +13,7 @@ import click
 from diablo_export import patch as patches
 from diablo_export.cli.options import json_option, verbosity_options
 from diablo_export.console import log
+from diablo_export.patch_header import lines
 
 _path = click.Path(path_type=Path)
 _patch_argument = click.argument("patch", type=_path)
@@ -114,5 +115,5 @@ def _report(report: dict[str, Any], patch: Path, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps(report, indent=1))
     elif log.isEnabledFor(logging.INFO):
-        first, *rest = patches.lines(report)
+        first, *rest = lines(report)
         click.echo("\n".join([f"{patch}: {first}", *rest]))
