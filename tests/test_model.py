@@ -184,3 +184,8 @@ def test_models_that_cannot_be_used_are_refused(tiny_model: Callable[[str], Path
     (broken / "config.json").write_text(json.dumps({**config, "model_type": "unheard-of"}))
     with pytest.raises(CheckpointError, match=r"transformers cannot load it for causal-lm: .*unheard-of"):
         load_base(broken, "causal-lm")
+    (broken / "config.json").write_text(json.dumps(config))
+    for file in broken.glob("tokenizer*"):
+        file.unlink()
+    with pytest.raises(CheckpointError, match=r"finds no tokenizer in it .*; copy tokenizer\.json and"):
+        load_base(broken, "causal-lm")

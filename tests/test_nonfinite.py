@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from safetensors.numpy import load_file, save_file
 from torch import Tensor, nn
 
 from diablo_export.errors import InputError
@@ -104,3 +107,14 @@ def test_what_is_not_finite_is_not_saved(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"blocks holds NaN or infinity after step 2, .*keeps the one before"):
         save(2)
     assert {file.name: file.read_bytes() for file in (tmp_path / "state").iterdir()} == before
+
+
+def test_a_model_that_holds_nan_is_named(tiny_model: Callable[[str], Path], tmp_path: Path) -> None:
+    model = shutil.copytree(tiny_model("llama"), tmp_path / "model")
+    weights = load_file(model / "model.safetensors")
+    weights["model.layers.1.mlp.up_proj.weight"][0, 0] = np.nan
+    save_file(weights, model / "model.safetensors", {"format": "pt"})
+    (tmp_path / "text.txt").write_text("the cat sat on the mat\n")
+    match = r"the loss is nan at step 1: model\.layers\.1\.mlp\.up_proj\S+ itself holds NaN; the model itself is broken"
+    with pytest.raises(InputError, match=match):
+        train(model, tmp_path / "text.txt", tmp_path / "a", num_blocks=4, max_steps=2)

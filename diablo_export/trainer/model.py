@@ -21,6 +21,7 @@ from diablo_export.trainer.layer import DiabloLinear, features, takes_blocks
 from diablo_export.trainer.packed_base import is_packed, load_packed
 from diablo_export.trainer.quantized import round_base
 
+_FAULTS = (OSError, ValueError, KeyError, TypeError, RuntimeError, ImportError)  # of transformers, on bad folders
 _AUTO = {
     "causal-lm": transformers.AutoModelForCausalLM,
     "text-classification": transformers.AutoModelForSequenceClassification,
@@ -83,14 +84,14 @@ def load_with_fresh(
                     checkpoint.folder, dtype=_DTYPES[dtype], output_loading_info=True,
                     ignore_mismatched_sizes=bool(more), **more,
                 )  # fmt: skip
-            tokenizer = transformers.AutoTokenizer.from_pretrained(checkpoint.folder)
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError, ImportError) as error:
+    except _FAULTS as error:
         raise CheckpointError(
             f"{model}: transformers cannot load it for {task}: {error}; choose a model for this task, or another --task"
         ) from error
     fresh = sorted({*info["missing_keys"], *(key[0] for key in info["mismatched_keys"])})
     if fresh and task == "causal-lm":
         raise CheckpointError(f"{model}: lacks weights that a {task} model needs: {', '.join(fresh[:5])}")
+    tokenizer = _load_tokenizer(model, checkpoint)
     _set_padding(network, tokenizer)
     return network.requires_grad_(False).eval().to(device), tokenizer, fresh
 
@@ -108,11 +109,22 @@ def load_empty(model: str | Path, task: str, *, labels: list[str] | None = None)
             make: Any = _AUTO[task].from_config
             network = make(config, dtype=torch.float32)
         network.tie_weights()
-        tokenizer = transformers.AutoTokenizer.from_pretrained(checkpoint.folder)
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError, ImportError) as error:
+    except _FAULTS as error:
         raise CheckpointError(f"{model}: transformers cannot make it for {task}: {error}") from error
+    tokenizer = _load_tokenizer(model, checkpoint)
     _set_padding(network, tokenizer)
     return network.requires_grad_(False).eval(), tokenizer
+
+
+def _load_tokenizer(model: str | Path, checkpoint: Checkpoint) -> Any:
+    try:
+        with _quiet():
+            return transformers.AutoTokenizer.from_pretrained(checkpoint.folder)
+    except _FAULTS as error:
+        raise CheckpointError(
+            f"{model}: transformers finds no tokenizer in it that it can load ({str(error).splitlines()[0]}); copy "
+            "tokenizer.json and tokenizer_config.json there from where the model comes from"
+        ) from error
 
 
 def fill(module: nn.Module, path: str, checkpoint: Checkpoint, saved: Mapping[str, Any]) -> None:
