@@ -173,6 +173,12 @@ def test_loss_is_on_assistant_turns_only(chat_tokenizer: Any) -> None:
     assert chat_tokenizer.decode(encoded.ids[encoded.target]) == "sat</s>mat</s>"
 
 
+def test_a_chat_that_the_assistant_begins(chat_tokenizer: Any) -> None:
+    messages = [{"role": "assistant", "content": "sat"}, {"role": "user", "content": "cat"}]
+    encoded = encode(Example(1, messages=messages), chat_tokenizer)
+    assert chat_tokenizer.decode(encoded.ids[encoded.target]) == "sat</s>"
+
+
 def test_chat_without_a_usable_template_is_refused(tokenizer: Any, chat_tokenizer: Any) -> None:
     turns = [("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d")]
     example = Example(messages=[{"role": role, "content": content} for role, content in turns], line=3)

@@ -235,8 +235,8 @@ def _chat(example: Example, tokenizer: Any) -> tuple[list[int], list[bool]]:
     spans, full = [], _template(tokenizer, example, messages)
     for index, message in enumerate(messages):
         if message["role"] == "assistant":
-            before = _template(tokenizer, example, messages[:index], add_generation_prompt=True)
             through = _template(tokenizer, example, messages[: index + 1])
+            before = _before(tokenizer, example, messages[:index], through)
             if not (full.startswith(through) and through.startswith(before)):
                 raise DataError(
                     f"line {example.line}: this tokenizer's chat template changes earlier turns when later ones "
@@ -249,9 +249,19 @@ def _chat(example: Example, tokenizer: Any) -> tuple[list[int], list[bool]]:
     return list(encoded["input_ids"]), [any(a <= start < b for a, b in spans) for start in starts]
 
 
+def _before(tokenizer: Any, example: Example, earlier: list[dict[str, Any]], through: str) -> str:
+    """What stands before an assistant's words: the earlier turns and the header of its own."""
+    if earlier:
+        return _template(tokenizer, example, earlier, add_generation_prompt=True)
+    asked = [{"role": "user", "content": "?"}]  # templates may refuse to begin with nothing: the header is learned here
+    header = _template(tokenizer, example, asked, add_generation_prompt=True)
+    header = header.removeprefix(_template(tokenizer, example, asked))
+    return through[: through.find(header) + len(header)] if header in through else ""
+
+
 def _template(tokenizer: Any, example: Example, messages: list[dict[str, Any]], **more: Any) -> str:
     try:
-        return str(tokenizer.apply_chat_template(messages, tokenize=False, **more)) if messages else ""
+        return str(tokenizer.apply_chat_template(messages, tokenize=False, **more))
     except Exception as error:  # templates raise their own errors, such as for roles that do not alternate
         raise DataError(
             f"line {example.line}: the tokenizer's chat template refuses these messages: {error}"
