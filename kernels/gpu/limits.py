@@ -57,6 +57,8 @@ def checks(parts: dict[str, Any]) -> Iterator[Figure]:
         if tool in parts and not reason(parts[tool]):
             yield Figure(f"compute-sanitizer {tool}, errors", 0, 0)
     for name, one in parts.get("sessions", {}).get("models", {}).items():
+        moved = one["adapters_move_logits_by"]  # adapters that do nothing show nothing
+        yield Figure(f"{name}, how far adapters move logits", moved, 0.1, least=True)
         for run in one["runs"]:
             yield Figure(f"{name} {run['library']} kernels, largest error over logits", run["error"], run["allowed"])
             if run["library"] != "without":

@@ -128,7 +128,6 @@ def model(folder: Path, library: Path, device: str) -> dict[str, Any]:
     plain = session(folder / "model.onnx", "cpu", None)
     prompts = [(adapter, count) for count in LENGTHS for adapter in adapters]
     wanted = [logits(plain, *prompt) for prompt in prompts]
-    # adapters that do nothing show nothing
     apart = min(float(np.abs(wanted[0] - other).max()) for other in wanted[1 : len(adapters)])
     files = {"without": (folder / "model.onnx", None), "with": (folder / "model.onnx", library)}
     if (folder / "fused.onnx").is_file():
@@ -139,14 +138,13 @@ def model(folder: Path, library: Path, device: str) -> dict[str, Any]:
             opened = session(file, device, kernels, profile=Path(scratch) / "profile")
             got = [logits(opened, *prompt) for prompt in prompts]
             elsewhere = placed(Path(opened.end_profiling()), device)
-        error = max(float(np.abs(a - b).max() / np.abs(b).max()) for a, b in zip(got, wanted, strict=True))
-        held = error <= LOGITS and not (device == "cuda" and kernels is not None and elsewhere)
+        errors = [np.abs(a - b).max() / np.abs(b).max() for a, b in zip(got, wanted, strict=True)]
+        error = float(np.max(errors))  # NaN is the largest, which Python's own max lets pass
         runs.append({
             "library": name,
             "error": error,
             "allowed": LOGITS,
             "not_on_device": elsewhere,
-            "held": held and apart > 0,
         })
     return {"adapters": len(adapters) - 1, "adapters_move_logits_by": apart, "runs": runs}
 
