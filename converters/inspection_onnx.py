@@ -13,6 +13,7 @@ from diablo_export import opschema
 from diablo_export.adapter import Adapter
 from diablo_export.block_storage import BASE_KEY, SCALES_SUFFIX, base_mark
 from diablo_export.converters.onnx_adapters import ENDING, FOLDER
+from diablo_export.converters.onnx_aside import unread
 from diablo_export.converters.onnx_file import find
 from diablo_export.converters.onnx_linears import Linear, linears
 from diablo_export.converters.onnx_match import match
@@ -53,6 +54,7 @@ def inspect_onnx(path: Path, adapter: str | Path | None = None) -> dict[str, Any
         "inputs": [_signature(value) for value in fed[:_SHOWN]] + ([f"… {len(fed)} in all"] if fed[_SHOWN:] else []),
         "outputs": [_signature(value) for value in model.graph.outputs[:2]],
         "linear_layers": _groups(layers),
+        "other_weights": unread(model.graph, {layer.node for layer in layers}) or None,
         "branches": len(branches),
         "overridable_inputs": len(overridable),
         "carries_function": any(function.domain == opschema.DOMAIN for function in model.functions.values()),

@@ -127,7 +127,12 @@ def linears(model: ir.Model) -> list[Linear]:
     Raises:
         ExportError: MatMulNBits weights in a layout that is not the documented one.
     """
-    return list(_linears(model))
+    return linears_of(model.graph)
+
+
+def linears_of(graph: ir.Graph) -> list[Linear]:
+    """Every linear layer of one graph, but of those inside of its nodes; as `linears`."""
+    return list(_linears(graph))
 
 
 def kind(layers: Sequence[Linear]) -> dict[str, str]:
@@ -149,8 +154,8 @@ def attribute(node: ir.Node, name: str, default: int = 0) -> int:
     return default if found is None else found.as_int()
 
 
-def _linears(model: ir.Model) -> Iterator[Linear]:
-    for node in model.graph:
+def _linears(graph: ir.Graph) -> Iterator[Linear]:
+    for node in graph:
         if node.op_type == "MatMulNBits" and node.domain == "com.microsoft":
             found = _quantized(node)
         elif node.op_type in ("MatMul", "Gemm") and node.domain == "":

@@ -17,6 +17,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from diablo_export.adapter import AdaptedModule
+from diablo_export.converters.onnx_aside import same_values, unread
 from diablo_export.converters.onnx_linears import Linear, linears
 from diablo_export.converters.onnx_names import may_be_one, of_path, parts_of, paths, same, scope
 from diablo_export.converters.onnx_nodes import MODULE, ROWS
@@ -89,10 +90,12 @@ def match(model: ir.Model, modules: Mapping[str, AdaptedModule]) -> dict[str, Ma
     faults += _clashes(found.values())
     if faults:
         shown = "\n".join(f"  {fault}" for fault in faults)
+        others = unread(model.graph, {layer.node for layer in layers})
         raise MatchError(
             f"{len(faults)} of the {len(modules)} adapted modules could not be tied to the graph "
             f"({len(layers)} linear nodes):\n{shown}\n"
-            "Give the ONNX model of the very base that the adapter was trained on, or its Hugging Face folder"
+            + (f"The graph has weights that are not read here: {others}; export it without these.\n" if others else "")
+            + "Give the ONNX model of the very base that the adapter was trained on, or its Hugging Face folder"
         )
     taken = {id(piece.linear.node) for one in found.values() for piece in one.pieces}
     free = [layer for layer in layers if id(layer.node) not in taken]
@@ -338,15 +341,4 @@ def _clashes(found: Iterable[Match]) -> list[str]:
 def _again(one: Match, layers: Sequence[Linear]) -> tuple[Linear, ...]:
     """Further nodes that are the module: of its name but for a number at the end of a part, and of the same values."""
     named = [(piece.linear, other) for piece in one.pieces for other in layers if may_be_one(piece.linear, other)]
-    return tuple(dict.fromkeys(other for linear, other in named if _same_values(linear, other)))
-
-
-def _same_values(first: Linear, second: Linear) -> bool:
-    if first.weight is second.weight:
-        return True
-    sizes = first.out_features, first.in_features
-    if sizes != (second.out_features, second.in_features):
-        return False
-    one, other = (layer.values_at(*positions(*sizes)) for layer in (first, second))
-    norms = float(np.linalg.norm(one) * np.linalg.norm(other))
-    return norms > 0 and float(one @ other) / norms >= SAME_WEIGHT  # one may be quantized and the other not
+    return tuple(dict.fromkeys(other for linear, other in named if same_values(linear, other)))
