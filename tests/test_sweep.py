@@ -294,9 +294,9 @@ def test_a_gap_ends_the_flat_range() -> None:
     [
         ({"methods": ["diablo", "adalora"]}, "--methods has 'adalora'; known are diablo, lora, dora, full, permuted"),
         ({"eval_fraction": 0}, "compares on held-out data: give --eval-data or --eval-fraction"),
-        ({"lr": [1e-3, -1.0]}, "--lr is -1.0; it must be above 0"),
+        ({"lr": [1e-3, -1.0]}, "--lr is -1.0; it must be a number above 0"),
         ({"lr": []}, "--lr is empty; give one value at least"),
-        ({"num_blocks": [0]}, "--num-blocks is 0; it must be at least 1"),
+        ({"num_blocks": [0]}, "--num-blocks is 0; it must be a whole number, at least 1"),
         ({"jobs": 0}, "--jobs is 0; it must be at least 1"),
         ({"eval_fraction": 0, "eval_data": "absent.jsonl"}, "absent.jsonl: no such file; give a .jsonl or .txt file"),
         ({"max_length": 300}, "--max-length is 300, but the model has 256 positions"),

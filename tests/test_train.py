@@ -390,9 +390,19 @@ def test_a_run_goes_on_with_nothing_else_than_it_began_with(
     ("options", "message"),
     [
         ({"task": "ner"}, "--task is 'ner'; it must be one of causal-lm, text-classification"),
-        ({"lr": 0.0, "batch_size": 0}, "(?s)--lr is 0.0; it must be above 0.*--batch-size is 0; it must be at least 1"),
+        (
+            {"lr": 0.0, "batch_size": 0},
+            "(?s)--lr is 0.0; it must be a number above 0.*--batch-size is 0; it must be a whole number, at least 1",
+        ),
         ({"lr": math.nan}, "--lr is nan"),
-        ({"eval_fraction": 1.0}, "--eval-fraction is 1.0; it must be at least 0 and below 1"),
+        ({"lr": "1e-3"}, "--lr is '1e-3'; it must be a number above 0"),  # as YAML reads it
+        (
+            {"lr": None, "max_steps": 2.5},
+            "(?s)--lr is None; it must be a number.*--max-steps is 2.5; it must be a whole",
+        ),
+        ({"lr": 1e300}, r"--lr is 1e\+300; it must be a number above 0, at most 1e30"),  # torch's own end is near 1e38
+        ({"seed": np.int64(3)}, r"--seed is np.int64\(3\); it must be a whole number"),  # the first checkpoint is JSON
+        ({"eval_fraction": 1.0}, "--eval-fraction is 1.0; it must be a number, at least 0 and below 1"),
         ({"eval_data": "x", "eval_fraction": 0.1}, "both --eval-data and --eval-fraction"),
         ({"dtype": "float16"}, "--dtype is 'float16'; it must be one of auto, float32, bfloat16"),
         ({"schedule": "step"}, "--schedule is 'step'; it must be one of linear, cosine, constant"),
@@ -444,6 +454,7 @@ def test_files_where_folders_are_to_lie(tiny_model: Callable[[str], Path], folde
         ("one.jsonl", {"task": "text-classification"}, "1 of 2 lines have a label: line 1 has one"),
         ("labels.jsonl", {"task": "text-classification", "eval_data": "other.jsonl"}, "other.jsonl: line 1 has the"),
         ("labels.jsonl", {}, 'has labels, which --task causal-lm does not learn'),
+        ("text.jsonl", {"task": "causal-lm", "eval_data": "labels.jsonl"}, "labels.jsonl: has labels, which --task"),
     ],
 )  # fmt: skip
 def test_bad_data(
@@ -452,7 +463,13 @@ def test_bad_data(
     if "eval_data" in options:
         options = {**options, "eval_data": folder / options["eval_data"]}
     with pytest.raises(DataError, match=message):
-        train(tiny_model("bert" if options else "llama"), folder / data, tmp_path / "a", num_blocks=4, **options)
+        train(
+            tiny_model("bert" if "text" in options.get("task", "") else "llama"),
+            folder / data,
+            tmp_path / "a",
+            num_blocks=4,
+            **options,
+        )
     assert not list(tmp_path.iterdir())
 
 

@@ -19,23 +19,25 @@ from diablo_export.trainer.state import CHECKPOINT, read_step, unfinished
 DTYPES = ("auto", "float32", "bfloat16")
 DEVICES = ("auto", "cpu", "cuda")
 _CHOICES = {"task": tuple(TASKS), "schedule": SCHEDULES, "dtype": DTYPES, "device": DEVICES}
+_OPTIONAL = {"num_blocks", "max_steps", "max_length", "warmup_steps", "eval_every", "checkpoint_every"}
+_WHOLE = _OPTIONAL | {"batch_size", "grad_accumulation", "seed"}
 # option → what it must be, and whether a value is
 _LIMITS: dict[str, tuple[str, float, float]] = {
     # lowest, highest allowed; bounds of open intervals are the next number inside
-    "num_blocks": ("at least 1", 1, math.inf),
-    "lr": ("above 0", 5e-324, math.inf),
-    "epochs": ("above 0", 5e-324, math.inf),
-    "max_steps": ("at least 1", 1, math.inf),
-    "batch_size": ("at least 1", 1, math.inf),
-    "grad_accumulation": ("at least 1", 1, math.inf),
-    "max_length": ("at least 2", 2, math.inf),
-    "warmup_steps": ("at least 0", 0, math.inf),
-    "weight_decay": ("at least 0", 0, math.inf),
-    "clip": ("at least 0", 0, math.inf),
-    "eval_fraction": ("at least 0 and below 1", 0, math.nextafter(1, 0)),
-    "eval_every": ("at least 1", 1, math.inf),
-    "checkpoint_every": ("at least 1", 1, math.inf),
-    "seed": ("at least 0 and below 2^62", 0, 2**62 - 1),
+    "num_blocks": (", at least 1", 1, math.inf),
+    "lr": (" above 0, at most 1e30", 5e-324, 1e30),  # float32 ends at 3e38, and AdamW begins with ten times as much
+    "epochs": (" above 0", 5e-324, math.inf),
+    "max_steps": (", at least 1", 1, math.inf),
+    "batch_size": (", at least 1", 1, math.inf),
+    "grad_accumulation": (", at least 1", 1, math.inf),
+    "max_length": (", at least 2", 2, math.inf),
+    "warmup_steps": (", at least 0", 0, math.inf),
+    "weight_decay": (", at least 0", 0, math.inf),
+    "clip": (", at least 0", 0, math.inf),
+    "eval_fraction": (", at least 0 and below 1", 0, math.nextafter(1, 0)),
+    "eval_every": (", at least 1", 1, math.inf),
+    "checkpoint_every": (", at least 1", 1, math.inf),
+    "seed": (", at least 0 and below 2^62", 0, 2**62 - 1),
 }
 
 
@@ -49,10 +51,13 @@ def check_options(options: dict[str, Any]) -> None:
     for name, value in options.items():
         if name in _CHOICES and value not in _CHOICES[name]:
             faults.append(f"{flag(name)} is {value!r}; it must be one of {', '.join(_CHOICES[name])}")
-        if name in _LIMITS and value is not None:
+        if name in _LIMITS and not (value is None and name in _OPTIONAL):
             words, low, high = _LIMITS[name]
-            if not low <= value <= high or not math.isfinite(value):
-                faults.append(f"{flag(name)} is {value}; it must be {words}")
+            # not numpy's whole numbers, which JSON does not know: it is written hours later
+            is_number = isinstance(value, int if name in _WHOLE else int | float) and not isinstance(value, bool)
+            if not (is_number and low <= value <= high and math.isfinite(value)):
+                kind = "whole number" if name in _WHOLE else "number"
+                faults.append(f"{flag(name)} is {value!r}; it must be a {kind}{words}")
     if options.get("eval_data") and options.get("eval_fraction"):
         faults.append("both --eval-data and --eval-fraction are given; choose one")
     if options.get("tensorboard") and Path(options["tensorboard"]).is_file():

@@ -73,7 +73,10 @@ def prepare(
     running = classes is None and examples[0].form == "text"
     items, held = hold_out(encode_file(data, examples, **how), eval_fraction, seed, running)
     if eval_data:
-        held = encode_file(eval_data, read_examples(eval_data), **how)
+        others = read_examples(eval_data)
+        if classes is None:
+            _refuse_labels(others, eval_data, task)
+        held = encode_file(eval_data, others, **how)
     head = [] if labels is None else head_parameters(network, fresh)
     return Lesson(network, dtype, head, labels, tokenizer.pad_token_id or 0, max_length, items, held)
 
@@ -114,8 +117,7 @@ def known_classes(
         DataError: labels that the task does not learn, or none where it needs them.
     """
     if task != "text-classification":
-        if examples[0].label is not None:
-            raise DataError(f"{data}: has labels, which --task {task} does not learn; give --task text-classification")
+        _refuse_labels(examples, data, task)
         return None
     classes = class_names(examples, data)
     named = checkpoint.config.get("id2label") or {}
@@ -129,6 +131,11 @@ def known_classes(
             ", ".join(own), ", ".join(by_name), "trained on" if len(own) == len(classes) else "made anew",
         )  # fmt: skip
     return classes
+
+
+def _refuse_labels(examples: list[Example], data: str | Path, task: str) -> None:
+    if examples[0].label is not None:
+        raise DataError(f"{data}: has labels, which --task {task} does not learn; give --task text-classification")
 
 
 def base_dtype(checkpoint: Checkpoint, autocast: bool) -> str:
