@@ -28,6 +28,7 @@ from diablo_export.converters.onnx_adapters import (
 from diablo_export.converters.onnx_match import match
 from diablo_export.errors import AdapterError, InputError, MatchError, OutputError
 from diablo_export.manifest import MANIFEST, PARITY, adapter_entry, read_manifest
+from diablo_export.measure import certificate
 from diablo_export.runtime import load_adapter
 
 
@@ -77,6 +78,7 @@ def add_adapters(
     for name, adapter in adapters.items():
         _write(folder, name, adapter, types, mark, manifest)
     (folder / PARITY).unlink(missing_ok=True)  # it would say "pass" of a folder that it has not seen
+    certificate.revoke(folder)
     log.info("parity of %s has to be checked again", folder)
     _replace(folder / MANIFEST, json.dumps(manifest, indent=1) + "\n")
     return manifest

@@ -1,4 +1,4 @@
-"""What a file or folder is: adapter, Hugging Face checkpoint, ONNX model, output folder, the paper's adapter.chkpt.
+"""What a file or folder is: adapter, checkpoint, ONNX model, output folder, patch, the paper's adapter.chkpt.
 
 Every report is a plain dict that begins with `kind` and `path`. Only headers are read, but where an adapter is compared
 with a model: then the adapted weights are.
@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from diablo_export import patch_header
 from diablo_export.adapter import CONFIG, Adapter, stored_transposed
 from diablo_export.base_grid import BaseGrid
 from diablo_export.blockdiag import BlockShape
@@ -44,6 +45,8 @@ def inspect(path: str | Path, model: str | Path | None = None, adapter: str | Pa
     place = Path(path)
     if place.suffix == ".chkpt" and place.is_file():
         return _chkpt(place, model)
+    if place.is_file() and patch_header.is_patch(place):
+        return _patch(place)
     if (place / CONFIG).is_file():
         return _adapter(place, model)
     if place.is_file() or (place.is_dir() and not (place / "config.json").is_file()) or _has_onnx(place):
@@ -176,6 +179,16 @@ def _parameters(group: Report, num_blocks: int) -> int:
 
 def _divisors(number: int) -> list[int]:
     return [n for n in range(1, number + 1) if number % n == 0]
+
+
+def _patch(file: Path) -> Report:
+    said = patch_header.summary(file, patch_header.read(file)[0])
+    files = [
+        {"name": each["name"], **{side: each[side] and each[side]["bytes"] for side in ("before", "after")}}
+        | {"changed_bytes": each["changed_bytes"]}
+        for each in said.pop("files")
+    ]
+    return {"kind": "patch", "path": str(file), **said, "share": round(said["share"], 4), "files": files}
 
 
 def _chkpt(file: Path, model: str | Path | None) -> Report:

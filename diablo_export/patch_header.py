@@ -37,6 +37,15 @@ class Entry:
         return self.before if side == "before" else self.after
 
 
+def is_patch(file: Path) -> bool:
+    """Whether a file is an archive with a patch's header, whatever that says."""
+    try:
+        with zipfile.ZipFile(file) as archive:
+            return HEADER in archive.namelist()
+    except zipfile.BadZipFile:
+        return False
+
+
 def new_header(entries: Sequence[Entry], model_bytes: int, merged: Path) -> dict[str, Any]:
     """The header of a patch of these files, which says what the merge's manifest says."""
     manifest: dict[str, Any] = {}

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from diablo_export import patch
 from diablo_export.adapter import Adapter
 from diablo_export.base_grid import BaseGrid
 from diablo_export.converters.diablo_chkpt import convert
@@ -144,6 +145,16 @@ def test_paper_checkpoint(tiny_adapter: Folder, tiny_model: Folder, tmp_path: Pa
     assert report["kind"] == "adapter.chkpt of the DiaBlo paper" and report["fits"] is True
     assert (report["num_blocks"], report["adapted_modules"], report["other_entries"]) == (4, 14, [])
     assert inspect(tmp_path / "adapter.chkpt", model=tiny_model("gpt2"))["fits"] is False
+
+
+def test_patch(outputs: Folder, tmp_path: Path) -> None:
+    base = Path(shutil.copytree(outputs("int4"), tmp_path / "base"))
+    (base / "config.json").write_text("{}")
+    patch.create(base, outputs("int4"), tmp_path / "update.patch")
+    report = inspect(tmp_path / "update.patch")
+    assert report["kind"] == "patch" and report["adapters"] == ["adapter"]
+    changed = {file["name"]: file for file in report["files"] if file["changed_bytes"]}
+    assert changed.keys() == {"config.json"} and changed["config.json"]["before"] == 2
 
 
 def test_what_it_does_not_know_is_refused(tmp_path: Path) -> None:
