@@ -18,7 +18,7 @@ _JSON_ONLY = ("why",)  # too wide for a terminal
 @json_option
 @verbosity_options
 def command(path: str, model: str | None, adapter: str | None, as_json: bool) -> None:
-    """Say what PATH is: an adapter, a Hugging Face checkpoint, an ONNX model, an output folder, a patch or an adapter.chkpt.
+    """Say what PATH is: adapter, Hugging Face checkpoint, ONNX model, output folder, patch or adapter.chkpt.
 
     With the other half, --model or --adapter, also whether the two fit, and where they do not.
 
