@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from diablo_export.adapter import Adapter, file_sha256
+from diablo_export.adapter import Adapter, file_sha256, ordered_classes
 from diablo_export.block_storage import BASE_KEY, BLOCKS_SUFFIX, SCALES_SUFFIX
 from diablo_export.checkpoint import read_json
 from diablo_export.console import log
@@ -119,8 +119,7 @@ def _check_inputs(name: str, adapter: Adapter, inputs: Mapping[str, ir.Value], m
 def _classes(folder: Path) -> list[str]:
     """The class names in config.json, in class order; an ONNX base may have brought none."""
     file = folder / "config.json"
-    names = read_json(file).get("id2label") if file.exists() else None
-    return [names[number] for number in sorted(names, key=int)] if names else []
+    return ordered_classes(read_json(file).get("id2label")) if file.exists() else []
 
 
 def _write(

@@ -18,6 +18,7 @@ from typing import Any
 
 import onnx_ir as ir
 
+from diablo_export.converters.hf_skeleton import skeleton
 from diablo_export.converters.onnx_nodes import Layout, Origin, Weights
 from diablo_export.errors import ExportError, require
 
@@ -161,11 +162,8 @@ def _placeholder_model(weights: Weights) -> tuple[Any, dict[int, tuple[str, Any]
     Tied parameters get a placeholder each, so that embedding and head can be told apart.
     """
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
 
-    config = AutoConfig.from_pretrained(weights.checkpoint.folder)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)  # type: ignore[no-untyped-call]
+    model = skeleton(weights.checkpoint.folder, dtype=torch.float32)
     first: dict[int, str] = {}
     tied: dict[str, str] = {}
     placeholders: dict[int, tuple[str, Any]] = {}

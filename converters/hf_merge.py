@@ -22,6 +22,7 @@ from diablo_export.checkpoint import DTYPES, EMBEDDINGS, HEAD, Checkpoint, Tenso
 from diablo_export.console import log, progress
 from diablo_export.converters.hf_folder import copy_others, write_config, write_index
 from diablo_export.converters.hf_packed import PackedModule, WrongBaseError, packed_modules
+from diablo_export.converters.hf_skeleton import skeleton
 from diablo_export.converters.hf_stream import Part, given, write_parts
 from diablo_export.errors import CheckpointError
 from diablo_export.packed.modules import check_base, refuse_unreadable
@@ -215,11 +216,7 @@ def _embeddings_beside(checkpoint: Checkpoint, head: TensorInfo) -> list[Part]:
     """The input embeddings as they were, where `head` is an output head that the checkpoint stores for both."""
     if not head.name.endswith(HEAD) or any(info.name.endswith(EMBEDDINGS) for info in checkpoint):
         return []
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    with torch.device("meta"):
-        model: Any = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(checkpoint.folder))  # type: ignore[no-untyped-call]
+    model = skeleton(checkpoint.folder)
     embeddings = model.get_input_embeddings()
     name = next(f"{path}.weight" for path, module in model.named_modules() if module is embeddings)
     return [] if checkpoint.find(name) else [Part(name, head.dtype, head.shape, head)]
@@ -257,12 +254,7 @@ def _owner(name: str) -> str:
 def _classifier_parameters(checkpoint: Checkpoint) -> list[list[str]]:
     """The names of each parameter of this model as a classifier; nothing where transformers cannot tell."""
     try:
-        import torch
-        from transformers import AutoConfig, AutoModelForSequenceClassification
-
-        with torch.device("meta"):
-            config = AutoConfig.from_pretrained(checkpoint.folder)
-            model: Any = AutoModelForSequenceClassification.from_config(config)  # type: ignore[no-untyped-call]
+        model = skeleton(checkpoint.folder, "AutoModelForSequenceClassification")
     except (ImportError, OSError, ValueError, KeyError, TypeError) as error:
         log.debug("the names of the classifier's parameters are not known: %s", error)
         return []

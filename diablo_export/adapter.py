@@ -181,6 +181,11 @@ def head_classes(saved: Mapping[str, Array]) -> int:
     return int((last or [outputs for outputs, _ in layers] or [0])[-1])
 
 
+def ordered_classes(id2label: Mapping[Any, Any] | None) -> list[str]:
+    """A config's class names in class order, which need not be the order of the file; empty where it has none."""
+    return [str(id2label[number]) for number in sorted(id2label, key=int)] if id2label else []
+
+
 def refuse_base(adapter: Adapter, base: str, faults: Iterable[str]) -> None:
     """Raise one AdapterError for all `faults`; nothing when there are none."""
     faults = list(faults)

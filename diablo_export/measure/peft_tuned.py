@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from diablo_export.adapter import WEIGHTS
+from diablo_export.adapter import WEIGHTS, ordered_classes
 from diablo_export.checkpoint import read_header, read_json
 from diablo_export.errors import AdapterError, CheckpointError, require
 from diablo_export.measure.peft_config import PeftAdapter
@@ -60,9 +60,8 @@ def switch(model: nn.Module, on: bool) -> None:
 
 def class_names(model: nn.Module) -> list[str]:
     """A classifier's class names in class order; empty where nobody named them."""
-    names: dict[int, str] = getattr(model.config, "id2label", None) or {}
-    invented = all(name == f"LABEL_{index}" for index, name in names.items())
-    return [] if invented else [names[index] for index in sorted(names)]  # a file may have them in the order of text
+    names = ordered_classes(getattr(model.config, "id2label", None))
+    return [] if names == [f"LABEL_{index}" for index in range(len(names))] else names
 
 
 @contextlib.contextmanager

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import nn
 
+from diablo_export.adapter import ordered_classes
 from diablo_export.base_grid import BaseGrid
 from diablo_export.blockdiag import Array
 from diablo_export.console import log
@@ -53,8 +54,7 @@ def check_base(model: nn.Module, config: DiabloConfig) -> None:
 
 def class_names(model: nn.Module) -> list[str]:
     """A classifier's class names in class order; empty where the model has none."""
-    named = getattr(getattr(model, "config", None), "id2label", None) or {}
-    return [str(named[index]) for index in sorted(named)]
+    return ordered_classes(getattr(getattr(model, "config", None), "id2label", None))
 
 
 def _fault(module: nn.Module | None, entry: dict[str, Any]) -> str | None:

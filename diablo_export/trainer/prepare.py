@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from diablo_export.adapter import ordered_classes
 from diablo_export.base_grid import BaseGrid
 from diablo_export.checkpoint import Checkpoint
 from diablo_export.console import log, progress
@@ -120,8 +121,7 @@ def known_classes(
         _refuse_labels(examples, data, task)
         return None
     classes = class_names(examples, data)
-    named = checkpoint.config.get("id2label") or {}
-    own = [str(named[number]) for number in sorted(named, key=int)]  # a file may have them in the order of text
+    own = ordered_classes(checkpoint.config.get("id2label"))
     by_name = {str(name): name for name in classes}
     if sorted(by_name) == sorted(own):
         return [by_name[name] for name in own]
