@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import signal
 from collections.abc import Callable
@@ -201,6 +202,12 @@ def test_an_adapter_that_does_not_fit_is_no_beginning(
         train(base, data, tmp_path / "a", init_adapter=tiny_adapter("llama"), target_modules="q_proj", **RUN)
     with pytest.raises(AdapterError, match="does not belong to the model"):
         train(tiny_model("qwen2"), data, tmp_path / "a", init_adapter=tiny_adapter("llama"), **RUN)
+    given = Adapter.load(tiny_adapter("llama"))
+    whole = {"lm_head.weight": np.ones((320, 64), np.float32)}  # as PEFT's modules_to_save has it trained
+    (tmp_path / "whole").mkdir()
+    dataclasses.replace(given, saved=whole).save(tmp_path / "whole")
+    with pytest.raises(AdapterError, match=r"lm_head\.weight: the adapter has it whole, and this run trains it not"):
+        train(base, data, tmp_path / "a", init_adapter=tmp_path / "whole", **{**RUN, "num_blocks": None})
     done = train(base, data, tmp_path / "a", init_adapter=tiny_adapter("llama"), **{**RUN, "num_blocks": None})
     assert Adapter.load(done.output).num_blocks == 4
 

@@ -76,7 +76,7 @@ def begin_at(
         grid: that the network's base lies on.
 
     Raises:
-        AdapterError: lists the modules that it lacks, or has in another shape.
+        AdapterError: lists the modules that it lacks, has in another shape, or has whole where none is trained.
     """
     layers = diablo_layers(network)
     faults = [fault for name, layer in layers.items() if (fault := _fault(name, layer, adapter.modules.get(name)))]
@@ -85,6 +85,10 @@ def begin_at(
         f"{name}: the head in training is {list(parameters[name].shape)}, the adapter's {list(value.shape)}"
         for name, value in adapter.saved.items()
         if name in parameters and tuple(parameters[name].shape) != value.shape
+    ]
+    faults += [
+        f"{name}: the adapter has it whole, and this run trains it not: it would be the base's again"
+        for name in adapter.saved.keys() - parameters
     ]
     refuse_base(adapter, "in training", faults)
     was = adapter.base_grid
@@ -96,8 +100,7 @@ def begin_at(
             blocks = blocks + under_blocks(_laid(weight, was) - _laid(weight, grid), layer.shape)
         layer.blocks.copy_(torch.from_numpy(blocks))
     for name, value in adapter.saved.items():
-        if name in parameters:
-            parameters[name].copy_(torch.from_numpy(value.astype(np.float32)))
+        parameters[name].copy_(torch.from_numpy(value.astype(np.float32)))
 
 
 @torch.no_grad()
