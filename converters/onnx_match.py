@@ -17,7 +17,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from diablo_export.adapter import AdaptedModule
-from diablo_export.converters.onnx_aside import same_values, unread
+from diablo_export.converters.onnx_aside import in_branches, same_values, unread
 from diablo_export.converters.onnx_linears import Linear, linears
 from diablo_export.converters.onnx_names import may_be_one, of_path, parts_of, paths, same, scope
 from diablo_export.converters.onnx_nodes import MODULE, ROWS
@@ -88,6 +88,7 @@ def match(model: ir.Model, modules: Mapping[str, AdaptedModule]) -> dict[str, Ma
         else:
             faults.append(f"{module.name}: {result}")
     faults += _clashes(found.values())
+    faults += _inside(found.values(), in_branches(model.graph))
     if faults:
         shown = "\n".join(f"  {fault}" for fault in faults)
         others = unread(model.graph, {layer.node for layer in layers})
@@ -336,6 +337,16 @@ def _clashes(found: Iterable[Match]) -> list[str]:
                     faults.append(f"{one.module.name}: {piece.linear.name} is already {name}")
             taken.append((piece, one.module.name))
     return faults
+
+
+def _inside(found: Iterable[Match], hidden: Sequence[Linear]) -> list[str]:
+    """Modules that are computed inside of branches as well, where the blocks would be missing."""
+    return [
+        f"{one.module.name}: {other.name}, inside of a branch, is this module as well, and would go without the blocks"
+        for one in found
+        for other in hidden
+        if any(same_values(piece.linear, other) for piece in one.pieces)
+    ]
 
 
 def _again(one: Match, layers: Sequence[Linear]) -> tuple[Linear, ...]:

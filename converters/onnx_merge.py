@@ -17,7 +17,7 @@ import onnx_ir as ir
 from diablo_export.adapter import Adapter
 from diablo_export.blockdiag import Array
 from diablo_export.console import log
-from diablo_export.converters.onnx_aside import bytes_in_common, in_branches, same_values
+from diablo_export.converters.onnx_aside import bytes_in_common
 from diablo_export.converters.onnx_groups import corners, opened, quantized, touched
 from diablo_export.converters.onnx_head import feed_parameters
 from diablo_export.converters.onnx_linears import Linear
@@ -52,32 +52,17 @@ def refuse(file: Path, found: Iterable[Match]) -> None:
         ExportError: lists them, with the reason of each.
     """
     found = list(found)
-    common, hidden = _aside(found)
+    common: dict[str, str] = {}
+    for graph in dict.fromkeys(piece.linear.node.graph for one in found for piece in one.pieces):
+        common |= bytes_in_common(graph) if isinstance(graph, ir.Graph) else {}
     faults = [fault for one in found for piece in one.pieces if (fault := _refusal(piece.linear, common))]
     faults += [f"{one.module.name}: {linear.name} is this module as well" for one in found for linear in one.again]
-    faults += [
-        f"{one.module.name}: {other.name}, inside of a branch, is this module as well"
-        for one in found
-        for other in hidden
-        if any(same_values(piece.linear, other) for piece in one.pieces)
-    ]
     if faults:
         raise ExportError(
             f"{file.name} holds weights that blocks cannot be merged into:\n"
             + "\n".join(f"  {fault}" for fault in dict.fromkeys(faults))
             + "\nGive the Hugging Face folder of the base, or keep the blocks as a branch: diablo-export export"
         )
-
-
-def _aside(found: Iterable[Match]) -> tuple[dict[str, str], list[Linear]]:
-    """What the graph of these modules has `bytes_in_common`, and its linear layers `in_branches`."""
-    common: dict[str, str] = {}
-    hidden: list[Linear] = []
-    for graph in dict.fromkeys(piece.linear.node.graph for one in found for piece in one.pieces):
-        if isinstance(graph, ir.Graph):
-            common |= bytes_in_common(graph)
-            hidden += in_branches(graph)
-    return common, hidden
 
 
 def put_head(model: ir.Model, adapter: Adapter) -> None:

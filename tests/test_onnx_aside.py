@@ -13,11 +13,13 @@ from onnx import TensorProto, helper, numpy_helper
 from onnxruntime.quantization import quantize_dynamic
 
 from diablo_export.adapter import Adapter
+from diablo_export.converters.export import export
 from diablo_export.converters.inspection import inspect
+from diablo_export.converters.merge import merge
 from diablo_export.converters.onnx_aside import unread
 from diablo_export.converters.onnx_linears import linears
 from diablo_export.converters.onnx_merge import onnx_merge
-from diablo_export.errors import ExportError, MatchError
+from diablo_export.errors import MatchError
 from tests.test_onnx_producers import _model, module, weights
 
 Make = Callable[[Path], None]
@@ -98,9 +100,20 @@ def test_weights_in_operators_that_are_not_read_are_named(make: Make, said: str,
             onnx_merge(file, Adapter({"m.a": module(4)}))
 
 
-def test_a_copy_in_a_branch_is_no_silent_loss(tmp_path: Path) -> None:
-    """Only one of two ways through the graph would have the adapter."""
+@pytest.mark.parametrize("own", [True, False])
+def test_a_copy_in_a_branch_is_no_silent_loss(own: bool, tmp_path: Path) -> None:
+    """Only one of two ways through the graph would have the adapter, merged or beside the weights."""
     file = tmp_path / "model.onnx"
     branch(file, copy=True)
-    with pytest.raises(ExportError, match=r"m\.a: /m/then/MatMul, inside of a branch, is this module as well"):
-        onnx_merge(file, Adapter({"m.a": module(4)}))
+    if not own:
+        model = onnx.load(file)
+        (then,) = [one.g for one in model.graph.node[1].attribute if one.name == "then_branch"]
+        del then.initializer[:]
+        then.node[0].input[1] = "w"
+        onnx.save(model, file)
+    (tmp_path / "adapter").mkdir()
+    Adapter({"m.a": module(4)}, num_blocks=4, target_modules=["a"]).save(tmp_path / "adapter")
+    for command in (merge, export):
+        with pytest.raises(MatchError, match=r"m\.a: /m/then/MatMul, inside of a branch, is this module as well"):
+            command(file, tmp_path / "adapter", tmp_path / "out")
+        assert not (tmp_path / "out").exists()
