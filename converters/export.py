@@ -30,7 +30,7 @@ from diablo_export.converters.onnx_linears import kind, linears
 from diablo_export.converters.onnx_match import Match, match
 from diablo_export.converters.onnx_nodes import MODEL
 from diablo_export.converters.sizes import check_options, onnx_bytes
-from diablo_export.converters.trained_grid import grids, numbers, output_grid, warn_of_another
+from diablo_export.converters.trained_grid import grids, numbers, output_grid, warn_of_another, warn_of_nothing
 from diablo_export.errors import AdapterError, InputError, MatchError
 from diablo_export.manifest import adapter_entry, write_manifest
 from diablo_export.output import check_output, keep_inputs, new_folder
@@ -182,7 +182,10 @@ def load_adapters(given: Given) -> dict[str, Adapter]:
         )
     if twice:
         raise InputError(f"adapter name {twice[0]!r} was given twice; name them apart with --adapter NAME=FOLDER")
-    return {name: Adapter.load(folder) for name, folder in pairs}
+    adapters = {name: Adapter.load(folder) for name, folder in pairs}
+    for one in adapters.values():
+        warn_of_nothing(one)
+    return adapters
 
 
 def _pairs(given: Given) -> list[tuple[str, Path]]:

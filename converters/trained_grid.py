@@ -1,4 +1,4 @@
-"""The grid that an output gets, and a word where adapters were trained beside weights on another one."""
+"""The grid that an output gets, and a word where adapters do not fit it: trained beside another one, or all zeros."""
 
 from __future__ import annotations
 
@@ -46,6 +46,12 @@ def warn_of_another(adapters: Iterable[Adapter], found: Iterable[Numbers]) -> No
                 adapter.path, trained, ", ".join(described(*one) for one in sorted(grids)), trained.bits,
                 trained.group_size, "" if trained.symmetric else "a",
             )  # fmt: skip
+
+
+def warn_of_nothing(adapter: Adapter) -> None:
+    """Say that an adapter changes nothing: every block is zero, and it brings no head."""
+    if not adapter.saved and not any(module.blocks.any() for module in adapter.modules.values()):
+        log.warning("the adapter %s: every block is zero, so that it changes nothing; was it trained?", adapter.path)
 
 
 def numbers(quantize: str, group_size: int, asymmetric: bool) -> Numbers:

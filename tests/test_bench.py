@@ -127,7 +127,7 @@ def test_without_a_library_the_reason_is_said(exported: Get, monkeypatch: pytest
         ({"past": 256}, "cannot run decode at 256; .* the new one included"),
         ({"prefill": [0]}, "cannot run prefill 0"),
         ({"prefill": [], "past": None}, "nothing to time"),
-        ({"adapter": "c"}, "--adapter c: .* has a, b"),
+        ({"adapter": "c"}, "--adapter c: no such adapter in .*; there are a, b"),
         ({"only": ["kernels"]}, "--only kernels: no such variant; there are base, base-again"),
         ({"rounds": 0}, "rounds is 0"),
         ({"provider": "Abacus"}, "--provider Abacus: is not in this onnxruntime, which has .*CPUExecutionProvider"),

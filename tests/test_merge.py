@@ -329,3 +329,16 @@ def test_killed_at_any_moment(
     )  # what the dead left behind is cleared away, and does not stand in the way
     assert state(out) == "new"
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("verb", [merge, export])
+def test_an_adapter_of_zeros_is_warned_of(
+    verb: Any, tiny_model: Get, tiny_adapter: Get, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    adapter = shutil.copytree(tiny_adapter("llama"), tmp_path / "zeros")
+    verb(tiny_model("llama"), adapter, tmp_path / "sound")
+    assert "every block is zero" not in caplog.text
+    blocks = {name: value * 0 for name, value in load_file(adapter / "adapter_model.safetensors").items()}
+    save_file(blocks, adapter / "adapter_model.safetensors")
+    verb(tiny_model("llama"), adapter, tmp_path / "out")
+    assert f"the adapter {adapter}: every block is zero, so that it changes nothing" in caplog.text

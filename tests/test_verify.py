@@ -129,6 +129,8 @@ def test_a_failed_check_gives_no_certificate(merge: Path, tmp_path: Path) -> Non
     report = parity(out, limit={"logits.max_abs": 0.0}, certificate=True, **exports.SMALL)
     assert report["verdict"] == "fail"
     assert not (out / CERTIFICATE).exists() and not (out / GOLDEN).exists()
+    with pytest.raises(InputError, match="absent: no such folder; give the folder that was certified"):
+        verify(tmp_path / "absent")
     with pytest.raises(InputError, match=r"has no certificate.json; make one with: diablo-export parity .* --cert"):
         verify(out)
     with pytest.raises(InputError, match=r"model.onnx: is a file; give the folder that was certified"):

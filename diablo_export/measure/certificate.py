@@ -96,6 +96,8 @@ def read(folder: Path) -> tuple[dict[str, Any], list[Golden], list[str]]:
     file = folder / CERTIFICATE
     if folder.is_file():
         raise InputError(f"{folder}: is a file; give the folder that was certified")
+    if not folder.exists():
+        raise InputError(f"{folder}: no such folder; give the folder that was certified")
     if not file.is_file():
         raise InputError(f"{folder}: has no {CERTIFICATE}; make one with: diablo-export parity {folder} --certificate")
     try:

@@ -133,7 +133,7 @@ def _check(out: Path, manifest: Mapping[str, Any], adapter: str | None) -> str:
     if not all(file.endswith(_ADAPTER_FILES) for file in files.values()):
         raise InputError(f"{out}: was exported for the web; export it without --for web to time it here")
     if adapter is not None and adapter not in files:
-        raise InputError(f"--adapter {adapter}: {out} has {', '.join(files)}")
+        raise InputError(f"--adapter {adapter}: no such adapter in {out}; there are {', '.join(files)}")
     return adapter or next(iter(files))
 
 
