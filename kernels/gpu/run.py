@@ -35,6 +35,7 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 TOGETHER = 540  # seconds that everything may take, a build for one GPU included
 KIT = ROOT / "build" / "gpu-kit"
+EVERY = "80-real;87-real;89-real;90-real;100-real;120"
 PARTS = ("numbers", "speed", "training", "sessions", "memcheck", "racecheck", "synccheck")
 LIBRARIES = ("libdiablo_kernels_c.so", "libdiablo_kernels_ort.so")
 
@@ -44,6 +45,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=ROOT / "build" / "gpu")
     parser.add_argument("--kit", type=Path, help=f"what --prepare made; unless named, {KIT.relative_to(ROOT)} if there")
     parser.add_argument("--prepare", type=Path, metavar="FOLDER", help="make a kit, and run nothing")
+    parser.add_argument("--architectures", default=EVERY, help="that --prepare compiles for (default %(default)s)")
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     parser.add_argument("--small", action="store_true", help="a few small calls, to try the scripts")
     parser.add_argument("--only", metavar="PART,PART", help=f"some of {', '.join(PARTS)}")
@@ -51,7 +53,7 @@ def main() -> None:
     asked = parser.parse_args()
     began = time.monotonic()
     if asked.prepare:
-        return prepare(asked.prepare)
+        return prepare(asked.prepare, asked.architectures)
     only = asked.only.split(",") if asked.only else list(PARTS)
     if unknown := sorted(set(only) - set(PARTS)):
         stop(f"--only {','.join(unknown)}: no such part; there are {', '.join(PARTS)}")
@@ -156,10 +158,10 @@ def build(folder: Path, architectures: str | None) -> Path:
     return folder
 
 
-def prepare(kit: Path) -> None:
-    """Libraries for every GPU since Ampere, and models."""
+def prepare(kit: Path, architectures: str) -> None:
+    """Libraries for these GPUs, and models."""
     kit.mkdir(parents=True, exist_ok=True)
-    built = build(kit.parent / f"{kit.name}-library", "80-real;87-real;89-real;90-real;100-real;120")
+    built = build(kit.parent / f"{kit.name}-library", architectures)
     for name in LIBRARIES:
         shutil.copy2(built / name, kit / name)
     make_models(kit / "models", kit.parent / f"{kit.name}-models")
