@@ -164,7 +164,8 @@ def prepare(kit: Path, architectures: str) -> None:
     built = build(kit.parent / f"{kit.name}-library", architectures)
     for name in LIBRARIES:
         shutil.copy2(built / name, kit / name)
-    make_models(kit / "models", kit.parent / f"{kit.name}-models")
+    with tempfile.TemporaryDirectory() as scratch:  # so that a kit can be made again
+        make_models(kit / "models", Path(scratch))
     print(f"{kit}: {sum(file.stat().st_size for file in kit.rglob('*') if file.is_file()) / 1e6:.0f} MB")
 
 
