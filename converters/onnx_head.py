@@ -6,14 +6,14 @@ adapter's is fed.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import onnx_ir as ir
 
 from diablo_export.blockdiag import Array
 from diablo_export.converters.onnx_linears import Linear, linears
-from diablo_export.converters.onnx_names import named
+from diablo_export.converters.onnx_names import named, parts_of, paths
 from diablo_export.errors import ExportError
 
 
@@ -27,7 +27,7 @@ def feed_parameters(model: ir.Model, saved: Mapping[str, Array]) -> dict[str, ir
     for name, value in saved.items():
         initializer = _as_it_is(model, name) or _stand_in(model, name, value)
         if initializer is None:
-            faults.append(f"{name}: no node of the graph is this module")
+            faults.append(f"{name}: {_absent(model, name)}")
             continue
         assert initializer.shape is not None and initializer.dtype is not None
         if initializer.shape.numpy() != value.shape:
@@ -57,7 +57,10 @@ def _as_it_is(model: ir.Model, name: str) -> ir.Value | None:
 def _stand_in(model: ir.Model, name: str, value: Array) -> ir.Value | None:
     """A new initializer under the parameter's own name, read in place of whatever the exporter made of it."""
     module, _, leaf = name.rpartition(".")
-    layer = next(iter(named(linears(model), module)), None)
+    layers = linears(model)
+    layer = next(iter(named(layers, module)), None)
+    if layer is None and len(below := _below(layers, module)) == 1:
+        layer = below[0]
     if layer is None or leaf not in ("weight", "bias"):
         return None
     shape = (layer.out_features, layer.in_features) if leaf == "weight" else (layer.out_features,)
@@ -72,6 +75,20 @@ def _stand_in(model: ir.Model, name: str, value: Array) -> ir.Value | None:
             del model.graph.initializers[unread.name or ""]
     model.graph.register_initializer(new)  # the old one may have had its name
     return new
+
+
+def _below(layers: Sequence[Linear], module: str) -> list[Linear]:
+    """The layers of the module's name below any other: that of whatever wrapped the model as it was exported."""
+    path = parts_of(module)
+    return [layer for layer in layers if any(other[-len(path) :] == path for other in paths(layer))]
+
+
+def _absent(model: ir.Model, name: str) -> str:
+    """Why the graph has no place for a parameter."""
+    below = _below(linears(model), name.rpartition(".")[0])
+    if len(below) < 2:
+        return "no node of the graph is this module"
+    return f"{len(below)} nodes could be this module: {', '.join(layer.name for layer in below)}"
 
 
 def _set_weight(model: ir.Model, layer: Linear, weight: ir.Value) -> bool:

@@ -381,6 +381,21 @@ def test_a_head_that_the_graph_lacks(tiny_model: Get, tiny_adapter: Get, tmp_pat
     assert "classifier.weight: [2, 64] in the graph, [3, 64] in the adapter" in str(caught.value)
 
 
+def test_a_head_below_a_wrapper_s_name() -> None:
+    """Whoever wraps the model before exporting it has one word more before its head's name."""
+    from diablo_export.converters.onnx_head import feed_parameters
+    from tests.test_onnx_match import graph, weight
+
+    saved = {"classifier.weight": np.ones((2, 64), np.float32)}
+    model = graph({"/net/classifier/MatMul": weight(2, 64, 0), "/net/pooler/dense/MatMul": weight(64, 64, 1)})
+    feed_parameters(model, saved)
+    assert np.array_equal(model.graph.initializers["classifier.weight"].const_value.numpy(), np.ones((2, 64)))  # type: ignore[union-attr]
+    assert [node.op_type for node in model.graph] == ["Transpose", "MatMul", "MatMul"]
+    model = graph({f"/{name}/classifier/MatMul": weight(2, 64, 0) for name in ("one", "other")})
+    with pytest.raises(ExportError, match="2 nodes could be this module: /one/classifier/MatMul, /other/"):
+        feed_parameters(model, saved)
+
+
 def test_overwrite_replaces_the_whole_folder(tiny_model: Get, tiny_adapter: Get, tmp_path: Path) -> None:
     out = tmp_path / "out"
     out.mkdir()
