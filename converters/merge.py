@@ -191,7 +191,7 @@ def _into_onnx(
     """Merge into a copy of an ONNX model; the modules' entries, and the rest of the manifest."""
     from diablo_export.converters.onnx_linears import kind, linears
     from diablo_export.converters.onnx_rewrite import merged_copy
-    from diablo_export.runtime import session
+    from diablo_export.converters.onnx_trial import try_merged
 
     reason = f"{source.file.name} is an ONNX model already"
     more: dict[str, Any] = {"exporter": "given", "reason": reason, "hashes": {}, **kind(linears(source.graph))}
@@ -201,7 +201,7 @@ def _into_onnx(
         more["read"] = onnx_file.copy(source, folder)
         modules, more["survival"] = _measured(folder, adapter, options)
     if (folder / onnx_file.MODEL).read_bytes() != source.file.read_bytes():
-        session(folder / onnx_file.MODEL)  # a graph that the runtime refuses is no merge
+        try_merged(source.file, folder / onnx_file.MODEL)
     return modules, more
 
 

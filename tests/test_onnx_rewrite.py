@@ -13,12 +13,14 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
+from onnx import helper
 
 from diablo_export.adapter import AdaptedModule, Adapter, file_sha256
+from diablo_export.blockdiag import add_to_weight
 from diablo_export.converters import direct_write, onnx_rewrite
 from diablo_export.converters.merge import merge
 from diablo_export.converters.onnx_file import find
-from diablo_export.converters.onnx_linears import linears
+from diablo_export.converters.onnx_linears import linears, numpy_of
 from diablo_export.converters.onnx_merge import onnx_merge
 from diablo_export.converters.onnx_rewrite import merged_copy, rewrite
 from diablo_export.errors import ExportError, InputError, OutputError
@@ -229,3 +231,41 @@ def test_other_bytes_in_some_places(tmp_path: Path) -> None:
         rewrite(tmp_path / "old", tmp_path / "new", {0: put(0, 8), 7: put(7, 1)})
     with pytest.raises(InputError, match="became shorter while it was read"):
         rewrite(tmp_path / "old", tmp_path / "new", {content.size - 3: put(0, 8)})
+
+
+@pytest.mark.parametrize("loads", [True, False])
+def test_a_graph_that_onnxruntime_does_not_load_here(
+    loads: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For other hardware, such as MatMul in bfloat16, it is merged; what the merge broke is named by what was given."""
+    (tmp_path / "given").mkdir()
+    given = tmp_path / "given/model.onnx"
+    model = float_model()
+    if loads:
+        saved = ir.save
+
+        def broken(graph: ir.Model, file: Path) -> None:
+            graph.graph.append(ir.Node("of", "Unheard", [graph.graph.inputs[0]]))
+            saved(graph, file)
+
+        monkeypatch.setattr(ir, "save", broken)
+    else:
+        model.graph.node.append(helper.make_node("Unheard", ["x"], ["y"], domain="of"))
+        model.opset_import.append(helper.make_opsetid("of", 1))
+    onnx.save(model, given)
+    (tmp_path / "adapter").mkdir()
+    Adapter({"m.a": module(4)}, num_blocks=4, target_modules=["a"]).save(tmp_path / "adapter")
+    if loads:
+        with pytest.raises(ExportError, match=r"given/model\.onnx: with the blocks in it, onnxruntime .*Unheard"):
+            merge(given, tmp_path / "adapter", tmp_path / "out")
+        assert not (tmp_path / "out").exists()
+        return
+    with caplog.at_level("WARNING", "diablo_export"):
+        merge(given, tmp_path / "adapter", tmp_path / "out")
+    assert "given/model.onnx: onnxruntime" in caplog.text and "not tried" in caplog.text
+    before, after = (
+        {layer.name: layer for layer in linears(ir.load(file))} for file in (given, tmp_path / "out/model.onnx")
+    )
+    name = "/m/a/MatMul"
+    wanted = add_to_weight(np.array(numpy_of(before[name].weight)).T, module(4).blocks)
+    assert np.array_equal(numpy_of(after[name].weight).T, wanted)
