@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import importlib
 import logging
+import os
 import sys
 from typing import Any
 
 import click
 
 from diablo_export import __version__
-from diablo_export.console import set_verbosity
+from diablo_export.console import print_what_fits, set_verbosity
 from diablo_export.errors import CheckFailed, InputError
 
 # command → its one-line help; the module is diablo_export.cli.<command> with a click command `command`
@@ -33,6 +34,13 @@ COMMANDS = {
 
 class Commands(click.Group):
     """A group that imports a command's module only when that command is called."""
+
+    def main(self, *arguments: Any, **more: Any) -> Any:
+        """Run the program; no colours where NO_COLOR is set."""
+        print_what_fits()
+        if os.environ.get("NO_COLOR"):
+            more.setdefault("color", False)
+        return super().main(*arguments, **more)
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         """Names in the order of the road, not of the alphabet."""

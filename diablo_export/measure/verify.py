@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from diablo_export import __version__, runtime
+from diablo_export.console import print_what_fits
 from diablo_export.errors import CheckFailed, ExportError, InputError, require
 from diablo_export.measure import certificate, golden
 from diablo_export.measure.golden import Golden
@@ -184,6 +185,7 @@ def _shown(value: float | None) -> str:
 
 def main(arguments: Sequence[str]) -> int:
     """Verify one folder without the command line's own packages; returns the exit code."""
+    print_what_fits()
     if len(arguments) != 1:
         print("usage: python -m diablo_export.measure.verify OUT", file=sys.stderr)
         return 2

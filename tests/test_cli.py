@@ -1,0 +1,32 @@
+"""What all commands share: streams that cannot hold every letter, and colours."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+PROGRAM = (sys.executable, "-c", "from diablo_export.cli import main; main()")
+
+
+def test_a_stream_that_cannot_hold_every_letter(tiny_adapter: Callable[[str], Path]) -> None:
+    """As on a Windows machine that writes into a file: sizes are written with ×."""
+    command = [*PROGRAM, "inspect", str(tiny_adapter("llama"))]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONIOENCODING": "ascii"})
+    assert done.returncode == 0, done.stderr
+    assert "4 ? 24 ? 16" in done.stdout
+
+
+@pytest.mark.parametrize("asked", [True, False])
+def test_no_color_is_kept_to(asked: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    if asked:
+        monkeypatch.setenv("NO_COLOR", "1")
+    ours, terminal = os.openpty()
+    done = subprocess.run([*PROGRAM, "inspect", "absent"], stderr=terminal)
+    said = os.read(ours, 4096).decode()
+    assert done.returncode == 2 and "error:" in said and ("\x1b[31m" in said) is not asked
