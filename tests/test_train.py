@@ -492,6 +492,25 @@ def test_positions_that_begin_behind_the_padding_are_not_there_for_text(folder: 
         train(tmp_path / "m", tmp_path / "data.jsonl", tmp_path / "b", max_length=33, **how)
 
 
+@pytest.mark.parametrize("kind", ["Bert", "XLNet"])
+def test_models_that_see_what_they_are_to_predict_are_no_language_models(
+    kind: str, folder: Path, tmp_path: Path
+) -> None:
+    import transformers
+
+    common: dict[str, Any] = {"vocab_size": 320}
+    sizes: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model: Any = (
+        transformers.BertForMaskedLM(transformers.BertConfig(**common, **sizes, intermediate_size=32))
+        if kind == "Bert"
+        else transformers.XLNetLMHeadModel(transformers.XLNetConfig(**common, d_model=32, n_layer=1, n_head=2))
+    )
+    model.save_pretrained(tmp_path / "m")
+    tiny.make_tokenizer(tmp_path / "m")
+    with pytest.raises(CheckpointError, match="its answer for a token changes with the tokens behind it"):
+        train(tmp_path / "m", folder / "text.jsonl", tmp_path / "a", **RUN)
+
+
 def test_cuda_asked_for_and_absent(tiny_model: Callable[[str], Path], folder: Path, tmp_path: Path) -> None:
     if torch.cuda.is_available():
         pytest.skip("this machine has a GPU")

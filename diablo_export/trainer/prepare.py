@@ -69,6 +69,8 @@ def prepare(
     labels = None if classes is None else [str(name) for name in classes]
     dtype = base_dtype(checkpoint, autocast)
     network, tokenizer, fresh = load_with_fresh(checkpoint.folder, task, dtype=dtype, device=device, labels=labels)
+    if classes is None:
+        check_causal(network, checkpoint)
     max_length = item_length(network, max_length)
     how = {"tokenizer": tokenizer, "max_length": max_length, "classes": classes}
     running = classes is None and examples[0].form == "text"
@@ -144,6 +146,28 @@ def base_dtype(checkpoint: Checkpoint, autocast: bool) -> str:
     return "bfloat16" if autocast and stored == {"BF16"} else "float32"
 
 
+@torch.no_grad()
+def check_causal(network: Any, checkpoint: Checkpoint) -> None:
+    """Refuse a model that sees the token it is to predict: it would learn to copy it, and its loss would fall to zero.
+
+    Raises:
+        CheckpointError: an encoder such as BERT, which transformers loads as a causal model all the same.
+    """
+    network.config.use_cache = False  # some have none for so short a text
+    first, second = (
+        network(input_ids=torch.tensor([[1, 2, 3, last]], device=network.device)).logits[:, :-1].float()
+        for last in (4, 5)
+    )
+    # 0 but for rounding where experts get other numbers of tokens: 2e-8 in float32, in bfloat16 some steps of 4e-3
+    limit = 5e-4 if network.dtype == torch.float32 else 2e-2
+    if (first - second).abs().max() > limit * (first.max() - first.min()):
+        raise CheckpointError(
+            f"{checkpoint.folder}: is no causal language model: its answer for a token changes with the tokens behind "
+            "it, so that it sees what it is to predict. Give a decoder, is_decoder in config.json where it was trained "
+            "as one, or --task text-classification"
+        )
+
+
 def item_length(network: Any, max_length: int | None) -> int:
     """Tokens per item: as asked, else 512 or what the model takes when less.
 
@@ -151,6 +175,7 @@ def item_length(network: Any, max_length: int | None) -> int:
         InputError: more than the model has positions.
     """
     limit = getattr(network.config, "max_position_embeddings", None) or math.inf
+    limit = math.inf if limit < 0 else limit  # XLNet's way to say none
     limit -= _before_text(network)
     if max_length is not None and max_length > limit:
         raise InputError(f"--max-length is {max_length}, but the model has {limit} positions; give {limit} or less")
