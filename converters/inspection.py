@@ -18,11 +18,11 @@ from diablo_export import patch_header
 from diablo_export.adapter import CONFIG, Adapter, stored_transposed
 from diablo_export.base_grid import BaseGrid
 from diablo_export.blockdiag import BlockShape
-from diablo_export.checkpoint import Checkpoint, read_json, resolve
+from diablo_export.checkpoint import Checkpoint, TensorInfo, read_json, resolve
 from diablo_export.converters.hf_packed import packed_modules
 from diablo_export.errors import InputError
 from diablo_export.manifest import MANIFEST, PARITY, read_manifest
-from diablo_export.packed.modules import check_base
+from diablo_export.packed.modules import Stored, all_stored, check_base
 
 Report = dict[str, Any]
 PAPER_TARGETS = ("q_proj", "k_proj", "v_proj", "up_proj", "down_proj")
@@ -113,7 +113,8 @@ def _module_groups(adapter: Adapter) -> list[Report]:
 def _checkpoint(folder: Path, adapter: str | Path | None) -> Report:
     checkpoint = Checkpoint.open(folder)
     config = checkpoint.config
-    groups = _linear_groups(checkpoint)
+    quantized = all_stored(checkpoint)
+    groups = _linear_groups(checkpoint, quantized)
     quantization = config.get("quantization_config") or {}
     report: Report = {
         "kind": "Hugging Face checkpoint",
@@ -123,7 +124,10 @@ def _checkpoint(folder: Path, adapter: str | Path | None) -> Report:
         "quantized": quantization.get("quant_method") or False,
         "files": len(checkpoint.files),
         "bytes": sum(info.nbytes for info in checkpoint),
-        "parameters": sum(math.prod(info.shape) for info in checkpoint),
+        "parameters": sum(
+            math.prod(shape)
+            for shape in (*(info.shape for info in _floats(checkpoint, quantized)), *(one.shape for one in quantized))
+        ),
         "dtypes": dict(Counter(info.dtype for info in checkpoint)),
         "linear_layers": groups,
         "num_blocks_options": _options(groups),
@@ -139,15 +143,25 @@ def _checkpoint(folder: Path, adapter: str | Path | None) -> Report:
     )  # fmt: skip
 
 
-def _linear_groups(checkpoint: Checkpoint) -> list[Report]:
+def _floats(checkpoint: Checkpoint, quantized: Iterable[Stored]) -> list[TensorInfo]:
+    """The tensors that are no part of a quantized weight."""
+    parts = {info.name for one in quantized for info in one.infos.values()}
+    return [info for info in checkpoint if info.name not in parts]
+
+
+def _linear_groups(checkpoint: Checkpoint, quantized: Iterable[Stored]) -> list[Report]:
     """The matrices of the numbered layers, those of one name and size together, and the N that divide both sizes."""
     transposed = stored_transposed(checkpoint.config)
     counts: Counter[tuple[str, int, int, str]] = Counter()
-    for info in checkpoint:
-        numbered = re.search(r"(?:^|\.)\d+\.(.+)\.weight$", info.name)
-        if numbered and len(info.shape) == 2:
-            out_features, in_features = info.shape[::-1] if transposed else info.shape
-            counts[numbered[1], in_features, out_features, info.dtype] += 1
+    floats = _floats(checkpoint, quantized)
+    stored = [
+        (info.name.removesuffix(".weight"), info.shape[::-1] if transposed else info.shape, info.dtype)
+        for info in floats if info.name.endswith(".weight") and len(info.shape) == 2
+    ]  # fmt: skip
+    stored += [(one.name, one.shape, str(one.config["quant_method"])) for one in quantized]
+    for name, (out_features, in_features), dtype in stored:
+        if numbered := re.search(r"(?:^|\.)\d+\.(.+)$", name):
+            counts[numbered[1], in_features, out_features, dtype] += 1
     return [
         {
             "module": name,

@@ -84,6 +84,18 @@ def test_checkpoint_of_transposed_layers(tiny_model: Folder) -> None:
     assert (row["in_features"], row["out_features"]) == (64, 192)
 
 
+@pytest.mark.parametrize("name", ["gptq", "awq", "compressed-tensors", "nf4"])
+def test_quantized_checkpoint_has_the_sizes_of_its_model(name: str, quantized: Folder, tiny_model: Folder) -> None:
+    """And not those of the integers that its weights are packed into."""
+    packed, plain = inspect(quantized(name)), inspect(tiny_model("llama"))
+    assert packed["parameters"] == plain["parameters"]
+    assert packed["num_blocks_options"] == plain["num_blocks_options"]
+    method = "bitsandbytes" if name == "nf4" else name
+    rows = [[{**row, "dtype": method} for row in report["linear_layers"]] for report in (packed, plain)]
+    assert sorted(rows[0], key=str) == sorted(rows[1], key=str)
+    assert {row["dtype"] for row in packed["linear_layers"]} == {method}
+
+
 def test_checkpoint_beside_an_adapter(tiny_model: Folder, tiny_adapter: Folder) -> None:
     report = inspect(tiny_model("llama"), adapter=tiny_adapter("llama"))
     assert report["fits"] is True and report["adapter_modules_found"] == "14 of 14"
