@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import subprocess
 import sys
@@ -9,7 +10,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from click.testing import Result
 
+Monkey = pytest.MonkeyPatch
 PROGRAM = (sys.executable, "-c", "from diablo_export.cli import main; main()")
 
 
@@ -30,3 +33,19 @@ def test_no_color_is_kept_to(asked: bool, monkeypatch: pytest.MonkeyPatch) -> No
     done = subprocess.run([*PROGRAM, "inspect", "absent"], stderr=terminal)
     said = os.read(ours, 4096).decode()
     assert done.returncode == 2 and "error:" in said and ("\x1b[31m" in said) is not asked
+
+
+def test_a_full_disk_under_standard_output_is_no_failed_check(tiny_adapter: Callable[[str], Path]) -> None:
+    with open("/dev/full", "w") as full:
+        command = [*PROGRAM, "inspect", str(tiny_adapter("llama")), "--json"]
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 2 and done.stderr.startswith("error: what is printed: No space left on device")
+
+
+def test_a_file_that_cannot_be_read_is_no_failed_check(run: Callable[..., Result], monkeypatch: Monkey) -> None:
+    def closed(path: str, model: str | None, adapter: str | None) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", "out/model.onnx.data")
+
+    monkeypatch.setattr("diablo_export.converters.inspection.inspect", closed)
+    result = run("inspect", "out")
+    assert (result.exit_code, result.stderr) == (2, "error: out/model.onnx.data: Permission denied\n")

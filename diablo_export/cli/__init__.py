@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
 import logging
 import os
@@ -11,7 +12,7 @@ from typing import Any
 import click
 
 from diablo_export import __version__
-from diablo_export.console import print_what_fits, set_verbosity
+from diablo_export.console import log, print_what_fits, set_verbosity
 from diablo_export.errors import CheckFailed, InputError
 
 # command → its one-line help; the module is diablo_export.cli.<command> with a click command `command`
@@ -67,6 +68,11 @@ class Commands(click.Group):
             _stop(ctx, str(error), 2)
         except CheckFailed as error:
             _stop(ctx, str(error), 1)
+        except OSError as error:  # not to be read, written or reached; a pipe that was closed is click's
+            if error.errno in (None, errno.EPIPE):
+                raise
+            log.debug("", exc_info=True)
+            _stop(ctx, f"{error.filename or 'what is printed'}: {error.strerror}", 2)
         except KeyboardInterrupt:
             _stop(ctx, "interrupted; nothing was left half-written", 130)
 

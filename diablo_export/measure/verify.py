@@ -191,7 +191,7 @@ def main(arguments: Sequence[str]) -> int:
         return 2
     try:
         report = verify(arguments[0])
-    except InputError as error:
+    except (InputError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     print("\n".join(lines(report)))
