@@ -162,6 +162,25 @@ def test_loss_is_on_the_completion_only(tokenizer: Any) -> None:
     assert tokenizer.decode(encoded.ids[~encoded.target]) == "the cat"
 
 
+@pytest.mark.parametrize(
+    ("prompt", "completion"), [("2+2=", "4"), ("the cat", " sat"), ("f(", "x)"), ("said: ", "yes"), ("the ca", "t sat")]
+)
+def test_tokens_say_what_prompt_and_completion_say(prompt: str, completion: str) -> None:
+    """Llama's tokenizers put a space before a text: not before one that goes on. (In the last two a token spans both.)"""
+    from tokenizers import Tokenizer, decoders, models, normalizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    bare = Tokenizer(models.BPE())
+    bare.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    bare.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    texts = ["the cat sat, it said: yes, 2+2=4\n f(x)"] * 4
+    bare.train_from_iterator(texts, trainers.BpeTrainer(special_tokens=["</s>"], show_progress=False))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bare, eos_token="</s>")
+    encoded = encode(Example(prompt=prompt, completion=completion), tokenizer)
+    assert tokenizer.decode(encoded.ids.tolist(), skip_special_tokens=True) == prompt + completion
+    assert encoded.ids[~encoded.target].tolist() == tokenizer(prompt)["input_ids"]
+
+
 def test_loss_is_on_assistant_turns_only(chat_tokenizer: Any) -> None:
     turns = [("system", "the"), ("user", "cat"), ("assistant", "sat"), ("user", "on"), ("assistant", "mat")]
     example = Example(messages=[{"role": role, "content": content} for role, content in turns])

@@ -193,7 +193,7 @@ def encode(example: Example, tokenizer: Any, max_length: int | None = None, labe
         prompt = _tokens(tokenizer, example.prompt or "")
         if prompt and prompt[-1] == tokenizer.eos_token_id:
             prompt.pop()  # some tokenizers end every text; the prompt is not the end
-        completion = _ended(_tokens(tokenizer, example.completion, special=False), tokenizer)
+        completion = _ended(_going_on(tokenizer, example.prompt or "", example.completion), tokenizer)
         ids, target = prompt + completion, [False] * len(prompt) + [True] * len(completion)
     elif example.label is not None:
         ids = _tokens(tokenizer, example.text or "")
@@ -212,6 +212,19 @@ def encode(example: Example, tokenizer: Any, max_length: int | None = None, labe
 
 def _tokens(tokenizer: Any, text: str, special: bool = True, **cut: Any) -> list[int]:
     return list(tokenizer(text, add_special_tokens=special, verbose=False, **cut)["input_ids"])
+
+
+def _going_on(tokenizer: Any, before: str, text: str) -> list[int]:
+    """The tokens of a text that goes on after another one.
+
+    Llama's tokenizers put a space before what they are given; behind another text there is none. Where a token would
+    span both texts they are taken apart, as generation does.
+    """
+    for start in (before, "\n"):  # a line's end joins no letters to itself
+        first, both = (_tokens(tokenizer, each, special=False) for each in (start, start + text))
+        if both[: len(first)] == first:
+            return both[len(first) :]
+    return _tokens(tokenizer, text, special=False)
 
 
 def _ended(ids: list[int], tokenizer: Any) -> list[int]:
