@@ -166,7 +166,7 @@ def test_loss_is_on_the_completion_only(tokenizer: Any) -> None:
     ("prompt", "completion"), [("2+2=", "4"), ("the cat", " sat"), ("f(", "x)"), ("said: ", "yes"), ("the ca", "t sat")]
 )
 def test_tokens_say_what_prompt_and_completion_say(prompt: str, completion: str) -> None:
-    """Llama's tokenizers put a space before a text: not before one that goes on. (In the last two a token spans both.)"""
+    """Llama's tokenizers put a space before a text: not before one that goes on. (In some a token would span both.)"""
     from tokenizers import Tokenizer, decoders, models, normalizers, trainers
     from transformers import PreTrainedTokenizerFast
 
