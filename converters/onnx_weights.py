@@ -7,6 +7,7 @@ Two threads compute while the caller's thread writes and hashes, in order. Memor
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -21,7 +22,7 @@ import onnx_ir as ir
 
 from diablo_export.blockdiag import Array, add_to_weight
 from diablo_export.checkpoint import DTYPE_NAMES, TensorInfo
-from diablo_export.errors import CheckpointError
+from diablo_export.errors import AdapterError, CheckpointError
 from diablo_export.quantization import Float32, Quantized, quantize
 
 DATA = "model.onnx.data"
@@ -89,21 +90,21 @@ class Job:
 
 def float_job(initializer: ir.Value, source: Source, transposed: bool) -> Job:
     """Write a weight as it is, in the initializer's dtype; `transposed`: matrices as (in_features, out_features)."""
-    dtype = _numpy_dtype(initializer)
+    cast = functools.partial(_cast, initializer=initializer, source=source)
 
     def pieces() -> Iterator[Piece]:
         if transposed:  # strips of input columns: the target's rows
             weight = source.read()
             step = _step(weight.shape[0])
             for start in range(0, weight.shape[1], step):
-                yield lambda strip=weight[:, start : start + step]: (np.ascontiguousarray(strip.T, dtype),)  # type: ignore[misc]
+                yield lambda strip=weight[:, start : start + step]: (cast(strip.T),)  # type: ignore[misc]
         elif source.in_pieces and len(source.shape) == 2:
             step = _step(source.shape[1])
             for start in range(0, source.shape[0], step):
                 stop = min(start + step, source.shape[0])
-                yield lambda start=start, stop=stop: (source.read(start, stop).astype(dtype, copy=False),)  # type: ignore[misc]
+                yield lambda start=start, stop=stop: (cast(source.read(start, stop)),)  # type: ignore[misc]
         else:
-            yield lambda: (np.ascontiguousarray(source.read(), dtype),)
+            yield lambda: (cast(source.read()),)
 
     return Job((initializer,), pieces)
 
@@ -198,6 +199,21 @@ def _in_order(jobs: Iterable[Job], threads: ThreadPoolExecutor) -> Iterator[tupl
     while waiting:
         job = waiting[0][0]
         yield job, finished(job)
+
+
+def _cast(values: Array, initializer: ir.Value, source: Source) -> Array:
+    """Values in the initializer's dtype.
+
+    Raises:
+        AdapterError: with the blocks they are more than float16 holds. CheckpointError: they are so by themselves.
+    """
+    with np.errstate(over="ignore"):
+        made: Array = np.ascontiguousarray(values, _numpy_dtype(initializer))
+    if made.dtype == np.float16 != values.dtype and not np.array_equal(np.isfinite(made), np.isfinite(values)):
+        if source.blocks is not None:
+            raise AdapterError(f"{initializer.name}: base plus blocks overflows float16; take --precision fp32")
+        raise CheckpointError(f"{initializer.name}: its values overflow float16; take --precision fp32")
+    return made
 
 
 def _rows(info: TensorInfo, rows: slice) -> TensorInfo:

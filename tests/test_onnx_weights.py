@@ -12,7 +12,7 @@ from diablo_export.blockdiag import Array, add_to_weight
 from diablo_export.checkpoint import DTYPE_NAMES, TensorInfo, read_header, write_safetensors
 from diablo_export.converters import onnx_weights
 from diablo_export.converters.onnx_weights import Job, Source, float_job, quantized_job, write
-from diablo_export.errors import CheckpointError
+from diablo_export.errors import AdapterError, CheckpointError
 from diablo_export.quantization import Quantized, dequantize, quantize
 
 RANDOM = np.random.default_rng(0)
@@ -64,6 +64,17 @@ def test_rows_of_a_fused_weight_with_blocks_added_before_the_cut(tmp_path: Path)
 
 
 @pytest.mark.usefixtures("pieces")
+@pytest.mark.parametrize("transposed", [True, False])
+@pytest.mark.parametrize("merged", [True, False])
+def test_more_than_float16_holds_is_refused(merged: bool, transposed: bool, tmp_path: Path) -> None:
+    weight = np.full((4, 6), 1 if merged else 70_000, np.float32)
+    source = Source(weight, blocks=np.full((2, 3, 2), 70_000, np.float32) if merged else None)
+    target = initializer("up", ir.DataType.FLOAT16, (6, 4) if transposed else (4, 6))
+    what = "base plus blocks overflows" if merged else "its values overflow"
+    with pytest.raises(AdapterError if merged else CheckpointError, match=rf"up: {what} float16; .*fp32"):
+        write(tmp_path, [float_job(target, source, transposed)])
+
+
 def test_conv1d_weight_is_turned_before_blocks_are_added(tmp_path: Path) -> None:
     kept = RANDOM.normal(size=(24, 40)).astype(np.float32)  # (in, out), as GPT-2 stores it
     blocks = RANDOM.normal(size=(4, 6, 10)).astype(np.float32)
