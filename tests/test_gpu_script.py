@@ -121,6 +121,7 @@ def test_a_part_can_be_run_again_alone(tmp_path: Path, library: Path) -> None:
         pytest.skip("a build from before there was a plain library, or one without tests")
     common = ["--device", "cpu", "--small", "--kit", str(library.parent), "--output", str(tmp_path)]
     assert started(*common, "--only", "speeds").returncode == 2
+    assert started(*common, "--only", "racecheck").returncode == 0  # not on a CPU
     done = started(*common, "--only", "speed", "--seconds", "0")
     report = json.loads((tmp_path / "gpu.json").read_text())
     assert done.returncode == 1 and report["parts"]["speed"]["failed"] == "no time was left"
