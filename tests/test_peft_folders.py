@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from safetensors.numpy import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 pytest.importorskip("peft")
@@ -67,6 +68,43 @@ def test_our_folder_loads_and_saves_unchanged(
         model.merge_adapter()
         model.save_pretrained(tmp_path / "merged")
         assert_same(Adapter.load(tmp_path / "merged"), Adapter.load(adapter))
+
+
+@pytest.mark.parametrize("part", ["model", "layers"])
+def test_compiled_models_save_and_load_the_same_folder(
+    part: str, tiny_model: Folder, tiny_adapter: Folder, tmp_path: Path
+) -> None:
+    """torch.compile puts a module around what it compiles, whose name gets into all names below it."""
+
+    def compiled() -> Any:
+        base = AutoModelForCausalLM.from_pretrained(tiny_model("llama"))
+        if part == "model":
+            return torch.compile(base, backend="eager")
+        for index, layer in enumerate(base.model.layers):
+            base.model.layers[index] = torch.compile(layer, backend="eager")
+        return base
+
+    loaded = PeftModel.from_pretrained(compiled(), tiny_adapter("llama"))
+    assert np.array_equal(logits(loaded), in_torch(tiny_model("llama"), tiny_adapter("llama")))
+    loaded.save_pretrained(tmp_path / "loaded")
+    assert_same(Adapter.load(tmp_path / "loaded"), Adapter.load(tiny_adapter("llama")))
+    config = DiabloConfig(num_blocks=4, target_modules=["q_proj"], init_weights=False, task_type="CAUSAL_LM")
+    fresh = get_peft_model(compiled(), config)
+    fresh.save_pretrained(tmp_path / "fresh")
+    plain = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_model("llama")), tmp_path / "fresh")
+    assert np.array_equal(logits(plain), logits(fresh))
+
+
+def test_a_folder_that_lacks_blocks_is_refused(tiny_model: Folder, tiny_adapter: Folder, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(tiny_adapter("llama"), tmp_path / "adapter"))
+    tensors = load_file(folder / "adapter_model.safetensors")
+    name = "base_model.model.model.layers.0.mlp.up_proj.diablo_blocks"
+    blocks = tensors.pop(name)
+    save_file({**tensors, name.replace("layers.0", "layers.7"): blocks}, folder / "adapter_model.safetensors")
+    base = AutoModelForCausalLM.from_pretrained(tiny_model("llama"))
+    match = r"(?s)layers.0.mlp.up_proj: .* has no blocks for it.*layers.7.mlp.up_proj: has blocks, .* does not list it"
+    with pytest.raises(AdapterError, match=match):
+        PeftModel.from_pretrained(base, folder)
 
 
 def test_the_grid_of_a_base_is_kept_and_told(

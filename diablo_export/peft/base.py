@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from torch import nn
 
-from diablo_export.adapter import ordered_classes
+from diablo_export.adapter import PREFIX, SUFFIX, ordered_classes
 from diablo_export.base_grid import BaseGrid
 from diablo_export.blockdiag import Array
 from diablo_export.console import log
 from diablo_export.errors import AdapterError
 from diablo_export.fingerprint import Fingerprint
 from diablo_export.peft.config import DiabloConfig
-from diablo_export.peft.layer import DiabloLayer, linear_sizes
+from diablo_export.peft.layer import DiabloLayer, linear_sizes, plain_name
 
 _SHOWN = 20
 
@@ -24,7 +25,8 @@ def check_base(model: nn.Module, config: DiabloConfig) -> None:
     Raises:
         AdapterError: lists every module that is missing, has other sizes, or other weights.
     """
-    modules, stored = dict(model.named_modules()), config.modules or {}
+    modules = {plain_name(name): module for name, module in model.named_modules()}
+    stored = config.modules or {}
     faults = [f"{name}: {fault}" for name, entry in stored.items() if (fault := _fault(modules.get(name), entry))]
     labels, classes = config.labels, getattr(getattr(model, "config", None), "num_labels", None)
     if labels and hasattr(model, "num_labels") and classes is not None and len(labels) != classes:
@@ -39,10 +41,10 @@ def check_base(model: nn.Module, config: DiabloConfig) -> None:
             f"load the model with id2label={dict(enumerate(labels))}"
         )
     if faults:
-        shown = faults[:_SHOWN] + ([f"… and {len(faults) - _SHOWN} more"] if len(faults) > _SHOWN else [])
         raise AdapterError(
             f"the adapter does not belong to this model (it was trained on "
-            f"{config.base_model_name_or_path or 'an unnamed base'}):\n" + "\n".join(f"  {line}" for line in shown)
+            f"{config.base_model_name_or_path or 'an unnamed base'}):\n"
+            + "\n".join(f"  {line}" for line in shortened(faults))
         )
     if config.base_quantization:
         log.warning(
@@ -50,6 +52,28 @@ def check_base(model: nn.Module, config: DiabloConfig) -> None:
             "errors does not fit this base. diablo-export has the trained model, in parity, export and merge",
             BaseGrid.from_json(config.base_quantization),
         )  # fmt: skip
+
+
+def check_tensors(tensors: Iterable[str], config: DiabloConfig) -> None:
+    """Compare the tensors of a stored adapter with the modules that its config lists: PEFT would leave blocks at zero.
+
+    Raises:
+        AdapterError: lists every module with blocks in one of the two alone.
+    """
+    listed = set(config.modules or {})
+    found = {name.removeprefix(PREFIX).removesuffix(SUFFIX) for name in tensors if name.endswith(SUFFIX)}
+    faults = [f"{name}: the adapter's file has no blocks for it" for name in sorted(listed - found)]
+    faults += [f"{name}: has blocks, and adapter_config.json does not list it" for name in sorted(found - listed)]
+    if faults:
+        raise AdapterError(
+            "the adapter cannot be used; save it again where it was trained:\n"
+            + "\n".join(f"  {fault}" for fault in shortened(faults))
+        )
+
+
+def shortened(faults: list[str]) -> list[str]:
+    """The first of many, and how many more there are."""
+    return faults[:_SHOWN] + ([f"… and {len(faults) - _SHOWN} more"] if len(faults) > _SHOWN else [])
 
 
 def class_names(model: nn.Module) -> list[str]:

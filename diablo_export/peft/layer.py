@@ -6,6 +6,7 @@ used, and merging is refused.
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import ml_dtypes
@@ -22,6 +23,8 @@ BASE = "__base__"  # PEFT's name for no adapter, in mixed batches
 _MERGEABLE = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 # The names that libraries give to the sizes of their linear layers.
 _SIZE_NAMES = (("in_features", "out_features"), ("infeatures", "outfeatures"))
+
+_WRAPPERS = re.compile(r"(_fsdp_wrapped_module|_checkpoint_wrapped_module|_orig_mod)\.")
 
 
 class Blocks(nn.Module):
@@ -180,6 +183,11 @@ class DiabloLayer(nn.Module, BaseTunerLayer):
 def _sum(entries: Tensor, block: Tensor) -> Tensor:
     wide = torch.promote_types(torch.promote_types(entries.dtype, block.dtype), torch.float32)
     return (entries.to(wide) + block.to(entries.device, wide)).to(entries.dtype)
+
+
+def plain_name(path: str) -> str:
+    """The path of a module or parameter without what FSDP, checkpointing and torch.compile put around modules."""
+    return _WRAPPERS.sub("", path)
 
 
 def linear_sizes(module: nn.Module) -> tuple[int, int] | None:

@@ -17,9 +17,9 @@ from transformers import PreTrainedModel
 from diablo_export.adapter import SUFFIX
 from diablo_export.blockdiag import BlockShape
 from diablo_export.errors import InputError
-from diablo_export.peft.base import check_base
+from diablo_export.peft.base import check_base, check_tensors
 from diablo_export.peft.config import DiabloConfig, DiabloPeftError
-from diablo_export.peft.layer import BASE, DiabloLayer, is_mergeable, linear_sizes, refusal
+from diablo_export.peft.layer import BASE, DiabloLayer, is_mergeable, linear_sizes, plain_name, refusal
 from diablo_export.peft.saving import describe
 from diablo_export.trainer.targets import ALL, PAPER
 
@@ -65,7 +65,7 @@ class DiabloModel(BaseTuner):
     @staticmethod
     def _check_target_module_exists(peft_config: Any, key: str) -> Any:
         if peft_config.modules:
-            return key in peft_config.modules  # a stored adapter: exactly its modules
+            return plain_name(key) in peft_config.modules  # a stored adapter: exactly its modules
         return check_target_module_exists(peft_config, key)
 
     def _create_and_replace(
@@ -149,10 +149,22 @@ class DiabloModel(BaseTuner):
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
         """Parameter name → tensor name in the file; PEFT also builds the way back from it."""
+        key = plain_name(key)
         ending = f"{SUFFIX}.{adapter_name}.weight"
         if key.endswith(ending):
             return key.removesuffix(ending) + SUFFIX
         return super()._remove_adapter_name_from_key(key, adapter_name)
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        if config.modules:
+            check_tensors(state_dict, config)
+        remapped: dict[str, Tensor] = super()._remap_adapter_state_dict_for_load(
+            model, config, adapter_name, state_dict
+        )
+        return remapped
 
 
 def default_targets(model: nn.Module) -> list[str]:
@@ -210,7 +222,7 @@ def _shape(module: nn.Module, config: DiabloConfig, name: str) -> BlockShape:
             f"{name}: Target module {type(module).__name__} is not supported; "
             "blocks go beside linear layers (torch.nn.Linear, Conv1D, and quantized ones)"
         )
-    stored = (config.modules or {}).get(name)
+    stored = (config.modules or {}).get(plain_name(name))
     try:
         if stored:
             return BlockShape(*sizes, *(stored[key] for key in ("num_blocks", "block_size_in", "block_size_out")))

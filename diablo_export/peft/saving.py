@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from typing import Any
 
 from peft.utils.other import ModulesToSaveWrapper
@@ -12,9 +11,7 @@ from diablo_export.adapter import PREFIX, module_entry
 from diablo_export.fingerprint import Fingerprint, fingerprint
 from diablo_export.peft.base import class_names
 from diablo_export.peft.config import DiabloConfig
-from diablo_export.peft.layer import DiabloLayer
-
-_WRAPPERS = re.compile(r"(_fsdp_wrapped_module|_checkpoint_wrapped_module|_orig_mod)\.")
+from diablo_export.peft.layer import DiabloLayer, plain_name
 
 
 def describe(model: nn.Module, config: DiabloConfig, adapter_name: str) -> None:
@@ -22,7 +19,7 @@ def describe(model: nn.Module, config: DiabloConfig, adapter_name: str) -> None:
     modules: dict[str, Any] = {}
     whole: set[str] = set()
     for wrapped, module in model.named_modules():
-        name = _WRAPPERS.sub("", wrapped).removeprefix(PREFIX)
+        name = plain_name(wrapped).removeprefix(PREFIX)
         if isinstance(module, DiabloLayer) and adapter_name in module.diablo_shapes:
             modules[name] = module_entry(module.diablo_shapes[adapter_name], _mark(module, name, config))
         if isinstance(module, ModulesToSaveWrapper) and adapter_name in module.modules_to_save:
