@@ -113,6 +113,17 @@ def test_a_merge_beside_it(tiny_model: Get, tiny_adapter: Get, exported: Get, tm
         bench(exported("llama"), **QUICK, merged=exported("llama"))
 
 
+def test_a_merge_of_another_model_is_refused(tiny_model: Get, tiny_adapter: Get, exported: Get, tmp_path: Path) -> None:
+    merged = exports.merged(tiny_model("qwen2"), tiny_adapter("qwen2"), tmp_path / "merged")
+    with pytest.raises(InputError, match=r"--merged .*: was made of .*qwen2.*, and .* of .*llama"):
+        bench(exported("llama"), **QUICK, merged=merged, only=["merged"])
+
+
+def test_lengths_by_default_are_those_that_the_model_can_take(exported: Get) -> None:
+    report = bench(exported("llama"), rounds=1, past=None, threads=1, only=["empty"])  # 256 positions
+    assert [work["name"] for work in report["work"]] == ["prefill 128"]
+
+
 def test_without_a_library_the_reason_is_said(exported: Get, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runtime, "find_library", lambda: None)
     report = bench(exported("llama"), **QUICK, only=["branch-kernels"])

@@ -20,8 +20,9 @@ _WIDTH = 90
 @click.option("--adapter", "-a", metavar="NAME", help="Which of OUT's adapters. Default: the first.")
 @click.option("--merged", type=click.Path(path_type=Path), metavar="DIR", help="A merge of the same, to time as well. "
               "Default: the base stands for it, as it has the same graph.")  # fmt: skip
-@click.option("--prefill", type=click.IntRange(1), multiple=True, default=(128, 512), show_default=True,
-              metavar="TOKENS", help="Length of a prompt, or of a classifier's input. Can be repeated.")  # fmt: skip
+@click.option("--prefill", type=click.IntRange(1), multiple=True, metavar="TOKENS",
+              help="Length of a prompt, or of a classifier's input. Can be repeated. Default: 128 and 512, or as many "
+              "as the model can take.")  # fmt: skip
 @click.option("--past", type=click.IntRange(0), default=64, show_default=True, metavar="TOKENS",
               help="In the KV cache when one more token is decoded.")  # fmt: skip
 @click.option("--rounds", type=click.IntRange(3), default=20, show_default=True, help="Turns of each variant.")
@@ -38,7 +39,7 @@ _WIDTH = 90
               help="Write the report here; without FILE, to standard output in place of the tables.")  # fmt: skip
 @click.option("--png", type=click.Path(path_type=Path), metavar="FILE", help="Draw the ratios here.")
 @verbosity_options
-def command(out: Path, json: Path | None, **options: Any) -> None:
+def command(out: Path, json: Path | None, prefill: tuple[int, ...], **options: Any) -> None:
     """Time the branch export in OUT beside its own base: prompts, and decoding a token with a KV cache.
 
     \b
@@ -61,7 +62,7 @@ def command(out: Path, json: Path | None, **options: Any) -> None:
     from diablo_export.timing.report import tables
 
     printed = json == _STDOUT
-    report = bench(out, json=None if printed else json, **options)
+    report = bench(out, json=None if printed else json, prefill=prefill or None, **options)
     if printed:
         click.echo(json_format.dumps(report, indent=1))
     elif log.isEnabledFor(logging.INFO):

@@ -29,7 +29,7 @@ def bench(
     *,
     adapter: str | None = None,
     merged: str | Path | None = None,
-    prefill: Sequence[int] = PREFILL,
+    prefill: Sequence[int] | None = None,
     past: int | None = 64,
     rounds: int = 20,
     seconds: float = 60,
@@ -46,7 +46,8 @@ def bench(
         out: the output folder of `export`.
         adapter: name of the adapter to time; None: the first.
         merged: folder of a merge of the same model and adapter into ONNX, to be timed as well.
-        prefill: prompt lengths in tokens; of a classifier, lengths of its input.
+        prefill: prompt lengths in tokens; of a classifier, lengths of its input. None: 128 and 512, or as many as the
+            model can take.
         past: tokens in the KV cache when one more is decoded; None, or a classifier: decodes nothing.
         rounds: how often each variant gets its turn.
         seconds: begin no further round of a length after this time, but never fewer than three.
@@ -68,8 +69,8 @@ def bench(
     out, beside = Path(out), None if merged is None else Path(merged)
     manifest = read_manifest(out)
     name = _check(out, manifest, adapter)
-    work = _work(out, prefill, past, is_classifier(manifest))
-    _check_merged(beside)
+    work = _work(out, _lengths(out) if prefill is None else prefill, past, is_classifier(manifest))
+    _check_merged(out, manifest, beside)
     wanted = _wanted(only, control)
     if rounds < 1:
         raise InputError(f"rounds is {rounds}; it must be at least 1")
@@ -145,12 +146,25 @@ def _wanted(only: Sequence[str], control: bool) -> set[str]:
     return {"base", *(only or [name for name in VARIANTS if name != "base-again"]), *(["base-again"] * control)}
 
 
-def _check_merged(merged: Path | None) -> None:
+def _check_merged(out: Path, manifest: Mapping[str, Any], merged: Path | None) -> None:
     if merged is None:
         return
-    manifest = read_manifest(merged)
-    if is_branch(manifest) or not (merged / "model.onnx").is_file():
+    other = read_manifest(merged)
+    if is_branch(other) or not (merged / "model.onnx").is_file():
         raise InputError(f"--merged {merged}: give the output folder of diablo-export merge, in ONNX (--format onnx)")
+    ours, theirs = ({**(each.get("base") or {})} for each in (manifest, other))
+    files, others = ours.get("files") or {}, theirs.get("files") or {}
+    if any(files[name] != others[name] for name in files.keys() & others.keys()):
+        raise InputError(
+            f"--merged {merged}: was made of {theirs.get('path')}, and {out} of {ours.get('path')}, another model; "
+            "their times are not to be compared"
+        )
+
+
+def _lengths(out: Path) -> list[int]:
+    """Prompt lengths where nobody names any: those of PREFILL that the model can take, or all that it takes."""
+    most = context(out)
+    return [tokens for tokens in PREFILL if most is None or tokens <= most] or [most or PREFILL[0]]
 
 
 def _check_files(json: str | Path | None, png: str | Path | None) -> None:
