@@ -9,9 +9,11 @@ from typing import Any
 
 import pytest
 from click.testing import Result
+from rich.console import Console
 
 from diablo_export.measure.markdown import markdown
 from diablo_export.measure.page import page
+from diablo_export.measure.report import table
 from diablo_export.measure.texts import first_difference
 from tests import exports
 from tests.test_report import CHECKS, made
@@ -112,3 +114,15 @@ def test_parity_writes_both(tiny_model: Get, tiny_adapter: Get, run: Run, tmp_pa
     assert reader.texts["b"] == ["base", "tuned", "exported"] * 3
     assert "mark" not in reader.texts  # float: the texts are one
     assert files[1].read_text().startswith("## ✅ Parity of out: 13 of 13 checks held")
+
+
+def test_reports_of_several_adapters_say_whose_figures_they_show() -> None:
+    several = made(environment={"adapter": "b", "adapters": ["a", "b"]})
+    said = "of b, the worst of 2 adapters"
+    html = page(several, "out")
+    assert f"<h2>Figures {said}</h2>" in html and f"What follows the checks is {said}." in html
+    assert f"<summary>Figures {said}</summary>" in markdown(several, "out")
+    with (console := Console(width=80)).capture() as captured:
+        console.print(table(several))
+    assert f"Figures {said}" in captured.get()
+    assert "the worst of" not in page(made(environment={"adapter": "a", "adapters": ["a"]}), "out")

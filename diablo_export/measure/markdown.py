@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from diablo_export.measure.report import explained, modules_line, shown
+from diablo_export.measure.report import explained, modules_line, shown, whose
 
 _FIGURES = ("logits", "kl", "decode", "perplexity", "accuracy", "adapter")
 
@@ -28,7 +28,8 @@ def markdown(report: Mapping[str, Any], title: str) -> str:
     if report["top1_agreement"] is not None:
         rows.append(("top-1 agreement", shown(report["top1_agreement"])))
     if rows:
-        lines += ["", "<details><summary>Figures</summary>", "", *_table(("figure", ""), rows), "", "</details>"]
+        summary = f"<details><summary>{_text(f'Figures{whose(report)}')}</summary>"
+        lines += ["", summary, "", *_table(("figure", ""), rows), "", "</details>"]
     if report["texts"]:
         names = ("prompt", "base", "tuned", "exported")
         cells = [tuple(_text(text[name]) for name in names) for text in report["texts"]]

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
-from diablo_export.measure.report import explained, shown
+from diablo_export.measure.report import explained, shown, whose
 
 _FIGURES = ("logits", "kl", "decode", "perplexity", "accuracy", "adapter")
 _STYLE = """
@@ -68,6 +68,7 @@ def _head(report: Mapping[str, Any], title: str) -> str:
     changed = [*(report["hashes"].get("changed") or []), *(report["hashes"].get("sources_changed") or [])]
     more = f"<p>{escape(fault)}</p>" if fault else ""
     more += f"<p>Changed since the export: <code>{escape(', '.join(changed))}</code></p>" if changed else ""
+    more += f"<p>What follows the checks is{escape(whose(report))}.</p>" if whose(report) else ""
     return (
         f'<header><h1>Parity of {escape(title)}</h1><p class="verdict {kind}">{word}: {held} of {len(checks)} checks '
         f"held</p>{more}</header>\n"
@@ -240,7 +241,8 @@ def _figures(report: Mapping[str, Any]) -> str:
     if report["top1_agreement"] is not None:
         rows.append(("top1_agreement", shown(report["top1_agreement"])))
     table = "".join(f'<tr><td><code>{escape(a)}</code></td><td class="number">{b}</td></tr>' for a, b in rows)
-    return f'<section><h2>Figures</h2><div class="wide"><table>{table}</table></div></section>\n' if rows else ""
+    title = f"<h2>Figures{escape(whose(report))}</h2>"
+    return f'<section>{title}<div class="wide"><table>{table}</table></div></section>\n' if rows else ""
 
 
 def _environment(environment: Mapping[str, Any]) -> str:

@@ -121,7 +121,9 @@ def table(report: Mapping[str, Any]) -> Group:
         mark = Text("pass", "green") if check["pass"] else Text("FAIL", "bold red")
         limit = f"{explained(check)[0]} {shown(check['limit'])}"
         checks.add_row(check["name"], shown(check["value"]), limit, mark)
-    figures = Table(title="Figures", title_justify="left", show_header=False, show_edge=False, pad_edge=False)
+    figures = Table(
+        title=f"Figures{whose(report)}", title_justify="left", show_header=False, show_edge=False, pad_edge=False
+    )
     figures.add_column(no_wrap=True)
     figures.add_column(overflow="fold")
     for name in _SHOWN:
@@ -138,6 +140,12 @@ def table(report: Mapping[str, Any]) -> Group:
         "bold green" if passed else "bold red",
     )
     return Group(checks, Text(), figures, Text(), verdict)
+
+
+def whose(report: Mapping[str, Any]) -> str:
+    """Of which adapter all but the checks is, where an export holds several."""
+    names = report["environment"].get("adapters") or []
+    return f" of {report['environment']['adapter']}, the worst of {len(names)} adapters" if len(names) > 1 else ""
 
 
 def modules_line(report: Mapping[str, Any]) -> str | None:
