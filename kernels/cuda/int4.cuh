@@ -13,8 +13,7 @@
 
 namespace diablo {
 
-constexpr int kInt4Outputs = 16, kInt4Rows = 8, kInt4Warps = 8, kInt4Threads = 32 * kInt4Warps;
-constexpr int kBranchParts = kInt4Threads / kInt4Outputs;  // threads that share one output's block
+constexpr int kInt4Outputs = 16, kInt4Rows = 8;
 constexpr int kInt4Lane = 32, kInt4Pass = 4 * kInt4Lane;  // inputs of a lane, and of a warp, at a time
 // Passes whose codes are under way: as many as ptxas finds registers for
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ != 900 && __CUDA_ARCH__ != 890
@@ -22,6 +21,12 @@ constexpr int kInt4Ahead = 3;
 #else
 constexpr int kInt4Ahead = 4;
 #endif
+
+// Warps that share a tile's inputs. A warp has as much to do before and after its passes as for three or four of them: where
+// there are tiles for everybody, fewer warps with more passes each.
+constexpr int kInt4Warps = 8, kInt4WarpsOfMany = 4;
+constexpr int64_t kManyTiles = 512;  // some four for each multiprocessor of a large GPU
+inline bool many_tiles(int64_t tiles) { return tiles >= kManyTiles; }
 
 template <class T>
 struct Int4Layer {
@@ -156,8 +161,8 @@ struct Slice {
   }
 };
 
-// One output's share of the branch: every kBranchParts-th input of its block.
-template <class T>
+// One output's share of the branch: every Parts-th input of its block.
+template <int Parts, class T>
 __device__ inline void add_branch(const Int4Job<T>& job, const Int4Layer<T>& layer, int output, int part, int64_t row,
                                   float (&sum)[kInt4Rows]) {
   if (layer.blocks == nullptr || output >= layer.out_features) return;
@@ -167,11 +172,11 @@ __device__ inline void add_branch(const Int4Job<T>& job, const Int4Layer<T>& lay
   const T* column = layer.blocks + input * layer.block_size_out + output % layer.block_size_out;
   const T* x = job.x + row * job.x_stride + input;
   constexpr int kTogether = 8;  // loads of blocks that are under way at a time
-  for (int k = part; k < depth; k += kTogether * kBranchParts) {
+  for (int k = part; k < depth; k += kTogether * Parts) {
     float d[kTogether];
 #pragma unroll
     for (int i = 0; i < kTogether; ++i) {
-      const int64_t at = k + i * kBranchParts;
+      const int64_t at = k + i * Parts;
       d[i] = at < depth ? to_float(column[at * layer.block_size_out]) : 0.0f;
     }
 #pragma unroll
@@ -179,7 +184,7 @@ __device__ inline void add_branch(const Int4Job<T>& job, const Int4Layer<T>& lay
       if (row + r >= job.rows) break;
 #pragma unroll
       for (int i = 0; i < kTogether; ++i) {
-        const int at = k + i * kBranchParts;
+        const int at = k + i * Parts;
         if (at < depth) sum[r] += to_float(x[r * job.x_stride + at]) * d[i];
       }
     }
@@ -187,16 +192,18 @@ __device__ inline void add_branch(const Int4Job<T>& job, const Int4Layer<T>& lay
 }
 
 // The sums of a thread block, by warp: of codes, and of the branch.
+template <int Warps>
 struct Int4Sums {
-  float codes[kInt4Warps][kInt4Outputs][kInt4Rows + 1], branch[kInt4Warps][kInt4Outputs][kInt4Rows + 1];
+  float codes[Warps][kInt4Outputs][kInt4Rows + 1], branch[Warps][kInt4Outputs][kInt4Rows + 1];
 };
 
 // The parts of one warp lie in its two halves.
-template <class T>
-__device__ inline void put_branch(const Int4Job<T>& job, const Int4Layer<T>& layer, int output, int64_t row, Int4Sums& sums) {
+template <int Warps, class T>
+__device__ inline void put_branch(const Int4Job<T>& job, const Int4Layer<T>& layer, int output, int64_t row,
+                                  Int4Sums<Warps>& sums) {
   const int thread = static_cast<int>(threadIdx.x), n = thread % kInt4Outputs;
   float sum[kInt4Rows] = {};
-  add_branch(job, layer, output + n, thread / kInt4Outputs, row, sum);
+  add_branch<32 * Warps / kInt4Outputs>(job, layer, output + n, thread / kInt4Outputs, row, sum);
 #pragma unroll
   for (int r = 0; r < kInt4Rows; ++r) {
     const float both = sum[r] + __shfl_xor_sync(0xffffffffu, sum[r], kInt4Outputs);
@@ -207,9 +214,10 @@ __device__ inline void put_branch(const Int4Job<T>& job, const Int4Layer<T>& lay
 // Each warp's share of the inputs, times 16 outputs' weights. What is multiplied was asked for several passes before, and
 // its x one pass. Rows that are not there, of weights and of x, are others twice, whose sums nobody reads. Whole passes
 // are there for all lanes or for none; else inputs that are not there are zeros.
-template <class T, bool Whole>
-__device__ inline void add_tile(const Int4Job<T>& job, const Int4Layer<T>& layer, int output, int64_t row, Int4Sums& sums) {
-  constexpr int kAhead = Whole ? kInt4Ahead : 1, kStep = kInt4Warps * kInt4Pass;
+template <class T, bool Whole, int Warps>
+__device__ inline void add_tile(const Int4Job<T>& job, const Int4Layer<T>& layer, int output, int64_t row,
+                                Int4Sums<Warps>& sums) {
+  constexpr int kAhead = Whole ? kInt4Ahead : 1, kStep = Warps * kInt4Pass;
   const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
   const int inputs = static_cast<int>(job.in_features), begin = warp * kInt4Pass, first = begin + lane % 4 * kInt4Lane;
   const int last = layer.out_features - 1, place = least(output + lane / 4, last), shift = layer.group_shift;
@@ -248,9 +256,10 @@ __device__ inline void add_tile(const Int4Job<T>& job, const Int4Layer<T>& layer
     sums.codes[warp][lane / 4 + n / 2 * 8][lane % 4 * 2 + n % 2] = sum[0][n] + sum[1][n];
 }
 
-template <class T, bool Whole>
-__global__ void __launch_bounds__(kInt4Threads, 2) int4_rows(const __grid_constant__ Int4Job<T> job) {
-  __shared__ Int4Sums sums;
+template <class T, bool Whole, int Warps>
+__global__ void __launch_bounds__(32 * Warps, 16 / Warps) int4_rows(const __grid_constant__ Int4Job<T> job) {
+  static_assert(32 * Warps >= kInt4Outputs * kInt4Rows, "a thread for each output of a tile");
+  __shared__ Int4Sums<Warps> sums;
   const int thread = static_cast<int>(threadIdx.x), place = static_cast<int>(blockIdx.x);
   int which = 0;
 #pragma unroll
@@ -259,13 +268,13 @@ __global__ void __launch_bounds__(kInt4Threads, 2) int4_rows(const __grid_consta
   const int output = (place - layer.first_tile) * kInt4Outputs;
   for (int64_t tile = blockIdx.y; tile < job.row_tiles; tile += gridDim.y) {
     const int64_t row = tile * kInt4Rows;
-    add_tile<T, Whole>(job, layer, output, row, sums);
+    add_tile<T, Whole, Warps>(job, layer, output, row, sums);
     __syncthreads();
     const int n = thread % kInt4Outputs, r = thread / kInt4Outputs;
     if (r < kInt4Rows && row + r < job.rows && output + n < layer.out_features) {
       float total = 0;
 #pragma unroll
-      for (int i = 0; i < kInt4Warps; ++i) total += sums.codes[i][n][r] + sums.branch[i][n][r];
+      for (int i = 0; i < Warps; ++i) total += sums.codes[i][n][r] + sums.branch[i][n][r];
       from_float(total, layer.y[(row + r) * layer.y_stride + output + n]);
     }
     __syncthreads();

@@ -263,7 +263,8 @@ void check_int4(std::mt19937& random, DiabloType type) {
   fill(x, random, first.rows, first.in_features, first.x_stride, 1);
 
   const int tiles = static_cast<int>(divide_up(first.rows, kInt4Rows));
-  run_int4<T>(layers.data(), static_cast<int>(layers.size()), x.data(), random, random() % 2 ? tiles : 1);
+  const auto run = random() % 2 ? run_int4<T, kInt4Warps> : run_int4<T, kInt4WarpsOfMany>;
+  run(layers.data(), static_cast<int>(layers.size()), x.data(), random, random() % 2 ? tiles : 1);
   for (const auto& one : cases) check_int4_numbers<T>(*one, x);
 }
 

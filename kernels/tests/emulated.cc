@@ -15,9 +15,9 @@ DiabloError known(const DiabloShape& s) {
 DIABLO_EXPORT DiabloError diablo_int4_emulated(const DiabloInt4Layer* layers, int count, const void* x, void*, const char**) {
   if (known(layers->shape) != DIABLO_OK || layers->shape.rows == 0) return known(layers->shape);
   if (layers->shape.type == DIABLO_F16)
-    diablo::run_int4<Half>(layers, count, x, order, 1);
+    diablo::run_int4<Half, diablo::kInt4Warps>(layers, count, x, order, 1);
   else
-    diablo::run_int4<Brain>(layers, count, x, order, 1);
+    diablo::run_int4<Brain, diablo::kInt4Warps>(layers, count, x, order, 1);
   return DIABLO_OK;
 }
 

@@ -15,13 +15,13 @@ void run_blocks(int across, int down, int threads, std::mt19937& random, Body bo
 }
 
 // `down` thread blocks share the tiles of rows.
-template <class T>
+template <class T, int Warps>
 void run_int4(const DiabloInt4Layer* layers, int count, const void* x, std::mt19937& random, int down) {
   const Int4Job<T> job = int4_job<T>(layers, count, x);
   if (job.whole)
-    run_blocks(job.tiles, down, kInt4Threads, random, [&] { int4_rows<T, true>(job); });
+    run_blocks(job.tiles, down, 32 * Warps, random, [&] { int4_rows<T, true, Warps>(job); });
   else
-    run_blocks(job.tiles, down, kInt4Threads, random, [&] { int4_rows<T, false>(job); });
+    run_blocks(job.tiles, down, 32 * Warps, random, [&] { int4_rows<T, false, Warps>(job); });
 }
 
 template <class T>
