@@ -352,6 +352,9 @@ def test_unfinished_run_is_not_lost_nor_mixed_up(
     (work / "checkpoint" / state.TENSORS).write_bytes(b"short")
     with pytest.raises(CheckpointError, match="not a whole safetensors file"):
         train(base, data, output, resume=True, **run)
+    with pytest.raises(DataError, match="typo: cannot be read"):
+        train(base, tmp_path / "typo", output, overwrite=True, **run)
+    assert state.unfinished(work), "a mistyped command replaces nothing"
     train(base, data, output, overwrite=True, **run)
     assert output.exists() and not work.exists()
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -96,7 +95,7 @@ def use_bfloat16(dtype: str, device: torch.device) -> bool:
 
 
 def check_places(output: Path, work: Path, resume: bool, overwrite: bool) -> None:
-    """Refuse an output that exists and an unfinished run that would be lost; drop one that is to be overwritten.
+    """Refuse an output that exists and an unfinished run that would be lost.
 
     Args:
         output: the adapter folder to be.
@@ -111,13 +110,11 @@ def check_places(output: Path, work: Path, resume: bool, overwrite: bool) -> Non
     check_output(output, overwrite)
     if work.is_file():
         raise OutputError(f"{work}: is a file, where the unfinished run is to lie; move it, or choose another --output")
-    if unfinished(work) and not resume:
-        if not overwrite:
-            raise OutputError(
-                f"{work}: holds an unfinished run (after step {read_step(work / CHECKPOINT)}); "
-                "continue it with --resume, or start anew with --overwrite"
-            )
-        shutil.rmtree(work)
+    if unfinished(work) and not (resume or overwrite):
+        raise OutputError(
+            f"{work}: holds an unfinished run (after step {read_step(work / CHECKPOINT)}); "
+            "continue it with --resume, or start anew with --overwrite"
+        )
 
 
 def work_folder(output: Path) -> Path:
