@@ -86,7 +86,7 @@ def faults_said(patch: Path) -> Iterator[None]:
         raise PatchError(f"{patch}: no such file; give the file that diablo-export patch create wrote") from error
     except IsADirectoryError as error:
         raise PatchError(f"{patch}: is a folder; the model comes first, then the patch") from error
-    except (zipfile.BadZipFile, zlib.error, EOFError, KeyError, TypeError, ValueError) as error:
+    except (zipfile.BadZipFile, zlib.error, EOFError, KeyError, RuntimeError, TypeError, ValueError) as error:
         raise PatchError(f"{patch}: is no patch, or a broken one ({error}); copy it again, or make it again") from error
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -250,6 +251,12 @@ def test_a_truncated_or_damaged_patch(base: Path, update: Path, tmp_path: Path) 
         damaged[at] ^= 0x10
         (tmp_path / "damaged").write_bytes(damaged)
         refused(base, tmp_path / "damaged", "is no patch, or a broken one")
+    for bit in (0, 6):  # of every member's flags: encrypted, strongly so
+        locked = bytearray(text)
+        for entry in re.finditer(rb"PK\x01\x02", text):
+            locked[entry.start() + 8] |= 1 << bit
+        (tmp_path / "locked").write_bytes(locked)
+        refused(base, tmp_path / "locked", "is no patch, or a broken one")
     refused(base, tmp_path / "nothing", "no such file; give the file that diablo-export patch create wrote")
     refused(base, tmp_path, "is a folder; the model comes first, then the patch")
 
