@@ -221,9 +221,9 @@ def _going_on(tokenizer: Any, before: str, text: str) -> list[int]:
     span both texts they are taken apart, as generation does.
     """
     for start in (before, "\n"):  # a line's end joins no letters to itself
-        first, both = (_tokens(tokenizer, each, special=False) for each in (start, start + text))
+        first, both = tokenizer([start, start + text], add_special_tokens=False, verbose=False)["input_ids"]
         if both[: len(first)] == first:
-            return both[len(first) :]
+            return list(both[len(first) :])
     return _tokens(tokenizer, text, special=False)
 
 
