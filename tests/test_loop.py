@@ -149,6 +149,13 @@ def test_clipping_limits_the_step() -> None:
     assert parameter.item() == pytest.approx(-0.1, rel=1e-5)
 
 
+@pytest.mark.parametrize(("start", "message"), [(0, "the model itself is broken, copy it again"), (1, "lower --lr")])
+def test_weights_that_the_optimizer_broke_are_no_broken_model(start: int, message: str) -> None:
+    parameter = torch.nn.Parameter(torch.full((1,), math.nan))
+    with pytest.raises(InputError, match=message):
+        loop(lambda batch: parameter.sum(), parameter, start=start, steps=2, culprit=lambda parts: "a itself holds NaN")
+
+
 def test_a_loss_that_nothing_trained_has_a_part_in_is_refused() -> None:
     with pytest.raises(InputError, match=r"step 1 reaches nothing that is trained: .* choose others"):
         loop(lambda batch: torch.ones(2).sum(), torch.nn.Parameter(torch.ones(1)), steps=1)

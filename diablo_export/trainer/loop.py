@@ -115,7 +115,7 @@ def _mixed(seed: int, step: int) -> int:
 
 def _diverged(step: int, loss: float, norm: float, lr: float, where: str) -> InputError:
     what = f"the loss is {loss}" if not math.isfinite(loss) else f"the gradient's norm is {norm}"
-    if " itself holds " in where:  # before the step: it came with the model, as no step that breaks a weight is taken
+    if " itself holds " in where and step == 0:  # it came with the model; later on it may be the optimizer's doing
         return InputError(f"{what} at step {step + 1}: {where}; the model itself is broken, copy it again")
     return InputError(
         f"{what} at step {step + 1} (learning rate {lr:.3g}){', ' * bool(where)}{where}: training diverged and was "
