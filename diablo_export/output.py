@@ -47,6 +47,7 @@ def new_folder(path: str | Path, overwrite: bool = False, needs: int = 0) -> Ite
         with full_disk_said(target):
             yield work
             _flush(work)
+            check_output(path, overwrite)  # another run may have come first
             _move_into_place(work, target)
     finally:
         clear()

@@ -42,6 +42,13 @@ def test_an_existing_folder_is_kept_without_overwrite(tmp_path: Path) -> None:
     assert (tmp_path / "out" / "sub" / "file").read_text() == "one"
 
 
+def test_of_two_runs_at_once_the_first_stays(tmp_path: Path) -> None:
+    with pytest.raises(OutputError, match=r"out: exists already"), output.new_folder(tmp_path / "out") as work:
+        (work / "file").touch()
+        write(tmp_path / "out", "the first")
+    assert (tmp_path / "out" / "sub" / "file").read_text() == "the first" and os.listdir(tmp_path) == ["out"]
+
+
 def test_what_is_read_is_not_replaced(tmp_path: Path) -> None:
     write(tmp_path / "all" / "model", "weights")
     (tmp_path / "link").symlink_to(tmp_path / "all")
