@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from click.testing import Result
 
@@ -116,6 +117,12 @@ def test_targets_are_swept(tiny_model: Folder, data: Path, tmp_path: Path) -> No
         "DiaBlo N = 8, q_proj+mlp.down_proj",
     ]  # fmt: skip
     assert [result["parameters"] for result in found[1:]] == [2 * 1024, 2 * (1024 + 1536), 2 * 512, 2 * (512 + 768)]
+
+
+def test_single_values_and_arrays_are_lists_too(tiny_model: Folder, data: Path, tmp_path: Path) -> None:
+    alike: Any = {"methods": "diablo", "lr": np.logspace(-2, -2, 1), "num_blocks": 8, "seeds": np.arange(1)}
+    found = sweep(tiny_model("llama"), data / "text.jsonl", tmp_path / "s", target_modules=["q_proj"], **alike, **RUN)
+    assert [(r["lr"], r["num_blocks"], r["target_modules"], r["seed"]) for r in found[1:]] == [(0.01, 8, ["q_proj"], 0)]
 
 
 # going on

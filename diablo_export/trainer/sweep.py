@@ -88,6 +88,7 @@ def sweep(
     Raises:
         InputError: bad options, data, model or output, or every trial diverged.
     """
+    methods, lr, num_blocks, seeds = map(_several, (methods, lr, num_blocks, seeds))
     options = dict(locals())
     _check(options)
     require("matplotlib", "train")
@@ -97,7 +98,7 @@ def sweep(
     output, work, place = Path(output), Path(f"{os.path.abspath(output)}.sweep"), choose_device(device)
     keep_inputs(output, model, data, eval_data)
     _check_places(output, work, resume, overwrite)
-    sets: list[list[str] | None] = [list(names) for names in target_modules] or [None]
+    sets: list[list[str] | None] = [_several(names) for names in _several(target_modules)] or [None]
     wanted = cells(methods, lr, num_blocks, sets, seeds, with_base=task == "causal-lm")
     grid = {*_KEY, "methods", "seeds", "output", "jobs", "device", "resume", "overwrite"}
     shared = {name: value for name, value in options.items() if name not in grid}
@@ -126,6 +127,12 @@ def sweep(
     shutil.rmtree(work, ignore_errors=True)
     log.info("wrote %s", output)
     return finished
+
+
+def _several(values: Any) -> list[Any]:
+    """What is given as a list, as one value, or as numpy has it, as a list."""
+    values = getattr(values, "tolist", lambda: values)()
+    return [values] if isinstance(values, str | int | float) else list(values)
 
 
 def cells(
