@@ -185,6 +185,12 @@ def test_models_that_cannot_be_used_are_refused(tiny_model: Callable[[str], Path
     with pytest.raises(CheckpointError, match=r"transformers cannot load it for causal-lm: .*unheard-of"):
         load_base(broken, "causal-lm")
     (broken / "config.json").write_text(json.dumps(config))
+    large = json.loads((broken / "tokenizer.json").read_text())
+    tokens = large["model"]["vocab"]
+    tokens |= {f"unheard-of-{number}": len(tokens) + number for number in range(1000)}
+    (broken / "tokenizer.json").write_text(json.dumps(large))
+    with pytest.raises(CheckpointError, match=r"tokenizer has 1,\d+ tokens, .* embeddings for \d+: it is another"):
+        load_base(broken, "causal-lm")
     for file in broken.glob("tokenizer*"):
         file.unlink()
     with pytest.raises(CheckpointError, match=r"finds no tokenizer in it .*; copy tokenizer\.json and"):

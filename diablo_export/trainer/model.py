@@ -91,7 +91,7 @@ def load_with_fresh(
     fresh = sorted({*info["missing_keys"], *(key[0] for key in info["mismatched_keys"])})
     if fresh and task == "causal-lm":
         raise CheckpointError(f"{model}: lacks weights that a {task} model needs: {', '.join(fresh[:5])}")
-    tokenizer = _load_tokenizer(model, checkpoint)
+    tokenizer = _load_tokenizer(model, checkpoint, network)
     _set_padding(network, tokenizer)
     return network.requires_grad_(False).eval().to(device), tokenizer, fresh
 
@@ -111,20 +111,27 @@ def load_empty(model: str | Path, task: str, *, labels: list[str] | None = None)
         network.tie_weights()
     except _FAULTS as error:
         raise CheckpointError(f"{model}: transformers cannot make it for {task}: {error}") from error
-    tokenizer = _load_tokenizer(model, checkpoint)
+    tokenizer = _load_tokenizer(model, checkpoint, network)
     _set_padding(network, tokenizer)
     return network.requires_grad_(False).eval(), tokenizer
 
 
-def _load_tokenizer(model: str | Path, checkpoint: Checkpoint) -> Any:
+def _load_tokenizer(model: str | Path, checkpoint: Checkpoint, network: Any) -> Any:
     try:
         with _quiet():
-            return transformers.AutoTokenizer.from_pretrained(checkpoint.folder)
+            tokenizer = transformers.AutoTokenizer.from_pretrained(checkpoint.folder)
     except _FAULTS as error:
         raise CheckpointError(
             f"{model}: transformers finds no tokenizer in it that it can load ({str(error).splitlines()[0]}); copy "
             "tokenizer.json and tokenizer_config.json there from where the model comes from"
         ) from error
+    rows = network.get_input_embeddings().weight.shape[0]
+    if len(tokenizer) > 1.1 * rows:  # some models have a few tokens, such as one for images, that no text comes to
+        raise CheckpointError(
+            f"{model}: its tokenizer has {len(tokenizer):,} tokens, and the model embeddings for {rows:,}: it is "
+            "another model's; copy tokenizer.json and tokenizer_config.json there from where the model comes from"
+        )
+    return tokenizer
 
 
 def fill(module: nn.Module, path: str, checkpoint: Checkpoint, saved: Mapping[str, Any]) -> None:
