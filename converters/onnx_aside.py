@@ -14,7 +14,10 @@ from diablo_export.converters.onnx_linears import Linear, linears_of
 from diablo_export.fingerprint import SAME_WEIGHT, positions
 
 _MULTIPLIES = ("MatMul", "Gemm", "Attention", "Einsum", "Conv", "MoE")  # part of the names of operators with weights
-_PASSES = ("Cast", "Identity", "Reshape", "Transpose", "Squeeze", "Unsqueeze", "DequantizeLinear", "Constant")
+_PASSES = (
+    "Cast", "Identity", "Reshape", "Transpose", "Squeeze", "Unsqueeze", "Constant", "QuantizeLinear",
+    "DequantizeLinear",
+)  # fmt: skip
 
 
 def bytes_in_common(graph: ir.Graph) -> dict[str, str]:

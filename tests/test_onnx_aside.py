@@ -47,6 +47,14 @@ def cast(file: Path) -> None:
     onnx.save(_model(nodes, [_stored("w", weights("a").T.astype(np.float16))], ("a",)), file)
 
 
+def trained_for_int8(file: Path) -> None:
+    """A float weight that is rounded on its way, as training that knows of int8 leaves it."""
+    rounding = [helper.make_node(f"{how}Linear", [x, "s"], [y]) for how, x, y in
+                (("Quantize", "w", "q"), ("Dequantize", "q", "wide"))]  # fmt: skip
+    stored = [_stored("w", weights("a").T), _stored("s", np.array(0.05, np.float32))]
+    onnx.save(_model([*rounding, _matmul("wide")], stored, ("a",)), file)
+
+
 def constant(file: Path) -> None:
     nodes = [helper.make_node("Constant", [], ["w"], value=_stored("", weights("a").T)), _matmul("w")]
     onnx.save(_model(nodes, [], ("a",)), file)
@@ -85,6 +93,7 @@ def branch(file: Path, copy: bool = False) -> None:
         (dynamic, "1 MatMulInteger"),
         (cast, "1 MatMul of Cast"),
         (constant, "1 MatMul of Constant"),
+        (trained_for_int8, "1 MatMul of DequantizeLinear"),
         (fused, "1 FusedMatMul"),
         (branch, "2 MatMul in branches"),
     ],
