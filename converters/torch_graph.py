@@ -60,7 +60,8 @@ def layout(
             _save_tokenizer(weights.checkpoint.folder, folder)
     except Exception as error:  # torch.export and transformers raise what they like
         raise ExportError(
-            f"{weights.checkpoint.folder}: torch cannot export this model for {task}: {_first_line(error)}"
+            f"{weights.checkpoint.folder}: torch cannot export this model for {task}: {_first_line(error)}. merge "
+            "--format hf can take it; or export it by other means, and give that ONNX model as --model"
         ) from error
     traced, saved_buffers = _TRACED[key]
     absent = {name: value for name, value in saved_buffers.items() if weights.checkpoint.find(name) is None}
@@ -129,13 +130,16 @@ def _tied(model: Any, separate: bool) -> dict[str, str]:
 
 
 def _export_classifier(model: Any) -> Any:
+    from diablo_export.converters.torch_scalars import ScalarsKept
+
     original = model.forward
     takes_types = "token_type_ids" in _arguments(original) and getattr(model.config, "type_vocab_size", 0) > 0
     names = ["input_ids", "attention_mask", *(["token_type_ids"] if takes_types else [])]
 
     def forward(input_ids: Any, attention_mask: Any, token_type_ids: Any = None) -> Any:
         more = {"token_type_ids": token_type_ids} if takes_types else {}
-        return original(input_ids=input_ids, attention_mask=attention_mask, **more).logits
+        with ScalarsKept():
+            return original(input_ids=input_ids, attention_mask=attention_mask, **more).logits
 
     model.forward = forward
     examples = tuple(_integers(_BATCH, _SEQUENCE) for _ in names)
@@ -147,6 +151,8 @@ def _export_decoder(model: Any) -> Any:
     import torch
     from transformers import DynamicCache
 
+    from diablo_export.converters.torch_scalars import ScalarsKept
+
     original = model.forward
     one = _integers(1, 1)
     layers = original(input_ids=one, attention_mask=one, position_ids=one, use_cache=True).past_key_values.layers
@@ -155,13 +161,14 @@ def _export_decoder(model: Any) -> Any:
 
     def forward(input_ids: Any, attention_mask: Any, position_ids: Any, past: Any) -> Any:
         cache = DynamicCache([(past[2 * i], past[2 * i + 1]) for i in range(count)])
-        output = original(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=cache,
-            use_cache=True,
-        )
+        with ScalarsKept():
+            output = original(
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                past_key_values=cache,
+                use_cache=True,
+            )
         return output.logits, [x for layer in output.past_key_values.layers for x in (layer.keys, layer.values)]
 
     model.forward = forward

@@ -25,6 +25,7 @@ from diablo_export.errors import CheckpointError, require
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 HEAD = "lm_head.weight"
+_HEAD_STORED = "embed_out.weight"  # as GPT-NeoX checkpoints have it: transformers renames it on loading
 EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "embed_in.weight")  # ends of their names
 _MAX_HEADER = 100_000_000  # the safetensors library refuses longer headers too
 
@@ -210,6 +211,8 @@ class Checkpoint:
         """
         if name in self.tensors:
             return self.tensors[name]
+        if name == HEAD and _HEAD_STORED in self.tensors:
+            return self.tensors[_HEAD_STORED]
         _, _, shorter = name.partition(".")
         if shorter in self.tensors:
             return self.tensors[shorter]
@@ -229,7 +232,7 @@ class Checkpoint:
 
         transformers then keeps the two apart, whatever config.json says of ties.
         """
-        head = self.tensors.get(HEAD)
+        head = self.find(HEAD)
         tables = [info for info in self if info.name.endswith(EMBEDDINGS)]
         if head is None or not tables:
             return False

@@ -31,6 +31,8 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma3": ("Gemma3TextConfig", {"query_pre_attn_scalar": 16, "sliding_window": 128}),
     "phi3": ("Phi3Config", {"tie_word_embeddings": False}),
     "gpt2": ("GPT2Config", {}),
+    "gpt-neox": ("GPTNeoXConfig", {}),
+    "gpt-neo": ("GPTNeoConfig", {"attention_types": [[["global", "local"], 1]], "num_layers": 2, "window_size": 4}),
     "bert": ("BertConfig", {}),
 }
 DECODERS = [name for name in ARCHITECTURES if name != "bert"]
@@ -42,9 +44,8 @@ def make_model(architecture: str, folder: Path, seed: int = 0, **changes: Any) -
     import transformers
 
     kind, differences = ARCHITECTURES[architecture]
-    sizes = {
-        key: value for key, value in SIZES.items() if not (kind in ("GPT2Config", "BertConfig") and key == "head_dim")
-    }
+    computed = kind in ("GPT2Config", "GPTNeoConfig", "GPTNeoXConfig", "BertConfig")  # from the other sizes
+    sizes = {key: value for key, value in SIZES.items() if not (computed and key == "head_dim")}
     config = getattr(transformers, kind)(**{**sizes, **differences, **changes})
     torch.manual_seed(seed)
     auto = (
