@@ -14,6 +14,7 @@ import pytest
 
 from diablo_export.adapter import Adapter
 from diablo_export.checkpoint import Checkpoint
+from diablo_export.errors import DependencyError
 from diablo_export.manifest import read_manifest
 
 FOLDER = Path(__file__).parent.parent / "examples" / "recipes"
@@ -80,6 +81,15 @@ def test_low_bit_recipe_trains_beside_the_weights_that_it_exports(bits: str, rec
     assert adapter.base_grid is not None and adapter.base_grid.bits == int(bits[3:])
     manifest = read_manifest(output / "branch")
     assert manifest["options"]["quantize"] == bits and (output / "branch" / "adapters").is_dir()
+
+
+def test_a_missing_harness_is_said_before_the_training(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    with pytest.raises(DependencyError, match=r"'lm_eval'.*diablo-export\[eval\]"):
+        recipe("gsm8k")
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.slow  # the harness reads its thousands of task files

@@ -43,6 +43,8 @@ def run(
         training: options of `train`.
     """
     options = _arguments(about, model, tasks)
+    if "evaluate" in options.steps and options.tasks:
+        require("lm_eval", "eval")  # before hours of training
     options.output.mkdir(parents=True, exist_ok=True)
     data, adapter = options.output / "train.jsonl", options.output / "adapter"
     lines = [json.dumps(example(item)) for item in read(options.data)[: options.items]]
@@ -66,7 +68,6 @@ def evaluate(
     models: dict[str, tuple[Any, Path | None]], options: argparse.Namespace, unsafe_code: bool
 ) -> Iterable[tuple[str, dict[str, Any]]]:
     """Each model's figures on the tasks, all of them from the same harness."""
-    require("lm_eval", "eval")
     import lm_eval
     from lm_eval.tasks import TaskManager
 
