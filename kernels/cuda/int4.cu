@@ -13,20 +13,21 @@ constexpr int64_t kMostGroup = 4096, kMostSize = INT32_MAX / 2;  // what stays i
 
 bool starts_whole(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
 
-template <int Warps, class T>
+template <bool Whole, bool Zeros, int Warps, class T>
 cudaError_t launch_with(const Int4Job<T>& job, cudaStream_t stream) {
   const dim3 grid(static_cast<unsigned>(job.tiles), static_cast<unsigned>(job.row_tiles < 65535 ? job.row_tiles : 65535));
-  if (job.whole)
-    int4_rows<T, true, Warps><<<grid, 32 * Warps, 0, stream>>>(job);
-  else
-    int4_rows<T, false, Warps><<<grid, 32 * Warps, 0, stream>>>(job);
+  int4_rows<T, Whole, Zeros, Warps><<<grid, 32 * Warps, 0, stream>>>(job);
   return cudaGetLastError();
 }
 
 template <class T>
 cudaError_t launch_rows(const DiabloInt4Layer* layers, int count, const void* x, cudaStream_t stream) {
   const Int4Job<T> job = int4_job<T>(layers, count, x);
-  return many_tiles(job.tiles * job.row_tiles) ? launch_with<kInt4WarpsOfMany>(job, stream) : launch_with<kInt4Warps>(job, stream);
+  if (!job.whole) return launch_with<false, true, kInt4Warps>(job, stream);
+  if (many_tiles(job.tiles * job.row_tiles))
+    return job.zeros ? launch_with<true, true, kInt4WarpsOfMany>(job, stream)
+                     : launch_with<true, false, kInt4WarpsOfMany>(job, stream);
+  return job.zeros ? launch_with<true, true, kInt4Warps>(job, stream) : launch_with<true, false, kInt4Warps>(job, stream);
 }
 
 template <class T>

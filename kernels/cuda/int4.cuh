@@ -44,6 +44,7 @@ template <class T>
 struct Int4Job {
   int64_t rows, in_features, x_stride, row_tiles;
   bool whole;      // rows of x begin at multiples of 16 bytes and have a multiple of kInt4Pass inputs
+  bool zeros;      // some layer has zero points
   int tiles;       // of outputs, of all layers
   const T* x;
   Int4Layer<T> layers[DIABLO_INT4_LAYERS];
@@ -79,11 +80,13 @@ Int4Layer<T> int4_layer(const DiabloInt4Layer& given, int first_tile) {
 template <class T>
 Int4Job<T> int4_job(const DiabloInt4Layer* layers, int count, const void* x) {
   const DiabloShape& s = layers[0].shape;
-  Int4Job<T> job{s.rows, s.in_features, s.x_stride, (s.rows + kInt4Rows - 1) / kInt4Rows, false, 0, static_cast<const T*>(x), {}};
+  Int4Job<T> job{s.rows, s.in_features, s.x_stride, (s.rows + kInt4Rows - 1) / kInt4Rows, false, false, 0, static_cast<const T*>(x),
+                 {}};
   const bool rows_aligned = reinterpret_cast<uintptr_t>(x) % 16 == 0 && (s.rows == 1 || s.x_stride % 8 == 0);
   job.whole = rows_aligned && s.in_features > 0 && s.in_features % kInt4Pass == 0;
   for (int i = 0; i < count; ++i) {
     job.layers[i] = int4_layer<T>(layers[i], job.tiles);
+    job.zeros |= job.layers[i].zeros != nullptr;
     job.tiles += static_cast<int>((layers[i].shape.out_features + kInt4Outputs - 1) / kInt4Outputs);
   }
   for (int i = count; i < DIABLO_INT4_LAYERS; ++i) job.layers[i].first_tile = job.tiles;
@@ -109,8 +112,8 @@ struct WeightRow {
 __device__ inline uint32_t zero_of(uint32_t both, int group) { return both >> ((group & 1) * 4) & 15u; }
 
 // What a lane reads of a row at 32 inputs, and how it unpacks. Nothing is done to what is read before it is multiplied:
-// that would wait for it.
-template <class T>
+// that would wait for it. Where no layer has zero points nothing is asked of them: that is a seventh of all instructions.
+template <class T, bool Zeros>
 struct Codes {
   alignas(16) uint32_t words[4];
   T scale;
@@ -119,8 +122,9 @@ struct Codes {
   __device__ void read(const WeightRow<T>& row, int pass, int group) {
     load_once(row.codes + (pass >> 1), words);
     scale = load_constant(row.scales + group);
-    zeros = row.zeros == nullptr ? 0x88 : row.zeros[group >> 1];
+    if (Zeros) zeros = row.zeros == nullptr ? 0x88 : row.zeros[group >> 1];
   }
+  __device__ uint32_t zero(int group) const { return (Zeros ? zero_of(zeros, group) : 8u) * 0x00010001u; }
 };
 
 // 32 inputs of one row; where they are not Whole, zeros behind the last of `count`.
@@ -142,12 +146,12 @@ struct Inputs {
 };
 
 // 16 outputs' weights at one lane's inputs, and their product with as many inputs of a row.
-template <class T>
+template <class T, bool Zeros>
 struct Slice {
-  Codes<T> upper, lower;
+  Codes<T, Zeros> upper, lower;
 
   __device__ void add(const Inputs<T>& x, int group, float (&sum)[2][4]) const {
-    const uint32_t up = zero_of(upper.zeros, group) * 0x00010001u, low = zero_of(lower.zeros, group) * 0x00010001u;
+    const uint32_t up = upper.zero(group), low = lower.zero(group);
 #pragma unroll
     for (int word = 0; word < 4; ++word)
 #pragma unroll
@@ -214,7 +218,7 @@ __device__ inline void put_branch(const Int4Job<T>& job, const Int4Layer<T>& lay
 // Each warp's share of the inputs, times 16 outputs' weights. What is multiplied was asked for several passes before, and
 // its x one pass. Rows that are not there, of weights and of x, are others twice, whose sums nobody reads. Whole passes
 // are there for all lanes or for none; else inputs that are not there are zeros.
-template <class T, bool Whole, int Warps>
+template <class T, bool Whole, bool Zeros, int Warps>
 __device__ inline void add_tile(const Int4Job<T>& job, const Int4Layer<T>& layer, int output, int64_t row,
                                 Int4Sums<Warps>& sums) {
   constexpr int kAhead = Whole ? kInt4Ahead : 1, kStep = Warps * kInt4Pass;
@@ -226,9 +230,9 @@ __device__ inline void add_tile(const Int4Job<T>& job, const Int4Layer<T>& layer
   upper.codes = kept(upper.codes + (first >> 1)), lower.codes = kept(lower.codes + (first >> 1));
   upper.scales = kept(upper.scales), lower.scales = kept(lower.scales);
   float sum[2][4] = {};  // two, as each product waits for the one before
-  Slice<T> ahead[kAhead] = {};
+  Slice<T, Zeros> ahead[kAhead] = {};
   Inputs<T> next = {};
-  const auto read = [&](Slice<T>& to, int pass) {  // the lane's inputs from first + pass on
+  const auto read = [&](Slice<T, Zeros>& to, int pass) {  // the lane's inputs from first + pass on
     if ((Whole ? begin : first) + pass >= inputs) return;
     const int group = (first + pass) >> shift;
     to.upper.read(upper, pass, group);
@@ -256,7 +260,7 @@ __device__ inline void add_tile(const Int4Job<T>& job, const Int4Layer<T>& layer
     sums.codes[warp][lane / 4 + n / 2 * 8][lane % 4 * 2 + n % 2] = sum[0][n] + sum[1][n];
 }
 
-template <class T, bool Whole, int Warps>
+template <class T, bool Whole, bool Zeros, int Warps>
 __global__ void __launch_bounds__(32 * Warps, 16 / Warps) int4_rows(const __grid_constant__ Int4Job<T> job) {
   static_assert(32 * Warps >= kInt4Outputs * kInt4Rows, "a thread for each output of a tile");
   __shared__ Int4Sums<Warps> sums;
@@ -268,7 +272,7 @@ __global__ void __launch_bounds__(32 * Warps, 16 / Warps) int4_rows(const __grid
   const int output = (place - layer.first_tile) * kInt4Outputs;
   for (int64_t tile = blockIdx.y; tile < job.row_tiles; tile += gridDim.y) {
     const int64_t row = tile * kInt4Rows;
-    add_tile<T, Whole, Warps>(job, layer, output, row, sums);
+    add_tile<T, Whole, Zeros, Warps>(job, layer, output, row, sums);
     __syncthreads();
     const int n = thread % kInt4Outputs, r = thread / kInt4Outputs;
     if (r < kInt4Rows && row + r < job.rows && output + n < layer.out_features) {

@@ -18,10 +18,11 @@ void run_blocks(int across, int down, int threads, std::mt19937& random, Body bo
 template <class T, int Warps>
 void run_int4(const DiabloInt4Layer* layers, int count, const void* x, std::mt19937& random, int down) {
   const Int4Job<T> job = int4_job<T>(layers, count, x);
-  if (job.whole)
-    run_blocks(job.tiles, down, 32 * Warps, random, [&] { int4_rows<T, true, Warps>(job); });
+  const auto run = [&](auto kernel) { run_blocks(job.tiles, down, 32 * Warps, random, [&] { kernel(job); }); };
+  if (!job.whole)
+    run(int4_rows<T, false, true, Warps>);
   else
-    run_blocks(job.tiles, down, 32 * Warps, random, [&] { int4_rows<T, false, Warps>(job); });
+    job.zeros ? run(int4_rows<T, true, true, Warps>) : run(int4_rows<T, true, false, Warps>);
 }
 
 template <class T>
