@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -156,6 +157,13 @@ def test_killed_sweep_goes_on(
     with monkeypatch.context() as patch, pytest.raises(InputError, match=r"(?s)with other settings.*base was"):
         patch.setattr(sweep_module, "file_xxh3", lambda file: file_xxh3(file)[::-1])  # trained anew at the same place
         sweep(model, file, output, resume=True, **GRID)
+    other = Path(shutil.copytree(model, tmp_path / "other"))
+    (other / "tokenizer_config.json").write_text("{}")
+    settings = json.loads((work / SETTINGS).read_text())
+    (work / SETTINGS).write_text(json.dumps({**settings, "model": str(other)}))
+    with pytest.raises(InputError, match=r"(?s)with other settings.*base was"):  # the same weights, other tokens
+        sweep(other, file, output, resume=True, **GRID)
+    (work / SETTINGS).write_text(json.dumps(settings))
     with (work / RESULTS).open("a") as stream:
         stream.write('{"method": "lora", "lr"')  # a kill in the middle of a line
 

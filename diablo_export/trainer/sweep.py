@@ -33,6 +33,7 @@ from diablo_export.trainer.workers import run_all
 
 RESULTS, SETTINGS, TABLE, PICTURE = "results.jsonl", "sweep.json", "table.md", "sweep.png"
 DIABLO = "diablo"
+_BESIDE = ("config.json", "tokenizer", "vocab", "merges", "spiece", "special_tokens", "added_tokens", "chat_template")
 _KEY = ("method", "lr", "num_blocks", "target_modules", "seed")
 
 
@@ -103,8 +104,7 @@ def sweep(
     grid = {*_KEY, "methods", "seeds", "output", "jobs", "device", "resume", "overwrite"}
     shared = {name: value for name, value in options.items() if name not in grid}
     settings = shared | {"model": str(model), "data": file_sha256(Path(data))}
-    weights = Checkpoint.open(model).files
-    settings["base"] = base_sha256({file.name: file_xxh3(file) for file in weights})
+    settings["base"] = _base_digest(Checkpoint.open(model))
     settings["eval_data"] = file_sha256(Path(eval_data)) if eval_data else None
 
     finished = _so_far([output, work] if resume else [], settings)
@@ -127,6 +127,12 @@ def sweep(
     shutil.rmtree(work, ignore_errors=True)
     log.info("wrote %s", output)
     return finished
+
+
+def _base_digest(checkpoint: Checkpoint) -> str:
+    """Of all that a trial reads of the base: its weights, configuration and tokenizer."""
+    beside = [file for file in checkpoint.folder.iterdir() if file.name.startswith(_BESIDE)]
+    return base_sha256({file.name: file_xxh3(file) for file in {*checkpoint.files, *beside} if file.is_file()})
 
 
 def _several(values: Any) -> list[Any]:
