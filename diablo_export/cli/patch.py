@@ -108,7 +108,7 @@ def _turn(verb: Callable[..., dict[str, Any]], options: dict[str, Any], as_json:
     _report(report, options["patch"], as_json)
     if not as_json and log.isEnabledFor(logging.INFO) and report["written"]:
         place = options["output"] or options.get("base") or options["merged"]
-        click.echo(f"wrote {', '.join(report['written'])} in {place}")
+        click.echo(f"changed {', '.join(report['written'])} in {place}")  # one that the other model has not is gone
 
 
 def _report(report: dict[str, Any], patch: Path, as_json: bool) -> None:
