@@ -108,6 +108,7 @@ class Dequantized:
         dtype = linear.weight.dtype
         self._half = 2 ** (self._bits - 1) if dtype is not None and dtype.name.startswith("INT") else 0
         self._unpacked = [self._read(index) for index in (0, 2) if index < len(self._arrays)]
+        self._lift, self._used = self._room()
         self._codes = self._oriented(self._unpacked[0])  # (out, in), a view
         self._scales = self._oriented(self._arrays[1])  # (out, groups), a view
         self._zeros = self._oriented(self._unpacked[1]) if len(self._unpacked) > 1 else None
@@ -115,21 +116,22 @@ class Dequantized:
     def part(self, rows: Index, groups: Index) -> Grid:
         """A copy of some rows and groups; what pads the last one is worth 0."""
         scales = self._scales[rows, groups].astype(np.float32)
-        zeros = np.full(scales.shape, 2 ** (self._bits - 1), np.uint8)
+        zeros = np.full(scales.shape, 2 ** (self._used - 1), np.uint8)
         if self._zeros is not None:
-            zeros = self._zeros[rows, groups].copy()
+            zeros = self._zeros[rows, groups] - self._lift
         codes = np.repeat(zeros, self._size, 1)
         columns = self._columns(groups)
         if isinstance(columns, slice):
             stored = self._codes[rows, columns]
-            codes[:, : stored.shape[1]] = stored
+            codes[:, : stored.shape[1]] = stored - self._lift
         else:
-            codes = np.where(columns < self._inputs, self._codes[rows, np.minimum(columns, self._inputs - 1)], codes)
-        return Grid(codes.reshape(*scales.shape, self._size), scales, zeros, self._bits, self._zeros is None)
+            there = self._codes[rows, np.minimum(columns, self._inputs - 1)] - self._lift
+            codes = np.where(columns < self._inputs, there, codes)
+        return Grid(codes.reshape(*scales.shape, self._size), scales, zeros, self._used, self._zeros is None)
 
     def put(self, rows: Index, groups: Index, grid: Grid) -> None:
         """Change some rows and groups; all others stay."""
-        columns, codes = self._columns(groups), grid.codes.reshape(len(grid.codes), -1)
+        columns, codes = self._columns(groups), grid.codes.reshape(len(grid.codes), -1) + self._lift
         if isinstance(columns, slice):
             width = len(range(*columns.indices(self._inputs)))
             self._codes[rows, columns] = codes[:, :width]
@@ -139,7 +141,7 @@ class Dequantized:
             self._codes[each[inside], columns[inside]] = codes[inside]
         self._scales[rows, groups] = grid.scales.astype(self._scales.dtype)
         if self._zeros is not None:
-            self._zeros[rows, groups] = grid.zeros
+            self._zeros[rows, groups] = grid.zeros + self._lift
 
     def close(self) -> None:
         """Have what was put reach the file, or the graph."""
@@ -154,6 +156,16 @@ class Dequantized:
             self._bias.follow(self._arrays[1])
         for value, array in zip(self._values, self._arrays, strict=True):
             keep(value, array)
+
+    def _room(self) -> tuple[np.uint8, int]:
+        """The lowest code in use, and bits: 7 of 8 where quantizers left one out (`reduce_range`).
+
+        Processors without VNNI add products of two bytes in pairs, in 16 bits: with all 8 bits these sums are cut off.
+        """
+        lowest = np.uint8(self._half // 2)  # half the codes, around the middle of signed ones
+        if self._bits == 8 and all(((each >= lowest) & (each <= lowest + 128)).all() for each in self._unpacked):
+            return lowest, 7
+        return np.uint8(0), self._bits
 
     def _read(self, index: int) -> Codes:
         """Codes or zero points from their bytes, in the stored shape."""

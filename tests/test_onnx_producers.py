@@ -344,6 +344,29 @@ def test_a_bias_on_the_grid_of_its_weight_goes_with_it(kind: Any, tmp_path: Path
     assert gain == pytest.approx(1, abs=0.02)  # int8 of both sides
 
 
+@pytest.mark.parametrize("kind", [QuantType.QInt8, QuantType.QUInt8])
+@pytest.mark.parametrize("reduced", [True, False])
+def test_codes_stay_within_the_range_that_their_quantizer_chose(reduced: bool, kind: Any, tmp_path: Path) -> None:
+    """Seven bits, for processors that would cut off sums of more."""
+    onnx.save(float_model(), tmp_path / "float.onnx")
+    options = {"per_channel": True, "weight_type": kind, "activation_type": QuantType.QUInt8, "reduce_range": reduced}
+    quantize_static(str(tmp_path / "float.onnx"), str(tmp_path / "model.onnx"), Ranges(), **options)
+    before, one = _weight(tmp_path / "model.onnx"), module(4)
+    onnx_merge(tmp_path / "model.onnx", Adapter({"m.a": one}))
+    after = _weight(tmp_path / "model.onnx")
+    used = 128 if reduced else 255
+    assert used * 0.9 <= int(before.codes.max()) - int(before.codes.min()) <= used
+    assert used * 0.9 <= int(after.codes.max()) - int(after.codes.min()) <= used
+    assert (int(after.codes.min()) - int(before.codes.min())) in (-1, 0, 1)  # around the same middle
+    wanted = add_to_weight(before.values()[:, 0], one.blocks)
+    step = 2 * np.abs(wanted).max(-1, keepdims=True) / (127 if reduced else 255)
+    assert (np.abs(after.values()[:, 0] - wanted) <= 1.05 * step).all()  # as in test_only_touched_groups_change
+
+
+def _weight(file: Path) -> Grid:
+    return opened(layer(file), file.parent).part(slice(0, OUT), slice(0, 1))
+
+
 def _answers(file: Path, feeds: dict[str, Array]) -> list[Array]:
     """What onnxruntime makes of a model as it is written, and fused."""
     found = []
