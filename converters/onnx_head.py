@@ -70,6 +70,9 @@ def _stand_in(model: ir.Model, name: str, value: Array) -> ir.Value | None:
         return new  # the caller says so
     if not (_set_weight(model, layer, new) if leaf == "weight" else _set_bias(layer, new)):
         return None
+    for node in [node for node in model.graph if any(made.name == name for made in node.outputs)]:
+        if not any(made.uses() or made.is_graph_output() for made in node.outputs):
+            model.graph.remove(node, safe=True)  # such as the DequantizeLinear of the old one
     for unread in [value for value in model.graph.initializers.values() if not value.uses()]:
         if not unread.is_graph_input():
             del model.graph.initializers[unread.name or ""]
