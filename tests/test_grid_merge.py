@@ -129,6 +129,7 @@ def test_what_misses_stays_and_is_marked(run: Run, tiny_model: Get, tiny_adapter
     assert survival["method"] == min(survival["tried"], key=lambda row: row["kl"])["method"] != "rtn"
     as_json = run(*arguments, "--min-survival", 0.999, "--overwrite", "--method", "refit", "--json")
     assert as_json.exit_code == 1
+    assert "Give --calibration with" in result.stderr and "Give --method auto, --calibration with" in as_json.stderr
     assert json.loads(as_json.stdout)["survival"]["method"] == "refit"
 
 

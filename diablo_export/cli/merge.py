@@ -28,6 +28,8 @@ from diablo_export.cli.summary import print_next, print_summary
 from diablo_export.console import log
 from diablo_export.errors import CheckFailed
 
+_THOROUGH = ("auto", "distilled", "layerwise", "learned")  # methods beside which auto would keep no more
+
 
 @click.command(short_help="Merge an adapter's blocks into the weights, float or quantized.")
 @base_option
@@ -104,7 +106,7 @@ def command(model: str, adapter: Path, output: Path, as_json: bool, **options: A
         print_survival(manifest)
     survival = manifest.get("survival")
     if survival is not None and not survival["passed"]:
-        raise CheckFailed(_missed(survival, output))
+        raise CheckFailed(_missed(survival, output, calibrated=bool(options["calibration"])))
     if not as_json:
         print_next("parity", output, "--data", "test.jsonl")
 
@@ -140,7 +142,7 @@ def _print_plan(plan: Mapping[str, Any]) -> None:
     )
 
 
-def _missed(survival: Mapping[str, Any], output: Path) -> str:
+def _missed(survival: Mapping[str, Any], output: Path, calibrated: bool) -> str:
     plan = survival.get("plan")
     best = plan or next(row for row in survival["tried"] if row["method"] == survival["method"])
     least = survival["min_survival"]
@@ -150,9 +152,10 @@ def _missed(survival: Mapping[str, Any], output: Path) -> str:
     )
     if plan is not None:
         return f"{said} with the plan that comes nearest, {plan['file']}. {_more_room(plan)}"
+    ways = "" if survival["asked"] in _THOROUGH else "--method auto, "
+    ways += "" if calibrated else "--calibration with text of the fine-tune's kind, "
     return (
-        f"{said} with {best['method']}. Give "
-        "--calibration with text of the fine-tune's kind, a smaller --group-size, --asymmetric or --quantize int8, "
+        f"{said} with {best['method']}. Give {ways}a smaller --group-size, --asymmetric or --quantize int8, "
         "lower --min-survival, or keep the blocks as a branch: diablo-export export"
     )
 
