@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +19,14 @@ OTHER_WEIGHTS = (
     ".bin", ".ckpt", ".gguf", ".h5", ".index.json", ".msgpack", ".onnx", ".onnx_data", ".ot", ".pt", ".pth",
     ".safetensors",
 )  # fmt: skip
+_DECODERS_HEAD = "score."  # as transformers calls it in all decoders but CTRL
 
 
 def write_config(checkpoint: Checkpoint, adapter: Adapter, folder: Path, untied: bool = False) -> None:
     """config.json as it was, but for the classes of a new head and an output head that is no longer tied."""
     config = dict(checkpoint.config)
     if adapter.task_type == "SEQ_CLS":
-        config |= classifier_config(config, adapter) | padding(checkpoint)
+        config |= classifier_config(config, adapter) | padding(checkpoint, adapter.saved)
     if untied:
         config["tie_word_embeddings"] = False  # tied, a loader would put the embeddings over the merged head
     if config == checkpoint.config:
@@ -48,12 +49,15 @@ def classifier_config(config: dict[str, Any], adapter: Adapter) -> dict[str, Any
     return changes
 
 
-def padding(checkpoint: Checkpoint) -> dict[str, int]:
+def padding(checkpoint: Checkpoint, saved: Iterable[str]) -> dict[str, int]:
     """The entry of config.json that a decoder which classifies knows padding by: it reads the last token that is none.
 
     As `trainer.model` has it: the tokenizer's, else the one of config.json, else the token that ends a text. None where
-    no tokenizer.json says which id that is: config.json is to be believed.
+    no tokenizer.json says which id that is: config.json is to be believed. Nothing changes where the head, saved or in
+    the checkpoint, is no decoder's: RoBERTa counts its positions from that entry.
     """
+    if not any(name.startswith(_DECODERS_HEAD) for name in (*saved, *checkpoint.tensors)):
+        return {}
     named: int | None = checkpoint.config.get("pad_token_id")
     settings, content = (
         read_json(file) if (file := checkpoint.folder / name).exists() else {}

@@ -178,7 +178,7 @@ def _write_config(checkpoint: Checkpoint, folder: Path, adapter: Adapter | None)
     """config.json and generation_config.json; a classifier's classes are the adapter's."""
     config = dict(checkpoint.config)
     if adapter is not None and adapter.task_type == "SEQ_CLS":
-        config |= padding(checkpoint)  # as the graph has it
+        config |= padding(checkpoint, adapter.saved)  # as the graph has it
     if adapter is not None and adapter.labels:
         config["id2label"] = {str(index): label for index, label in enumerate(adapter.labels)}
         config["label2id"] = {label: index for index, label in enumerate(adapter.labels)}

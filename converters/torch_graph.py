@@ -89,7 +89,7 @@ def _config(weights: Weights, task: str) -> Any:
     if task == "text-classification" and (classes := head_classes(weights.saved)):
         config.num_labels = classes
     if task == "text-classification":
-        config.update(padding(weights.checkpoint))
+        config.update(padding(weights.checkpoint, weights.saved))
     # plain softmax(QKᵀ + mask)V: onnxruntime's optimizer knows it, and it can be traced without values
     config._attn_implementation = "eager"
     return config

@@ -202,7 +202,16 @@ def test_a_classifying_decoder_knows_padding_by_its_tokenizer(
     graph = torch_graph._config(Weights(checkpoint, None, saved), "text-classification")
     assert graph.pad_token_id == expected
     (base / "tokenizer.json").unlink()
-    assert padding(checkpoint) == {}
+    assert padding(checkpoint, saved) == {}
+
+
+def test_an_encoder_keeps_its_padding(tiny_model: Folder, tiny_adapter: Folder, tmp_path: Path) -> None:
+    base = rewrite(tiny_model("bert"), tmp_path / "base", lambda name, value: (name, value), pad_token_id=7)
+    (base / "tokenizer_config.json").write_text(json.dumps({"pad_token": "<pad>"}))
+    checkpoint, adapter = Checkpoint.open(base), Adapter.load(tiny_adapter("bert"))
+    write_config(checkpoint, adapter, tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["pad_token_id"] == 7
+    assert torch_graph._config(Weights(checkpoint, None, adapter.saved), "text-classification").pad_token_id == 7
 
 
 def test_bare_encoder_becomes_a_classifier(tiny_model: Folder, tiny_adapter: Folder, tmp_path: Path) -> None:
