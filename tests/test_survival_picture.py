@@ -45,7 +45,7 @@ def test_a_plan_is_a_column() -> None:
 @pytest.mark.parametrize("ending", ["png", "svg"])
 def test_drawn(ending: str, tmp_path: Path) -> None:
     file = tmp_path / f"picture.{ending}"
-    draw([ROW, {**ROW, "method": "hqq"}], file, "an adapter")
+    draw([ROW, {**ROW, "method": "hqq"}], file, "an $a_$ adapter")  # no formula
     content = file.read_bytes()
     assert content.startswith(b"\x89PNG" if ending == "png" else b"<?xml") and len(content) > 5_000
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -67,3 +68,15 @@ def test_context_length_is_the_config_s(tuned: tuple[TorchRunner, Path]) -> None
     bare = torch.nn.Linear(1, 1)
     bare.config = object()  # type: ignore[assignment]
     assert context_length(bare) == 512
+
+
+def test_positions_that_a_text_can_take() -> None:
+    import transformers
+
+    sizes: dict[str, Any] = {
+        "vocab_size": 32, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2
+    }  # fmt: skip
+    roberta = transformers.RobertaConfig(max_position_embeddings=34, pad_token_id=1, **sizes)
+    bert = transformers.BertConfig(max_position_embeddings=34, **sizes)
+    lengths = [context_length(transformers.AutoModel.from_config(config)) for config in (roberta, bert)]
+    assert lengths == [32, 34], "RoBERTa counts from behind its padding"

@@ -40,17 +40,12 @@ def draw(rows: Sequence[Mapping[str, Any]], file: str | Path, title: str) -> Non
         file: to write, .png or .svg.
         title: above all of it.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib.figure import Figure  # not pyplot, which would change where a notebook shows its own pictures
 
     leaves, layers = places(rows)
     wide, tall = max(1.7, 0.42 * len(layers) + 0.2), max(1.4, 0.34 * len(leaves))
-    figure, axes = pyplot.subplots(
-        2, len(rows), figsize=(wide * len(rows) + 2.6, 2 * tall + 1.9), layout="constrained", squeeze=False,
-        sharex=True, sharey=True,
-    )  # fmt: skip
+    figure = Figure(figsize=(wide * len(rows) + 2.6, 2 * tall + 1.9), layout="constrained")
+    axes = figure.subplots(2, len(rows), squeeze=False, sharex=True, sharey=True)
     for column, row in enumerate(rows):
         head = f"{row['method']}\nlogits: gain {row['gain']:.3f}\ncosine {row['cosine']:.3f}, KL {row['kl']:.2g}"
         axes[0][column].set_title(head, fontsize=9)
@@ -64,9 +59,8 @@ def draw(rows: Sequence[Mapping[str, Any]], file: str | Path, title: str) -> Non
                 bar.ax.tick_params(labelsize=7)
     if layers != [""]:
         figure.supxlabel("layer", fontsize=9)
-    figure.suptitle(title, fontsize=11, color="#666666")
+    figure.suptitle(title, fontsize=11, color="#666666", parse_math=False)
     figure.savefig(file, dpi=150)
-    pyplot.close(figure)
 
 
 def rows(survival: Mapping[str, Any]) -> list[Mapping[str, Any]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +15,7 @@ from diablo_export.blockdiag import Array
 from diablo_export.measure.padding import pad
 from diablo_export.measure.prompts import Ids
 from diablo_export.trainer.layer import set_enabled
+from diablo_export.trainer.model import positions
 
 
 @dataclass(frozen=True)
@@ -74,8 +76,5 @@ class TorchRunner:
 
 def context_length(model: nn.Module) -> int:
     """How many positions a model takes; 512 where its config does not say."""
-    config: Any = model.config
-    for name in ("max_position_embeddings", "n_positions"):
-        if getattr(config, name, None):
-            return int(getattr(config, name))
-    return 512
+    found = positions(model)
+    return 512 if math.isinf(found) else int(found)

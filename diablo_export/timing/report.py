@@ -59,16 +59,12 @@ def milliseconds(seconds: float) -> str:
 
 def draw(report: dict[str, Any], file: Path) -> None:
     """The ratios to the base with their intervals, a panel for each length; processor time where it is known."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib.figure import Figure  # not pyplot, which would change where a notebook shows its own pictures
 
     names = [name for name in report["variants"] if any(name in work["variants"] for work in report["work"])]
     shown = [name for name in names if name != "base"]
-    figure, panels = pyplot.subplots(
-        1, len(report["work"]), figsize=SIZE, layout="constrained", sharey=True, squeeze=False
-    )
+    figure = Figure(figsize=SIZE, layout="constrained")
+    panels = figure.subplots(1, len(report["work"]), sharey=True, squeeze=False)
     kind = "ratio"
     for axes, work in zip(panels[0], report["work"], strict=True):
         for row, name in enumerate(shown):
@@ -100,6 +96,5 @@ def draw(report: dict[str, Any], file: Path) -> None:
     figure.supxlabel(f"{clock} as a multiple of the base, median and 95 % interval", fontsize=9)
     many = "onnxruntime's own number of threads" if threads is None else f"{threads} thread{'s' * (threads > 1)}"
     figure.suptitle(f"{Path(report['model']).name}, adapter {report['adapter']}, {many}", fontsize=11,
-                    color=_COLORS["base"])  # fmt: skip
+                    color=_COLORS["base"], parse_math=False)  # fmt: skip
     figure.savefig(file, dpi=DPI, format="png")
-    pyplot.close(figure)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -256,6 +257,20 @@ def _check_loadable(checkpoint: Checkpoint, task: str, dtype: str) -> None:
     if dtype not in _DTYPES:
         raise InputError(f"dtype is {dtype!r}; it must be one of {', '.join(_DTYPES)}")
     refuse_unreadable(checkpoint)
+
+
+def positions(network: nn.Module) -> float:
+    """How many tokens a text may have; inf where the config does not say.
+
+    RoBERTa and its kind count from behind the padding's position, so that they take fewer than the config says.
+    """
+    config: Any = network.config
+    limit = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None) or math.inf
+    tables = [table for name, table in network.named_modules() if name.endswith("position_embeddings")]
+    padded = [
+        table.padding_idx for table in tables if isinstance(table, nn.Embedding) and table.padding_idx is not None
+    ]
+    return math.inf if limit < 0 else limit - max(padded, default=-1) - 1  # XLNet's way to say none
 
 
 def _set_padding(network: Any, tokenizer: Any) -> None:

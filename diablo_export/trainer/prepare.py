@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from diablo_export.adapter import ordered_classes
 from diablo_export.base_grid import BaseGrid
@@ -18,7 +16,7 @@ from diablo_export.errors import CheckpointError, DataError, InputError
 from diablo_export.packed.modules import refuse_unreadable
 from diablo_export.trainer.batches import encode_all, hold_out
 from diablo_export.trainer.data import Encoded, Example, class_names, read_examples
-from diablo_export.trainer.model import head_parameters, load_with_fresh
+from diablo_export.trainer.model import head_parameters, load_with_fresh, positions
 from diablo_export.trainer.packed_base import is_packed
 
 
@@ -174,21 +172,10 @@ def item_length(network: Any, max_length: int | None) -> int:
     Raises:
         InputError: more than the model has positions.
     """
-    limit = getattr(network.config, "max_position_embeddings", None) or math.inf
-    limit = math.inf if limit < 0 else limit  # XLNet's way to say none
-    limit -= _before_text(network)
+    limit = positions(network)
     if max_length is not None and max_length > limit:
         raise InputError(f"--max-length is {max_length}, but the model has {limit} positions; give {limit} or less")
     return max_length or int(min(limit, 512))
-
-
-def _before_text(network: nn.Module) -> int:
-    """Positions that no text takes: RoBERTa and its kind count from behind that of the padding."""
-    tables = [table for name, table in network.named_modules() if name.endswith("position_embeddings")]
-    padded = [
-        table.padding_idx for table in tables if isinstance(table, nn.Embedding) and table.padding_idx is not None
-    ]
-    return max(padded, default=-1) + 1
 
 
 def encode_file(path: str | Path, examples: list[Example], **how: Any) -> list[Encoded]:
