@@ -1,16 +1,20 @@
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import ml_dtypes
 import numpy as np
 import pytest
 from click.testing import Result
 
+from diablo_export.adapter import Adapter
 from tests.test_cli_export import refused, with_blocks
+from tests.test_hf_merge import remark, rewrite
 
 Run = Callable[..., Result]
 Get = Callable[..., Path]
@@ -38,6 +42,20 @@ def test_json_is_the_manifest(run: Run, tiny_model: Get, tiny_adapter: Get, tmp_
     manifest = json.loads(result.stdout)
     assert manifest == json.loads((tmp_path / "out/diablo_export.json").read_text())
     assert manifest["format"] == "hf"
+
+
+def test_a_merge_that_rounding_took_away(run: Run, tiny_model: Get, tiny_adapter: Get, tmp_path: Path) -> None:
+    base = rewrite(tiny_model("llama"), tmp_path / "base", lambda n, v: (n, v.astype(ml_dtypes.bfloat16)))
+    whole = remark(Adapter.load(tiny_adapter("llama")), base)
+    for scale, exit_code in ((1e-6, 1), (1, 0)):
+        blocks = {n: dataclasses.replace(m, blocks=m.blocks * np.float32(scale)) for n, m in whole.modules.items()}
+        adapter = tmp_path / f"adapter-{exit_code}"
+        adapter.mkdir()
+        dataclasses.replace(whole, modules=blocks).save(adapter)
+        result = run("merge", "-m", base, "-a", adapter, "-o", tmp_path / f"out-{exit_code}")
+        assert result.exit_code == exit_code, result.output
+        assert ("took more than half of the blocks of 14 of 14 modules" in result.output) == bool(exit_code)
+        assert (tmp_path / f"out-{exit_code}/model.safetensors").is_file()
 
 
 def test_help_has_an_example(run: Run) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ from diablo_export.console import log
 from diablo_export.errors import CheckFailed
 
 _THOROUGH = ("auto", "distilled", "layerwise", "learned")  # methods beside which auto would keep no more
+_HALF = 0.5  # of the blocks' squares that rounding leaves in a weight, and of the modules
 
 
 @click.command(short_help="Merge an adapter's blocks into the weights, float or quantized.")
@@ -88,7 +89,8 @@ def command(model: str, adapter: Path, output: Path, as_json: bool, **options: A
     """Merge an adapter's blocks into its model's weights.
 
     Into int4, the fine-tune is measured and the method that keeps most of it is taken: see --method. Exit code 1 when
-    even that one keeps less than --min-survival; the folder stays, marked so in its manifest.
+    even that one keeps less than --min-survival; the folder stays, marked so in its manifest. Elsewhere weights are
+    rounded once, to the model's own type: exit code 1 when most modules lose more than half of their blocks by that.
 
     \b
     Example:
@@ -107,8 +109,25 @@ def command(model: str, adapter: Path, output: Path, as_json: bool, **options: A
     survival = manifest.get("survival")
     if survival is not None and not survival["passed"]:
         raise CheckFailed(_missed(survival, output, calibrated=bool(options["calibration"])))
+    if survival is None:
+        _check_rounding(manifest["modules"], output)
     if not as_json:
         print_next("parity", output, "--data", "test.jsonl")
+
+
+def _check_rounding(modules: Sequence[Mapping[str, Any]], output: Path) -> None:
+    """Where nobody measures what the model does: a merge of which most modules lost most has failed.
+
+    Raises:
+        CheckFailed: more than half of them keep less than half of their blocks, by weights.
+    """
+    lost = [module["name"] for module in modules if module.get("weight_gain", 1.0) < _HALF]
+    if len(lost) > _HALF * len(modules):
+        raise CheckFailed(
+            f"{output}: written, but rounding to its weights' type took more than half of the blocks of {len(lost)} of "
+            f"{len(modules)} modules ({', '.join(lost[:3])}{', …' if lost[3:] else ''}). Merge into a model of more "
+            "bits, --quantize int4 from the float model, or keep the blocks as a branch: diablo-export export"
+        )
 
 
 def print_survival(manifest: Mapping[str, Any]) -> None:
