@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import runpy
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -79,3 +80,11 @@ def test_float_road_runs(
     left, spread = ours[4].split(" ± ")
     assert 0 < float(left) < 1 and float(spread) == 0  # one seed
     assert float(ours[6]) > 0 and float(ours[8]) > 100  # seconds; megabytes, torch among them
+
+
+def test_an_architecture_goes_the_whole_road() -> None:
+    done = subprocess.run(  # of its own, as it silences the loggers
+        [sys.executable, ROOT / "architectures.py", "mistral", "--task", "causal-lm"],
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert re.search(r"^\| mistral \| causal-lm \| 10 \|( \d\.\de[+-]\d\d \|){3}$", done.stdout, re.MULTILINE)
