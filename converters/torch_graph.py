@@ -155,7 +155,10 @@ def _export_decoder(model: Any) -> Any:
 
     original = model.forward
     one = _integers(1, 1)
-    layers = original(input_ids=one, attention_mask=one, position_ids=one, use_cache=True).past_key_values.layers
+    output = original(input_ids=one, attention_mask=one, position_ids=one, use_cache=True)
+    layers = getattr(getattr(output, "past_key_values", None), "layers", [])
+    if not layers or not all(hasattr(layer, "keys") for layer in layers):
+        raise NotImplementedError("what it keeps from token to token is no cache of keys and values")
     shapes = [layer.keys.shape for layer in layers]  # (1, key-value heads, 1, head size)
     count = len(shapes)
 

@@ -18,6 +18,7 @@ from diablo_export.converters import torch_graph
 from diablo_export.converters.onnx_graph import Graph, build_graph
 from diablo_export.converters.onnx_nodes import Layout, Weights, finish
 from diablo_export.converters.torch_graph import SCOPES
+from diablo_export.errors import ExportError
 from diablo_export.quantization import dequantize, quantize
 from diablo_export.trainer.layer import DiabloLinear
 from diablo_export.trainer.model import load_base, load_tuned
@@ -256,3 +257,13 @@ def test_buffers_are_the_checkpoint_s_where_it_holds_them(
     finish(torch_graph.layout(weights, tmp_path, task="causal-lm"), weights, tmp_path)
     found = graphs.open_session(tmp_path).run(None, {"x": np.ones((2, 3), np.float32)})[0]
     np.testing.assert_array_equal(found, np.full((2, 3), 0.5 if stored else 1))
+
+
+def test_a_model_without_keys_and_values_is_refused(tmp_path: Path) -> None:
+    import transformers
+
+    sizes = {"vocab_size": 32, "hidden_size": 16, "num_hidden_layers": 1, "state_size": 4}
+    transformers.MambaForCausalLM(transformers.MambaConfig(**sizes)).save_pretrained(tmp_path / "model")
+    tiny.make_tokenizer(tmp_path / "model")
+    with pytest.raises(ExportError, match=r"no cache of keys and values. merge --format hf can take it; or export it"):
+        build_graph(tmp_path / "model", tmp_path)
