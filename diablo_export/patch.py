@@ -27,7 +27,7 @@ from diablo_export.patch_header import HEADER, MANIFEST, Entry, Side, faults_sai
 _MODEL = "model.onnx"  # what a merge calls the graph, whatever the base calls it
 _GENAI = "genai_config.json"  # and there too
 # what speaks of a folder's weights: left in place, it would speak of others
-_REPORTS = (MANIFEST, "parity.json", "certificate.json", "certificate.npz")
+_REPORTS = ("parity.json", "certificate.json", "certificate.npz")
 
 
 def create(base: str | Path, merged: str | Path, output: str | Path, *, overwrite: bool = False) -> dict[str, Any]:
@@ -128,7 +128,7 @@ def _pairs(base: Path, merged: Path) -> dict[str, tuple[Path | None, Path | None
         pairs[name] = (old if old.is_file() else None), path
     if not any(old for old, _ in pairs.values()):
         raise InputError(f"{merged}: has no file that is in {folder} as well; is it a merge of that model?")
-    for name in _REPORTS:
+    for name in (MANIFEST, *_REPORTS):
         if (folder / name).is_file():
             pairs.setdefault(name, (folder / name, None))
     return pairs
@@ -175,7 +175,8 @@ def _turn(
     if done and waiting:
         log.info("%d of %d files are done already: finishing", len(done), len(done) + len(waiting))
     if waiting or goal != folder:
-        _write(folder, goal, patch, waiting, overwrite, target)
+        stale = set(_REPORTS) - {entry.name for entry in entries}  # made since: of weights that will be others
+        _write(folder, goal, patch, waiting, stale, overwrite, target)
     else:
         log.info("%s: is that already; nothing to do", folder)
     return {**report, "written": [entry.name for entry in waiting.values()]}
@@ -195,7 +196,7 @@ def _waiting(folder: Path, patch: Path, entries: Sequence[Entry], source: Side, 
             if found == entry.side(target):
                 continue
             waiting[number] = entry
-            if found != entry.side(source):
+            if found != entry.side(source) and not _may_be_any(entry):
                 faults.append(f"  {entry.name}: {_said(found)}, {_said(entry.side(source))} is wanted")
     if faults:
         raise PatchError(
@@ -204,6 +205,11 @@ def _waiting(folder: Path, patch: Path, entries: Sequence[Entry], source: Side, 
             + "\nGive that model; if another patch was applied to it, revert that one first"
         )
     return waiting
+
+
+def _may_be_any(entry: Entry) -> bool:
+    """Whether what is there does not matter: a report that one of the sides has not, taken away or written whole."""
+    return entry.name in _REPORTS and None in (entry.before, entry.after)
 
 
 def _found(file: Path, entry: Entry, advance: Advance) -> Content | None:
@@ -216,12 +222,14 @@ def _found(file: Path, entry: Entry, advance: Advance) -> Content | None:
     return content(file, advance)
 
 
-def _write(folder: Path, goal: Path, patch: Path, waiting: dict[int, Entry], overwrite: bool, target: Side) -> None:
-    """Write the new folder: what waits is made of its difference, all else is linked or copied."""
+def _write(
+    folder: Path, goal: Path, patch: Path, waiting: dict[int, Entry], stale: set[str], overwrite: bool, target: Side
+) -> None:
+    """Write the new folder: what waits is made of its difference, all else but what is stale is linked or copied."""
     in_place, inside = goal == folder, _is_here(folder)
     if in_place and not os.access(folder, os.W_OK):
         raise OutputError(f"{folder}: is not writable; choose an --output, or change its permissions")
-    names = {entry.name for entry in waiting.values()}
+    names = {entry.name for entry in waiting.values()} | stale
     others = [path for path in sorted(folder.rglob("*")) if path.relative_to(folder).as_posix() not in names]
     wanted = {number: entry for number, entry in waiting.items() if entry.side(target)}
     needs = sum(side.bytes for entry in wanted.values() if (side := entry.side(target)))
@@ -244,7 +252,7 @@ def _write_file(folder: Path, work: Path, entry: Entry, difference: IO[bytes], t
     wanted = entry.side(target)
     assert wanted is not None
     old, new = (folder / entry.name, work / entry.name)
-    there = old if old.is_file() else None
+    there = old if old.is_file() and not _may_be_any(entry) else None
     new.parent.mkdir(parents=True, exist_ok=True)
     with _reading(there) as stream, new.open("wb") as written:
         sizes = there.stat().st_size if there else 0, wanted.bytes

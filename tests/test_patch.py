@@ -79,6 +79,18 @@ def test_there_and_back(made: Path, base: Path, update: Path) -> None:
     assert contents(base) == before
 
 
+def test_reports_that_were_made_since_do_not_stay(base: Path, update: Path) -> None:
+    (base / "parity.json").write_text('{"made": "again"}')
+    (base / "certificate.json").write_text("{}")
+    patch.apply(base, update)
+    assert not (base / "parity.json").exists() and not (base / "certificate.json").exists()
+    for name in ("parity.json", "certificate.json", "certificate.npz"):
+        (base / name).write_text('{"of": "the merge"}')
+    patch.revert(base, update)
+    assert (base / "parity.json").read_text() == "{}", "the one that the patch was made with"
+    assert not list(base.glob("certificate*"))
+
+
 def test_into_another_folder(made: Path, base: Path, update: Path, tmp_path: Path) -> None:
     before = contents(base)
     patch.apply(base, update, output=tmp_path / "new")
