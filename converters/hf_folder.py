@@ -13,6 +13,7 @@ from diablo_export.adapter import Adapter, head_classes
 from diablo_export.checkpoint import INDEX, SINGLE, Checkpoint, read_json
 from diablo_export.console import log
 from diablo_export.errors import CheckpointError
+from diablo_export.output import MANIFEST, REPORTS
 
 # weights of the untuned base in other formats: copied beside the merged ones they would ship the wrong model
 OTHER_WEIGHTS = (
@@ -102,7 +103,7 @@ def copy_others(checkpoint: Checkpoint, folder: Path) -> None:
         raise CheckpointError(
             f"{checkpoint.folder}: {', '.join(lost)}: links to what is no more; download the model again"
         )
-    written = {"config.json", INDEX, *checkpoint.metadata}
+    written = {"config.json", INDEX, *checkpoint.metadata, MANIFEST, *REPORTS}
 
     def unwanted(directory: str, names: list[str]) -> list[str]:
         skip = [name for name in names if name.startswith(".")]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from functools import partial
@@ -24,6 +24,7 @@ from diablo_export.converters.hf_folder import copy_others, write_config, write_
 from diablo_export.converters.hf_packed import PackedModule, WrongBaseError, packed_modules
 from diablo_export.converters.hf_skeleton import skeleton
 from diablo_export.converters.hf_stream import Part, given, write_parts
+from diablo_export.converters.rounding import lossy, warn_of_rounding
 from diablo_export.errors import CheckpointError
 from diablo_export.packed.modules import check_base, refuse_unreadable
 
@@ -82,7 +83,8 @@ def hf_merge(model: str | Path, adapter: Adapter, folder: Path, method: str = "r
         raise
     entries = [entry for name in files for entry in modules[name]] + [_entry(one) for one in packed.values()]
     write_index(checkpoint, {file: {p.name: _nbytes(p) for p in parts} for file, parts in files.items()}, folder)
-    _warn_of_rounding(entries)
+    lost = lossy(entries)
+    warn_of_rounding(lost, "the dtype or grid of the checkpoint", _instead(lost))
     written, base = ({name: pair[side] for name, pair in hashes.items()} for side in (0, 1))
     return MergeResult(written, entries, base)
 
@@ -136,17 +138,11 @@ def _nbytes(part: Part) -> int:
     return math.prod(part.shape) * DTYPES[part.dtype].itemsize
 
 
-def _warn_of_rounding(modules: list[dict[str, Any]]) -> None:
-    lossy = [m for m in modules if not 0.9 <= m["weight_gain"] <= 1.1]
-    if not lossy:
-        return
-    said = ", ".join(f"{m['name']} keeps {m['weight_gain']:.0%}" for m in lossy[:5])
-    more = f" and {len(lossy) - 5} more" if len(lossy) > 5 else ""
-    if any(m["layout"] != "safetensors" for m in lossy):
-        way = "merge --quantize int4 from the float model trains the codes on what the tuned model answers"
-    else:
-        way = "merge into a float32 copy of the base"
-    log.warning("rounding to the dtype or grid of the checkpoint changes the blocks: %s%s; %s", said, more, way)
+def _instead(modules: Iterable[Mapping[str, Any]]) -> str:
+    """What to do where rounding takes too much."""
+    if any(module["layout"] != "safetensors" for module in modules):
+        return "merge --quantize int4 from the float model trains the codes on what the tuned model answers"
+    return "merge into a float32 copy of the base"
 
 
 def _plan(checkpoint: Checkpoint, adapter: Adapter, packed: Mapping[str, PackedModule]) -> dict[str, list[Part]]:

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 from diablo_export.converters import genai_config, genai_library
 from diablo_export.converters.hf_folder import OTHER_WEIGHTS
 from diablo_export.errors import InputError
-from diablo_export.manifest import MANIFEST, PARITY, file_xxh3, read_manifest
+from diablo_export.manifest import MANIFEST, file_xxh3, read_manifest
+from diablo_export.output import REPORTS
 
 if TYPE_CHECKING:  # it takes a second to load, and merges of Hugging Face folders have no use for it
     import onnx_ir as ir
@@ -82,7 +83,7 @@ def _home(file: Path) -> Path | None:
 def _others(home: Path, data: list[Path]) -> list[Path]:
     """What lies in `home`, but weights, in whatever format, and what this program says of them."""
     beside = sorted([*home.iterdir(), *(home / _TEMPLATES).glob("*")])
-    reports = {MANIFEST, PARITY}
+    reports = {MANIFEST, *REPORTS}
     return [
         path
         for path in beside

@@ -16,13 +16,13 @@ import onnx_ir as ir
 
 from diablo_export.adapter import Adapter
 from diablo_export.blockdiag import Array
-from diablo_export.console import log
 from diablo_export.converters.onnx_aside import bytes_in_common
 from diablo_export.converters.onnx_groups import corners, opened, quantized, touched
 from diablo_export.converters.onnx_head import feed_parameters
 from diablo_export.converters.onnx_linears import Linear
 from diablo_export.converters.onnx_match import Match, match
 from diablo_export.converters.onnx_stored import Held, keep, writable
+from diablo_export.converters.rounding import lossy, warn_of_rounding
 from diablo_export.errors import AdapterError, ExportError
 from diablo_export.requantize import nearest, rounded, whole_steps
 
@@ -39,7 +39,7 @@ def onnx_merge(file: Path, adapter: Adapter) -> list[dict[str, Any]]:
     found = match(model, adapter.modules)
     refuse(file, found.values())
     entries = [merge_module(one, file.parent, adapter) for one in found.values()]
-    warn_of_rounding(entries)
+    warn_of_type(entries)
     put_head(model, adapter)
     ir.save(model, file)
     return entries
@@ -155,13 +155,7 @@ def add(one: Match, folder: Path, held: Held | None = None) -> float:
     return left / wanted if wanted else 1.0
 
 
-def warn_of_rounding(entries: Iterable[Mapping[str, Any]]) -> None:
-    """Say which float weights are stored in a type that takes away a tenth of the blocks or more."""
-    kept = {str(entry["name"]): float(entry.get("weight_gain", 1.0)) for entry in entries}
-    lossy = [f"{name} keeps {gain:.0%}" for name, gain in kept.items() if not 0.9 <= gain <= 1.1]
-    if lossy:
-        more = f" and {len(lossy) - 5} more" if len(lossy) > 5 else ""
-        log.warning(
-            "rounding to the type of the model's weights changes the blocks: %s%s; merge into a float32 model, or keep "
-            "the blocks as a branch: diablo-export export", ", ".join(lossy[:5]), more,
-        )  # fmt: skip
+def warn_of_type(entries: Iterable[Mapping[str, Any]]) -> None:
+    """Say which float weights are stored in a type that takes much of the blocks away."""
+    way = "merge into a float32 model, or keep the blocks as a branch: diablo-export export"
+    warn_of_rounding(lossy(entries), "the type of the model's weights", way)

@@ -12,13 +12,13 @@ import onnx_ir as ir
 from diablo_export.converters.onnx_linears import Linear
 from diablo_export.converters.onnx_nodes import MODULE
 
-_SCOPES = "pkg.torch.onnx.name_scopes"
+SCOPES = "pkg.torch.onnx.name_scopes"  # node metadata: the modules around a node; the last but one is the layer
 _SAME_PART = {"self_attn": "attn"}  # what onnxruntime-genai's builder calls it
 
 
 def scope(node: ir.Node) -> str | None:
     """The module path that torch.onnx recorded on a node, or None."""
-    recorded = node.metadata_props.get(_SCOPES)
+    recorded = node.metadata_props.get(SCOPES)
     return _last_but_one(recorded) if recorded else None
 
 

@@ -20,7 +20,7 @@ from diablo_export.adapter import Adapter
 from diablo_export.converters import onnx_file
 from diablo_export.converters.direct_write import direct_writer
 from diablo_export.converters.onnx_match import Match, match
-from diablo_export.converters.onnx_merge import merge_module, put_head, refuse, warn_of_rounding
+from diablo_export.converters.onnx_merge import merge_module, put_head, refuse, warn_of_type
 from diablo_export.converters.onnx_stored import Bytes, Held, read_on
 from diablo_export.errors import ExportError
 
@@ -74,7 +74,7 @@ def merged_copy(
     if inside or adapter.saved:
         put_head(model, adapter)
         ir.save(model, folder / onnx_file.MODEL)
-    warn_of_rounding(entries.values())
+    warn_of_type(entries.values())
     return [entries[name] for name in found], read, written
 
 

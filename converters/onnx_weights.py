@@ -209,7 +209,8 @@ def _cast(values: Array, initializer: ir.Value, source: Source) -> Array:
     """
     with np.errstate(over="ignore"):
         made: Array = np.ascontiguousarray(values, _numpy_dtype(initializer))
-    if made.dtype == np.float16 != values.dtype and not np.array_equal(np.isfinite(made), np.isfinite(values)):
+    narrow = made.dtype == np.float16 != values.dtype
+    if narrow and not np.isfinite(made).all() and np.isfinite(values[~np.isfinite(made)]).any():
         if source.blocks is not None:
             raise AdapterError(f"{initializer.name}: base plus blocks overflows float16; take --precision fp32")
         raise CheckpointError(f"{initializer.name}: its values overflow float16; take --precision fp32")

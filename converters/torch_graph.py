@@ -19,10 +19,10 @@ import onnx_ir as ir
 
 from diablo_export.adapter import head_classes
 from diablo_export.converters.hf_folder import padding
+from diablo_export.converters.onnx_names import SCOPES
 from diablo_export.converters.onnx_nodes import Layout, Origin, Weights
 from diablo_export.errors import ExportError, require
 
-SCOPES = "pkg.torch.onnx.name_scopes"  # node metadata: the modules around a node; the last but one is the layer
 _DTYPES = {"fp32": "float32", "fp16": "float16"}
 # sizes of the example inputs: all different and above 1, so that the export takes none of them for fixed
 _BATCH, _SEQUENCE, _PAST = 2, 3, 5

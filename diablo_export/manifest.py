@@ -17,9 +17,9 @@ import xxhash
 from diablo_export import __version__
 from diablo_export.adapter import CONFIG, WEIGHTS, Adapter, file_sha256
 from diablo_export.errors import CheckpointError, InputError
+from diablo_export.output import MANIFEST as MANIFEST
+from diablo_export.output import PARITY as PARITY
 
-MANIFEST = "diablo_export.json"
-PARITY = "parity.json"
 FORMAT_VERSION = 1
 _PACKAGES = ("onnxruntime", "onnxruntime-gpu", "onnxruntime-genai", "onnx", "torch", "transformers", "numpy")
 

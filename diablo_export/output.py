@@ -20,6 +20,10 @@ from pathlib import Path
 
 from diablo_export.errors import OutputError
 
+# what this program says of a folder
+MANIFEST, PARITY = "diablo_export.json", "parity.json"
+CERTIFICATE, GOLDEN = "certificate.json", "certificate.npz"
+REPORTS = (PARITY, CERTIFICATE, GOLDEN)  # these of how its weights were judged: beside others they would be wrong
 _RANDOM = 8  # characters that mkdtemp adds to a name
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # <fcntl.h>, <linux/fs.h>
 

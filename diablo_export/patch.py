@@ -21,13 +21,11 @@ from typing import IO, Any
 from diablo_export.console import log, progress
 from diablo_export.difference import Advance, Content, content, write_difference, write_other
 from diablo_export.errors import DiabloError, InputError, OutputError, PatchError
-from diablo_export.output import new_file, new_folder, real
-from diablo_export.patch_header import HEADER, MANIFEST, Entry, Side, faults_said, lines, new_header, read, summary
+from diablo_export.output import MANIFEST, REPORTS, new_file, new_folder, real
+from diablo_export.patch_header import HEADER, Entry, Side, faults_said, lines, new_header, read, summary
 
 _MODEL = "model.onnx"  # what a merge calls the graph, whatever the base calls it
 _GENAI = "genai_config.json"  # and there too
-# what speaks of a folder's weights: left in place, it would speak of others
-_REPORTS = ("parity.json", "certificate.json", "certificate.npz")
 
 
 def create(base: str | Path, merged: str | Path, output: str | Path, *, overwrite: bool = False) -> dict[str, Any]:
@@ -128,7 +126,7 @@ def _pairs(base: Path, merged: Path) -> dict[str, tuple[Path | None, Path | None
         pairs[name] = (old if old.is_file() else None), path
     if not any(old for old, _ in pairs.values()):
         raise InputError(f"{merged}: has no file that is in {folder} as well; is it a merge of that model?")
-    for name in (MANIFEST, *_REPORTS):
+    for name in (MANIFEST, *REPORTS):
         if (folder / name).is_file():
             pairs.setdefault(name, (folder / name, None))
     return pairs
@@ -175,7 +173,7 @@ def _turn(
     if done and waiting:
         log.info("%d of %d files are done already: finishing", len(done), len(done) + len(waiting))
     if waiting or goal != folder:
-        stale = set(_REPORTS) - {entry.name for entry in entries}  # made since: of weights that will be others
+        stale = set(REPORTS) - {entry.name for entry in entries}  # made since: of weights that will be others
         _write(folder, goal, patch, waiting, stale, overwrite, target)
     else:
         log.info("%s: is that already; nothing to do", folder)
@@ -209,7 +207,7 @@ def _waiting(folder: Path, patch: Path, entries: Sequence[Entry], source: Side, 
 
 def _may_be_any(entry: Entry) -> bool:
     """Whether what is there does not matter: a report that one of the sides has not, taken away or written whole."""
-    return entry.name in _REPORTS and None in (entry.before, entry.after)
+    return entry.name in REPORTS and None in (entry.before, entry.after)
 
 
 def _found(file: Path, entry: Entry, advance: Advance) -> Content | None:

@@ -14,11 +14,11 @@ from typing import Any, Literal
 from diablo_export import __version__
 from diablo_export.difference import Content
 from diablo_export.errors import PatchError
+from diablo_export.output import MANIFEST
 
 FORMAT = "diablo-export patch"
 FORMAT_VERSION = 1
 HEADER = "patch.json"
-MANIFEST = "diablo_export.json"
 
 Side = Literal["before", "after"]
 

@@ -57,6 +57,18 @@ def test_weights_of_others_are_left_out(named: Path) -> None:
     assert not [name for name in kept if name.endswith((".onnx_data", ".bin", ".gguf"))]
 
 
+@pytest.mark.parametrize("base", ["onnx", "hf"])
+def test_what_was_said_of_the_base_is_not_said_of_a_merge(
+    base: str, named: Path, tiny_model: Get, tiny_adapter: Get, tmp_path: Path
+) -> None:
+    model = named if base == "onnx" else Path(shutil.copytree(tiny_model("llama"), tmp_path / "model"))
+    for report in ("parity.json", "certificate.json", "certificate.npz"):
+        (model / report).write_text("{}")
+    merge(model, tiny_adapter("llama"), tmp_path / "out", **({"method": "rtn"} if base == "onnx" else {}))
+    assert (tmp_path / "out/tokenizer.json").is_file()
+    assert not [path.name for path in (tmp_path / "out").iterdir() if path.name.startswith(("parity", "certif"))]
+
+
 def test_a_file_among_strangers_is_alone(named: Path, tmp_path: Path) -> None:
     folder = tmp_path / "downloads"
     folder.mkdir()

@@ -16,8 +16,8 @@ from diablo_export.blockdiag import Array
 from diablo_export.checkpoint import Checkpoint, read_header, write_safetensors
 from diablo_export.converters import torch_graph
 from diablo_export.converters.onnx_graph import Graph, build_graph
+from diablo_export.converters.onnx_names import SCOPES
 from diablo_export.converters.onnx_nodes import Layout, Weights, finish
-from diablo_export.converters.torch_graph import SCOPES
 from diablo_export.errors import ExportError
 from diablo_export.quantization import dequantize, quantize
 from diablo_export.trainer.layer import DiabloLinear

@@ -22,9 +22,9 @@ import numpy as np
 from diablo_export.errors import InputError, OutputError
 from diablo_export.measure import golden
 from diablo_export.measure.golden import Golden
+from diablo_export.output import CERTIFICATE as CERTIFICATE
+from diablo_export.output import GOLDEN as GOLDEN
 
-CERTIFICATE = "certificate.json"
-GOLDEN = "certificate.npz"
 FORMAT_VERSION = 1
 _NO_SEAL = "0" * 64
 _SEAL = re.compile(r'"seal": "([0-9a-f]{64})"')

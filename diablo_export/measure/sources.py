@@ -10,8 +10,8 @@ from typing import Any
 from diablo_export.adapter import CONFIG, TASKS, Adapter, file_sha256
 from diablo_export.checkpoint import Checkpoint, read_json, resolve
 from diablo_export.errors import CheckpointError, InputError
-from diablo_export.manifest import MANIFEST, PARITY, file_xxh3
-from diablo_export.measure.certificate import CERTIFICATE, GOLDEN
+from diablo_export.manifest import MANIFEST, file_xxh3
+from diablo_export.output import REPORTS
 
 _PRECISIONS = {"F32": "fp32", "F64": "fp32", "F16": "fp16", "BF16": "bf16"}
 
@@ -87,7 +87,7 @@ def hashes(out: Path, manifest: Mapping[str, Any], base: Path, adapters: Mapping
     found = {
         path.relative_to(out).as_posix(): file_sha256(path)
         for path in sorted(out.rglob("*"))
-        if path.is_file() and path.relative_to(out).as_posix() not in (MANIFEST, PARITY, CERTIFICATE, GOLDEN)
+        if path.is_file() and path.relative_to(out).as_posix() not in (MANIFEST, *REPORTS)
     }
     base_announced: dict[str, str] = (manifest.get("base") or {}).get("files") or {}
     # an ONNX base is not the folder that torch loads
