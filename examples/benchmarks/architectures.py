@@ -4,7 +4,7 @@ Each `model_type` is made on the spot with random weights in a few layers, train
 Face weights and exported as a float branch. The reference is torch with the blocks added to its weights here, by other
 code than the package's. Figures are the largest difference of logits, as a share of what the blocks change at most:
 of the merge and of the export, over a prompt at once and, for decoders, through its cache in steps of one token, past
-the sliding window where there is one. All of them: half an hour on two cores.
+the sliding window where there is one. All of them: some twenty minutes on two cores.
 """
 
 from __future__ import annotations
