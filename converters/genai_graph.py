@@ -114,6 +114,8 @@ def layout(weights: Weights, folder: Path, *, precision: str = "fp32", share_emb
 
     patches = {
         "make_model": make_exact,
+        # the builder takes every linear layer as wide as the vocabulary for the head
+        "has_lm_head": lambda self, module: module is model.get_output_embeddings(),
         "load_weights": lambda self, path: model,
         "make_initializer": record,
         "save_model": lambda self, path: finished.append(self.model),

@@ -38,6 +38,7 @@ LONG_ROPE = {
 }
 # what a builder can get wrong without a word
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "layers as wide as the vocabulary": ("llama", {"intermediate_size": 320}),
     "biases": ("llama", {"attention_bias": True, "mlp_bias": True}),
     "scaled rotary": ("llama", {"rope_parameters": ROPE_3}),
     "window of Mistral": ("mistral", {"sliding_window": 5}),
