@@ -8,11 +8,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import onnx_ir as ir
 
 from diablo_export.adapter import Adapter, file_sha256, ordered_classes
 from diablo_export.block_storage import BASE_KEY, BLOCKS_SUFFIX, SCALES_SUFFIX
+from diablo_export.blockdiag import Array
 from diablo_export.checkpoint import read_json
 from diablo_export.console import log
 from diablo_export.converters import onnx_file
@@ -75,10 +75,11 @@ def add_adapters(
         check_classes(name, adapter, _classes(folder))
     types = {name: value.dtype.numpy() for name, value in inputs.items() if value.dtype is not None}
     mark = graph.metadata_props.get(BASE_KEY)
-    for name, adapter in adapters.items():
-        _write(folder, name, adapter, types, mark, manifest)
+    values = {name: tensors(adapter, types) for name, adapter in adapters.items()}
     (folder / PARITY).unlink(missing_ok=True)  # it would say "pass" of a folder that it has not seen
     certificate.revoke(folder)
+    for name, adapter in adapters.items():
+        _write(folder, name, adapter, values[name], mark, manifest)
     log.info("parity of %s has to be checked again", folder)
     _replace(folder / MANIFEST, json.dumps(manifest, indent=1) + "\n")
     return manifest
@@ -126,12 +127,11 @@ def _write(
     folder: Path,
     name: str,
     adapter: Adapter,
-    types: Mapping[str, np.dtype[Any]],
+    values: Mapping[str, Array],
     mark: str | None,
     manifest: dict[str, Any],
 ) -> None:
     """Write one adapter's file, and what the manifest says of it."""
-    values = tensors(adapter, types)
     errors = storage_errors(name, adapter, values)
     file = f"{FOLDER}/{name}{ENDING}"
     write_onnx_adapter(folder / file, values, mark)

@@ -65,6 +65,20 @@ def test_an_adapter_is_replaced_only_when_told(folder: Path, third: Path, tiny_m
     np.testing.assert_allclose(tuned, in_torch(tiny_model("llama"), third), rtol=0, atol=LOGITS)
 
 
+def test_of_several_that_replace_others_all_are_written_or_none(
+    exported: Get, third: Path, tiny_model: Get, tmp_path: Path
+) -> None:
+    out = Path(shutil.copytree(exported("llama", block_dtype="fp16"), tmp_path / "out"))
+    large = Adapter.load(third)
+    for module in large.modules.values():
+        module.blocks[:] = 1e6  # above float16's largest, 65504
+    large.save(tmp_path / "large")
+    before = {path: file_sha256(path) for path in out.rglob("*") if path.is_file()}
+    with pytest.raises(AdapterError, match="large: values too large for float16"):
+        export(tiny_model("llama"), {"a": third, "b": tmp_path / "large"}, out, add=True, overwrite=True)
+    assert {path: file_sha256(path) for path in out.rglob("*") if path.is_file()} == before
+
+
 def test_int8_folders_get_int8_adapters(exported: Get, third: Path, tiny_model: Get, tmp_path: Path) -> None:
     out = Path(shutil.copytree(exported("llama", block_dtype="int8"), tmp_path / "out"))
     manifest = export(tiny_model("llama"), {"c": third}, out, add=True)

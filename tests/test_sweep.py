@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 from click.testing import Result
 
-from diablo_export.errors import InputError, OutputError
+from diablo_export.errors import DataError, InputError, OutputError
 from diablo_export.manifest import file_xxh3
 from diablo_export.trainer import sweep as sweep_module
 from diablo_export.trainer.baselines import METHODS
@@ -200,6 +200,26 @@ def test_settings_with_results_are_not_written_again(tmp_path: Path) -> None:
     (tmp_path / SETTINGS).write_text('{  "max_steps": 4}')
     with sweep_module._workspace(tmp_path, {"max_steps": 4}):
         assert (tmp_path / SETTINGS).read_text() == '{  "max_steps": 4}'
+
+
+@pytest.mark.parametrize("fault", ["bad data", "Ctrl-C"])
+def test_a_sweep_begun_anew_keeps_the_old_results_until_it_has_one(
+    fault: str, swept: Path, tiny_model: Folder, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output, file = tmp_path / "sweep", tmp_path / "bad.jsonl"
+    shutil.copytree(swept, output)
+    shutil.copytree(swept, work := Path(f"{output}.sweep"))
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    file.write_text("{" if fault == "bad data" else (data / "text.jsonl").read_text())
+
+    def stop(*arguments: Any, **options: Any) -> Any:
+        raise KeyboardInterrupt
+
+    if fault == "Ctrl-C":
+        monkeypatch.setattr("diablo_export.trainer.workers.trial", stop)
+    with pytest.raises(DataError if fault == "bad data" else KeyboardInterrupt):
+        sweep(tiny_model("llama"), file, output, overwrite=True, **GRID)
+    assert {path: path.read_bytes() for path in before} == before and work.is_dir()
 
 
 KILLED = """

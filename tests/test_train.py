@@ -354,7 +354,9 @@ def test_unfinished_run_is_not_lost_nor_mixed_up(
         train(base, data, output, resume=True, **run)
     with pytest.raises(DataError, match="typo: cannot be read"):
         train(base, tmp_path / "typo", output, overwrite=True, **run)
-    assert state.unfinished(work), "a mistyped command replaces nothing"
+    with pytest.raises(InputError, match="diverged and was stopped"):
+        train(base, data, output, overwrite=True, **{**run, "lr": 1e30})
+    assert state.unfinished(work), "a mistyped command, or one that fails at once, replaces nothing"
     train(base, data, output, overwrite=True, **run)
     assert output.exists() and not work.exists()
 

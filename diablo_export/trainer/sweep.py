@@ -113,7 +113,7 @@ def sweep(
     if len(left) < len(wanted):
         log.info("%d of %d trials are done already", len(wanted) - len(left), len(wanted))
     with _workspace(work, settings):
-        finished += _run(left, {**shared, "place": place}, jobs, work / RESULTS)
+        finished += _run(left, {**shared, "place": place}, jobs, work, settings, anew=not resume)
     trained = [result for result in finished if result["method"] != BASE]
     if all("diverged" in result for result in trained):
         raise InputError(f"every trial diverged; go on with --resume and a lower --lr. {trained[0]['diverged']}")
@@ -159,20 +159,36 @@ def cells(
     return list(each.values())
 
 
-def _run(left: Sequence[dict[str, Any]], options: dict[str, Any], jobs: int | None, file: Path) -> list[dict[str, Any]]:
-    """Run trials, each appended to `file` as it ends."""
+def _run(
+    left: Sequence[dict[str, Any]],
+    options: dict[str, Any],
+    jobs: int | None,
+    work: Path,
+    settings: dict[str, Any],
+    anew: bool,
+) -> list[dict[str, Any]]:
+    """Run trials, each kept in `work` as it ends; begun `anew`, the first one replaces what an older sweep left."""
     results: list[dict[str, Any]] = []
     began = time.perf_counter()
-    with progress("sweep", len(left)) as advance, file.open("a", encoding="utf-8") as stream:
+    with progress("sweep", len(left)) as advance:
         for cell, outcome in run_all(left, options, jobs):
             results.append({**cell, **outcome})
-            stream.write(json.dumps(results[-1]) + "\n")
-            stream.flush()
-            os.fsync(stream.fileno())
+            _keep(results[-1], work, settings, anew=anew and len(results) == 1)
             advance(1)
             rest = (time.perf_counter() - began) / len(results) * (len(left) - len(results))
             log.info("%d of %d: %s; %s left", len(results), len(left), _say(results[-1]), _duration(rest))
     return results
+
+
+def _keep(result: dict[str, Any], work: Path, settings: dict[str, Any], anew: bool) -> None:
+    """Add a result to those of an unfinished sweep, or begin them with it."""
+    if anew:
+        (work / RESULTS).unlink(missing_ok=True)
+        (work / SETTINGS).write_text(json.dumps(settings), encoding="utf-8")
+    with (work / RESULTS).open("a", encoding="utf-8") as stream:
+        stream.write(json.dumps(result) + "\n")
+        stream.flush()
+        os.fsync(stream.fileno())
 
 
 def _say(result: dict[str, Any]) -> str:
@@ -229,12 +245,10 @@ def _check_methods(model: str | Path, methods: Sequence[str]) -> None:
 
 
 def _check_places(output: Path, work: Path, resume: bool, overwrite: bool) -> None:
-    """Refuse an output or unfinished sweep that would be lost; drop what is to be overwritten."""
+    """Refuse an output or unfinished sweep that would be lost."""
     check_output(output, overwrite or resume)
-    if work.exists() and not resume:
-        if not overwrite:
-            raise OutputError(f"{work}: holds an unfinished sweep; go on with --resume, or start anew with --overwrite")
-        shutil.rmtree(work)
+    if work.exists() and not (resume or overwrite):
+        raise OutputError(f"{work}: holds an unfinished sweep; go on with --resume, or start anew with --overwrite")
 
 
 def _so_far(folders: Sequence[Path], settings: dict[str, Any]) -> list[dict[str, Any]]:

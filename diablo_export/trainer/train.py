@@ -10,7 +10,6 @@ import contextlib
 import functools
 import math
 import os
-import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -221,8 +220,6 @@ def train(
         )  # fmt: skip
         processes.wait()
 
-    if processes.first and not going_on:
-        shutil.rmtree(work, ignore_errors=True)  # an older run goes when nothing else can be wrong any more
     with (
         _deterministic(place),
         watching(
