@@ -10,11 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from transformers import get_scheduler
 
 from diablo_export.errors import InputError
 from diablo_export.trainer.data import Encoded
 from diablo_export.trainer.layer import diablo_layers
-from diablo_export.trainer.loop import Step, learning_rate, train_loop
+from diablo_export.trainer.loop import SCHEDULES, Step, learning_rate, train_loop, warm_up
 from diablo_export.trainer.model import checkpoint_activations, load_base
 from diablo_export.trainer.objective import Objective
 from diablo_export.trainer.targets import choose_targets, wrap_targets
@@ -119,18 +120,22 @@ def test_autocast_stays_close_to_float32(tiny_model: Callable[[str], Path]) -> N
     assert half != exact and half == pytest.approx(exact, rel=0.02)  # bfloat16 keeps 8 bits
 
 
-@pytest.mark.parametrize(
-    ("schedule", "expected"),
-    [
-        ("linear", [0.5, 1.0, 1.0, 0.75, 0.5, 0.25]),
-        ("cosine", [0.5, 1.0, 1.0, 0.5 + math.sqrt(0.125), 0.5, 0.5 - math.sqrt(0.125)]),
-        ("constant", [0.5, 1.0, 1.0, 1.0, 1.0, 1.0]),
-    ],
-)
-def test_learning_rate(schedule: str, expected: list[float]) -> None:
-    rate = learning_rate(2.0, steps=6, warmup=2, schedule=schedule)
-    assert [rate(step) / 2 for step in range(6)] == pytest.approx(expected)
-    assert learning_rate(2.0, 1, 0, schedule)(0) == 2.0
+@pytest.mark.parametrize("warmup", [0, 1, 4, 13])
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_learning_rate_is_that_of_transformers(schedule: str, warmup: int) -> None:
+    name = {"constant": "constant_with_warmup"}.get(schedule, schedule)
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=2.0)
+    theirs = get_scheduler(name, optimizer, num_warmup_steps=warmup, num_training_steps=13)
+    ours = learning_rate(2.0, steps=13, warmup=warmup, schedule=schedule)
+    for step in range(13):
+        assert ours(step) == pytest.approx(theirs.get_last_lr()[0], rel=1e-12, abs=1e-15), step  # the same sums
+        optimizer.step()
+        theirs.step()
+
+
+def test_warm_up_is_a_twentieth_and_no_longer_than_the_run() -> None:
+    assert [warm_up(steps, None) for steps in (1, 19, 20, 400)] == [0, 0, 1, 20]
+    assert (warm_up(8, 0), warm_up(8, 3), warm_up(8, 100)) == (0, 3, 8)
 
 
 def loop(loss: Callable[[Any], torch.Tensor], parameter: torch.nn.Parameter, **more: Any) -> list[Step]:

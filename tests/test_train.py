@@ -426,10 +426,14 @@ def test_bad_options(
 
 
 def test_a_checkpoint_that_was_edited(tmp_path: Path) -> None:
-    (tmp_path / state.STATE).write_text(json.dumps({"format_version": 1, "step": "7", "settings": {}}))
     optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))])
-    with pytest.raises(CheckpointError, match=r"state\.json: has no usable step, log; start anew with --overwrite"):
-        state.load_state(tmp_path, {}, optimizer, {})
+    for version, message in (
+        (state.FORMAT_VERSION, "has no usable step, log; start anew with --overwrite"),
+        (1, "format_version is 1, not 2: another version of diablo-export began this run"),  # its warm-up was another
+    ):
+        (tmp_path / state.STATE).write_text(json.dumps({"format_version": version, "step": "7", "settings": {}}))
+        with pytest.raises(CheckpointError, match=rf"state\.json: {message}"):
+            state.load_state(tmp_path, {}, optimizer, {})
 
 
 @pytest.mark.parametrize("kept", [False, True])

@@ -97,12 +97,20 @@ def train_loop(
         after_step(Step(step + 1, total, rate(step), norm, tokens, time.perf_counter() - began))
 
 
+def warm_up(steps: int, given: int | None) -> int:
+    """How many of a run's steps warm up: as many as given, or a twentieth."""
+    return steps // 20 if given is None else min(steps, given)
+
+
 def learning_rate(lr: float, steps: int, warmup: int, schedule: str) -> Callable[[int], float]:
-    """The learning rate of each step: rising over `warmup` steps to `lr`, then falling to zero (or constant)."""
+    """The learning rate of each step: rising from 0 over `warmup` steps to `lr`, then falling to zero (or constant).
+
+    The same numbers as transformers' get_<schedule>_schedule_with_warmup.
+    """
 
     def rate(step: int) -> float:
         if step < warmup:
-            return lr * (step + 1) / warmup
+            return lr * step / warmup
         left = (steps - step) / max(steps - warmup, 1)  # 1 at the end of warm-up, 0 after the last step
         return lr * {"linear": left, "cosine": (1 - math.cos(math.pi * left)) / 2, "constant": 1.0}[schedule]
 

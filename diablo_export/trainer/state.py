@@ -20,7 +20,7 @@ from diablo_export.output import new_folder
 from diablo_export.trainer.processes import placed_like, whole
 
 CHECKPOINT, TENSORS, STATE = "checkpoint", "state.safetensors", "state.json"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 1: warm-up was a step ahead, so that such a run would not go on to its own weights
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 _KINDS = {"step": int, "settings": dict, "log": list}
 
@@ -81,7 +81,8 @@ def load_state(
     state = read_json(folder / STATE)
     if state.get("format_version") != FORMAT_VERSION:
         raise CheckpointError(
-            f"{folder / STATE}: format_version is {state.get('format_version')!r}, not {FORMAT_VERSION}"
+            f"{folder / STATE}: format_version is {state.get('format_version')!r}, not {FORMAT_VERSION}: another version "
+            "of diablo-export began this run; go on with that one, or start anew with --overwrite"
         )
     broken = [name for name, kind in _KINDS.items() if not isinstance(state.get(name), kind)]
     if broken:

@@ -27,7 +27,7 @@ from diablo_export.trainer.history import write_log
 from diablo_export.trainer.options import check_options, choose_device
 from diablo_export.trainer.packed_base import is_packed
 from diablo_export.trainer.prepare import open_base
-from diablo_export.trainer.state import check_settings
+from diablo_export.trainer.state import FORMAT_VERSION, check_settings
 from diablo_export.trainer.sweep_report import draw, label, table
 from diablo_export.trainer.workers import run_all
 
@@ -103,7 +103,7 @@ def sweep(
     wanted = cells(methods, lr, num_blocks, sets, seeds, with_base=task == "causal-lm")
     grid = {*_KEY, "methods", "seeds", "output", "jobs", "device", "resume", "overwrite"}
     shared = {name: value for name, value in options.items() if name not in grid}
-    settings = shared | {"model": str(model), "data": file_sha256(Path(data))}
+    settings = shared | {"format_version": FORMAT_VERSION, "model": str(model), "data": file_sha256(Path(data))}
     settings["base"] = _base_digest(Checkpoint.open(model))
     settings["eval_data"] = file_sha256(Path(eval_data)) if eval_data else None
 

@@ -29,7 +29,7 @@ from diablo_export.trainer.history import LOG, PICTURE, History, draw, write_log
 from diablo_export.trainer.initial import begin
 from diablo_export.trainer.layer import diablo_layers
 from diablo_export.trainer.learner import Learner, owners, put_blocks
-from diablo_export.trainer.loop import learning_rate, train_loop
+from diablo_export.trainer.loop import learning_rate, train_loop, warm_up
 from diablo_export.trainer.model import checkpoint_activations
 from diablo_export.trainer.objective import Objective
 from diablo_export.trainer.on_grid import hardening, lay_base, settle
@@ -190,7 +190,7 @@ def train(
     objective = Objective(network, lesson.labels is not None, lesson.pad, place, autocast, processes)
     batches = Batches(lesson.items, batch_size, grad_accumulation, seed)
     steps = max_steps or math.ceil(epochs * batches.steps_per_epoch)
-    warmup = math.ceil(steps / 20) if warmup_steps is None else min(steps, warmup_steps)
+    warmup = warm_up(steps, warmup_steps)
     options |= {"num_blocks": learner.num_blocks, "steps": steps, "warmup_steps": warmup}
     settings = _settings(options, learner, lesson, grid, given, autocast)
     start, records = 0, list[dict[str, Any]]()

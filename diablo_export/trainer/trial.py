@@ -18,7 +18,7 @@ from diablo_export.trainer.batches import Batches
 from diablo_export.trainer.data import Encoded
 from diablo_export.trainer.folding import fold_blocks
 from diablo_export.trainer.layer import diablo_layers
-from diablo_export.trainer.loop import Step, learning_rate, train_loop
+from diablo_export.trainer.loop import Step, learning_rate, train_loop, warm_up
 from diablo_export.trainer.model import checkpoint_activations, head_parameters, load_with_fresh
 from diablo_export.trainer.objective import Objective
 from diablo_export.trainer.options import use_bfloat16
@@ -122,7 +122,7 @@ def trial(
         return objective.evaluate(ground.held, how["batch_size"])
     assert lr is not None
     batches = Batches(ground.items, how["batch_size"], how["grad_accumulation"], seed)
-    warmup = math.ceil(ground.steps / 20) if how["warmup_steps"] is None else min(ground.steps, how["warmup_steps"])
+    warmup = warm_up(ground.steps, how["warmup_steps"])
 
     def backward() -> None:
         for part in (part for step in range(max(1, warmup)) for part in batches(step)):
