@@ -88,6 +88,11 @@ def test_text_file_is_one_document_per_paragraph(write: Callable[..., Path]) -> 
         ('{"prompt": "a", "completion": ""}', "line 2: 'completion' is empty"),
         ('{"prompt": "a"}', "line 2: has the keys 'prompt'; that is none"),
         ('{"text": "a", "messages": []}', "line 2: has the keys 'text', 'messages'; that is more than one form"),
+        ('{"text": "a", "text": "b"}', "line 2: has the key 'text' twice in one object"),
+        ('{"messages": [{"role": "user", "role": "tool", "content": "a"}]}', "line 2: has the key 'role' twice"),
+        ('{"messages": [{"role": "user", "content": "a"}], "tools": {"a": 1}}', "line 2: 'tools' is .*must be a list"),
+        ('{"messages": [{"role": "user", "content": "a"}], "tools": "[1]"}', "line 2: 'tools' is .*must be a list"),
+        ('{"messages": [{"role": "user", "content": "a"}], "tools": "a"}', "line 2: 'tools' is \"a\"; it must be"),
         ('{"messages": []}', r"line 2: 'messages' is \[\]; it must be a list of messages"),
         ('{"messages": [{"role": "user"}]}', "line 2: message 1 is .*needs a string role and content"),
         ('{"text": "a", "label": 0.5}', "line 2: 'label' is 0.5; it must be a string or an integer"),
@@ -196,6 +201,26 @@ def test_a_chat_that_the_assistant_begins(chat_tokenizer: Any) -> None:
     messages = [{"role": "assistant", "content": "sat"}, {"role": "user", "content": "cat"}]
     encoded = encode(Example(1, messages=messages), chat_tokenizer)
     assert chat_tokenizer.decode(encoded.ids[encoded.target]) == "sat</s>"
+
+
+def test_tools_go_through_the_template(chat_tokenizer: Any, write: Callable[..., Path]) -> None:
+    tools = [{"type": "function", "function": {"name": "dog", "parameters": {"type": "object"}}}]
+    call = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "dog", "arguments": {"a": 1}}}]}
+    messages = [{"role": "user", "content": "cat"}, call, {"role": "tool", "content": "mat"}]
+    file = write(*({"messages": messages, "tools": given} for given in (tools, json.dumps(tools), [], None, "")))
+    listed, text, *without = read_examples(file)
+    assert listed.tools == text.tools == tools and all(example.tools is None for example in without)
+    with pytest.raises(DataError, match='line 1 has "tools", which this tokenizer\'s chat template does not show'):
+        encode(listed, chat_tokenizer)
+    chat_tokenizer.chat_template = (
+        "{% for tool in tools or [] %}[system]{{ tool.function.name }}</s>{% endfor %}"
+        "{% for m in messages %}[{{ m.role }}]{{ m.content or m.tool_calls[0].function.name }}</s>{% endfor %}"
+        "{% if add_generation_prompt %}[assistant]{% endif %}"
+    )
+    encoded = encode(listed, chat_tokenizer)
+    assert chat_tokenizer.decode(encoded.ids) == "[system]dog</s>[user]cat</s>[assistant]dog</s>[tool]mat</s>"
+    assert chat_tokenizer.decode(encoded.ids[encoded.target]) == "dog</s>"
+    assert chat_tokenizer.decode(encode(without[0], chat_tokenizer).ids).startswith("[user]cat")
 
 
 def test_chat_without_a_usable_template_is_refused(tokenizer: Any, chat_tokenizer: Any) -> None:

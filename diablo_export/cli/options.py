@@ -80,7 +80,7 @@ _STEP_OPTIONS = (
     click.option("--grad-accumulation", type=int, default=1, help="Batches per step."),
     click.option("--max-length", type=int, help="Tokens per item or packed piece.  [default: 512 at most]"),
     click.option("--schedule", type=click.Choice(["linear", "cosine", "constant"]), default="linear"),
-    click.option("--warmup-steps", type=int, help="Steps of rising learning rate, the first at 0.  [default: a twentieth]"),
+    click.option("--warmup-steps", type=int, help="Steps of rising learning rate, from 0.  [default: a twentieth]"),
     click.option("--weight-decay", type=float, default=0.0),
     click.option("--clip", type=float, default=1.0, help="Largest norm of the gradient; 0 for none."),
 )

@@ -4,16 +4,18 @@ A file is JSON Lines in one of four forms, or plain text with one document per b
 
     {"text": …}                     loss on everything
     {"prompt": …, "completion": …}  loss on the completion
-    {"messages": [{"role": …, "content": …}, …]}  the tokenizer's chat template; loss on what the assistant says
+    {"messages": [{"role": …, "content": …}, …]}  the tokenizer's chat template, which also gets "tools" where there are
+                                    any; loss on what the assistant says
     {"text": …, "label": …}         classification; labels are strings or integers
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +37,7 @@ class Example:
     prompt: str | None = None
     completion: str | None = None
     messages: list[dict[str, Any]] | None = None
+    tools: list[dict[str, Any]] | None = None  # that the assistant may call, as JSON schemas
     label: str | int | None = None
     line: int = 0  # where it starts in its file, from 1
 
@@ -110,7 +113,7 @@ def _json_lines(path: Path, content: str) -> list[Example]:
 def _example(line: str, number: int) -> Example:
     """Raises ValueError saying what is wrong with the line."""
     try:
-        value = json.loads(line)
+        value = json.loads(line, object_pairs_hook=_object)
     except json.JSONDecodeError as error:
         raise ValueError(f"not JSON ({error.msg} at column {error.colno}): {_short(line)}") from error
     except RecursionError as error:
@@ -125,7 +128,7 @@ def _example(line: str, number: int) -> Example:
     if len(forms) > 1:
         raise ValueError(f"has the keys {', '.join(map(repr, value))}; that is more than one form")
     if forms[0] == ("messages",):
-        return Example(messages=_messages(value["messages"]), line=number)
+        return Example(messages=_messages(value["messages"]), tools=_tools(value.get("tools")), line=number)
     for key in forms[0]:
         if not isinstance(value[key], str):
             raise ValueError(f"{key!r} is a JSON {_kind(value[key])}, it must be a string: {_short(line)}")
@@ -139,16 +142,37 @@ def _example(line: str, number: int) -> Example:
     return Example(text=value["text"], label=label, line=number)
 
 
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object, of which json would take the last where a key is there twice."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"has the key {next(name for name in names if names.count(name) > 1)!r} twice in one object")
+    return found
+
+
 def _messages(value: Any) -> list[dict[str, Any]]:
     if not isinstance(value, list) or not value:
         raise ValueError(f"'messages' is {_short(json.dumps(value))}; it must be a list of messages")
     for index, message in enumerate(value):
         parts = (message.get("role"), message.get("content")) if isinstance(message, dict) else (None, None)
-        if not all(isinstance(part, str) for part in parts):
+        silent = parts[1] is None and isinstance(message, dict) and message.get("tool_calls")
+        if not (isinstance(parts[0], str) and (isinstance(parts[1], str) or silent)):
             raise ValueError(
                 f"message {index + 1} is {_short(json.dumps(message))}; it needs a string role and content"
             )
     return value
+
+
+def _tools(value: Any) -> list[dict[str, Any]] | None:
+    """The tools of a conversation, a list or, as data sets of fixed columns have it, that list as JSON text."""
+    found = value
+    if isinstance(value, str) and value:
+        with contextlib.suppress(ValueError):
+            found = json.loads(value)
+    if found and not (isinstance(found, list) and all(isinstance(tool, dict) for tool in found)):
+        raise ValueError(f"'tools' is {_short(json.dumps(value))}; it must be a list of objects, each a tool")
+    return found or None
 
 
 def _check_alike(path: Path, examples: list[Example]) -> None:
@@ -246,6 +270,12 @@ def _chat(example: Example, tokenizer: Any) -> tuple[list[int], list[bool]]:
         )
     messages = example.messages or []
     spans, full = [], _template(tokenizer, example, messages)
+    if example.tools and full == _template(tokenizer, replace(example, tools=None), messages):
+        raise DataError(
+            f'line {example.line} has "tools", which this tokenizer\'s chat template does not show to the model: it '
+            'would learn to call what it cannot see. Leave out "tools" and say them in a system message, or take a '
+            "model whose template has them"
+        )
     for index, message in enumerate(messages):
         if message["role"] == "assistant":
             through = _template(tokenizer, example, messages[: index + 1])
@@ -274,7 +304,7 @@ def _before(tokenizer: Any, example: Example, earlier: list[dict[str, Any]], thr
 
 def _template(tokenizer: Any, example: Example, messages: list[dict[str, Any]], **more: Any) -> str:
     try:
-        return str(tokenizer.apply_chat_template(messages, tokenize=False, **more))
+        return str(tokenizer.apply_chat_template(messages, tools=example.tools, tokenize=False, **more))
     except Exception as error:  # templates raise their own errors, such as for roles that do not alternate
         raise DataError(
             f"line {example.line}: the tokenizer's chat template refuses these messages: {error}"

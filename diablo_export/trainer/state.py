@@ -81,8 +81,8 @@ def load_state(
     state = read_json(folder / STATE)
     if state.get("format_version") != FORMAT_VERSION:
         raise CheckpointError(
-            f"{folder / STATE}: format_version is {state.get('format_version')!r}, not {FORMAT_VERSION}: another version "
-            "of diablo-export began this run; go on with that one, or start anew with --overwrite"
+            f"{folder / STATE}: format_version is {state.get('format_version')!r}, not {FORMAT_VERSION}: another "
+            "version of diablo-export began this run; go on with that one, or start anew with --overwrite"
         )
     broken = [name for name, kind in _KINDS.items() if not isinstance(state.get(name), kind)]
     if broken:
