@@ -12,6 +12,8 @@ import onnx_ir as ir
 
 from diablo_export.errors import InputError
 
+_TEXT = ("name", "op_type", "domain", "overload", "doc_string", "producer_name", "producer_version")
+
 
 class _Linked(ir.ExternalTensor):
     """External data at a path that is not looked into further; it is written down as relative as it was."""
@@ -33,15 +35,34 @@ def load(file: Path) -> ir.Model:
     """Read a graph.
 
     Raises:
-        InputError: external data that the graph looks for outside of its own folder.
+        InputError: external data that the graph looks for outside of its own folder, or text that is not UTF-8.
     """
     model = ir.load(file)
+    _refuse_bytes(file, model)
     for graph in model.graphs():
         for value in graph.initializers.values():
             tensor = value.const_value
             if isinstance(tensor, ir.ExternalTensor):
                 value.const_value = _Linked(tensor, _inside(file, Path(tensor.location)))
     return model
+
+
+def _refuse_bytes(file: Path, model: ir.Model) -> None:
+    """Refuse text that is not UTF-8: protobuf reads it as bytes, and would not write it again."""
+    graphs, functions = list(model.graphs()), list(model.functions.values())
+    nodes = [node for part in (model.graph, *functions) for node in part.all_nodes()]
+    values = [value for part in (*graphs, *functions) for value in part.inputs]
+    values += [value for graph in graphs for value in graph.initializers.values()]
+    values += [value for node in nodes for value in node.outputs]
+    for part in (model, *graphs, *functions, *nodes, *values):
+        named = {field: getattr(part, field, None) for field in _TEXT}
+        said = [*named.items(), *(("metadata_props", text) for pair in part.metadata_props.items() for text in pair)]
+        for field, text in said:
+            if isinstance(text, bytes):
+                raise InputError(
+                    f"{file}: the {field} {text!r} of a {type(part).__name__.lower()} is not UTF-8, as ONNX wants it; "
+                    "export the model again with plain names"
+                )
 
 
 def _inside(file: Path, location: Path) -> Path:

@@ -72,6 +72,7 @@ def test_of_several_that_replace_others_all_are_written_or_none(
     large = Adapter.load(third)
     for module in large.modules.values():
         module.blocks[:] = 1e6  # above float16's largest, 65504
+    (tmp_path / "large").mkdir()
     large.save(tmp_path / "large")
     before = {path: file_sha256(path) for path in out.rglob("*") if path.is_file()}
     with pytest.raises(AdapterError, match="large: values too large for float16"):

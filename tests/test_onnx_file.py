@@ -8,10 +8,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import onnx_ir as ir
 import pytest
 
 from diablo_export.converters.merge import merge
 from diablo_export.converters.onnx_file import find
+from diablo_export.errors import InputError
 from diablo_export.patch import apply, create
 from tests.onnx_runs import runner
 
@@ -98,3 +100,16 @@ def test_a_patch_keeps_the_name_that_a_device_knows(named: Path, tiny_adapter: G
     assert not (named / "model.onnx").exists()
     assert np.array_equal(runner(named / "tiny-cpu-int4.onnx")(), runner(tmp_path / "out/model.onnx")())
     genai.Model(str(named))
+
+
+@pytest.mark.parametrize("where", ["node", "graph", "metadata"])
+def test_text_that_is_not_utf_8_is_refused_before_any_work(where: str, tmp_path: Path) -> None:
+    x = ir.val("x", ir.DataType.FLOAT, (1, 4))
+    weight = ir.Value(name="w", const_value=ir.tensor(np.eye(4, dtype=np.float32), name="w"))
+    node = ir.node("MatMul", [x, weight], name="the node")
+    graph = ir.Graph([x], node.outputs, nodes=[node], initializers=[weight], opset_imports={"": 17}, name="the graph")
+    file = tmp_path / "model.onnx"
+    ir.save(ir.Model(graph, ir_version=10, metadata_props={"the metadata": "said"}), file)
+    file.write_bytes(file.read_bytes().replace(f"the {where}".encode(), f"the {where}".encode()[:-1] + b"\xff"))
+    with pytest.raises(InputError, match=rf"model\.onnx: the .*b'the {where[:-1]}\\xff'.* is not UTF-8"):
+        find(file)
