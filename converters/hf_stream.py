@@ -21,6 +21,7 @@ from diablo_export.adapter import AdaptedModule
 from diablo_export.blockdiag import Array
 from diablo_export.checkpoint import DTYPE_NAMES, DTYPES, TensorInfo, fill
 from diablo_export.converters.direct_write import DirectWriter, direct_writer
+from diablo_export.converters.rounding import Kept
 from diablo_export.errors import AdapterError, CheckpointError
 from diablo_export.manifest import file_xxh3
 
@@ -161,7 +162,7 @@ class _Adding:
         # (block, row of the block, column of the block), as stored
         self.blocks = module.blocks if part.transposed else module.blocks.transpose(0, 2, 1)
         self.row = 0
-        self.left = self.wanted = 0.0
+        self.kept = Kept()
         self.digest: Any = None
         self.known: bool | None = None
         mark = module.fingerprint
@@ -196,20 +197,19 @@ class _Adding:
             before: Array = target.astype(wide)
             with np.errstate(over="ignore"):  # an overflow is an error of its own, see gain
                 target[...] = (before + wanted).astype(rows.dtype)
-            self.left += float(np.vdot(target.astype(wide) - before, wanted))
-            self.wanted += float(np.vdot(wanted, wanted))
+            self.kept.add(before, target.astype(wide), wanted)
         self.row = stop
 
     def gain(self) -> float:
-        """<what was added after rounding, blocks> / <blocks, blocks>: 1 when rounding took nothing.
+        """`Kept.gain`.
 
         Raises:
             AdapterError: base plus blocks is more than the dtype holds.
         """
-        if not np.isfinite(self.left):
+        if not np.isfinite(self.kept.left):
             name, dtype = self.module.name, self.part.dtype
             raise AdapterError(f"{name}: base plus blocks overflows {dtype}; merge into a float32 copy of the base")
-        return self.left / self.wanted if self.wanted else 1.0
+        return self.kept.gain
 
 
 def given(name: str, value: Array) -> Part:

@@ -11,6 +11,7 @@ from diablo_export.algorithms import ALGORITHMS, Algorithm
 from diablo_export.checkpoint import Checkpoint
 from diablo_export.converters import merge_method, onnx_file
 from diablo_export.converters.base import hashing
+from diablo_export.converters.rounding import lossy, warn_of_rounding
 from diablo_export.converters.sizes import check_options, checkpoint_bytes, onnx_bytes
 from diablo_export.converters.trained_grid import numbers, output_grid, warn_of_another, warn_of_nothing
 from diablo_export.errors import AdapterError, ExportError, InputError
@@ -248,7 +249,10 @@ def _to_onnx(
     more: dict[str, Any] = {"hashes": built.hashes, "exporter": built.exporter, "reason": built.reason}
     if plain and not on_grid:
         entry = {"action": "merged", "why": _why(laid["quantize"])}
-        return [{"name": name, **built.modules[name], **entry} for name in adapter.modules], more
+        modules = [{"name": name, **built.modules[name], **entry} for name in adapter.modules]
+        way = "take --precision fp32, or keep the blocks as a branch: diablo-export export"
+        warn_of_rounding(lossy(modules), "float16", way)
+        return modules, more
     more["hashes"] = {}
     if plain:
         from diablo_export.converters.onnx_merge import onnx_merge

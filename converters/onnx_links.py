@@ -49,12 +49,12 @@ def load(file: Path) -> ir.Model:
 
 def _refuse_bytes(file: Path, model: ir.Model) -> None:
     """Refuse text that is not UTF-8: protobuf reads it as bytes, and would not write it again."""
-    graphs, functions = list(model.graphs()), list(model.functions.values())
-    nodes = [node for part in (model.graph, *functions) for node in part.all_nodes()]
-    values = [value for part in (*graphs, *functions) for value in part.inputs]
-    values += [value for graph in graphs for value in graph.initializers.values()]
+    graphs: list[ir.Graph | ir.Function] = [*model.graphs(), *model.functions.values()]
+    nodes = [node for graph in graphs for node in graph]
+    values = [value for graph in graphs for value in graph.inputs]
+    values += [value for graph in model.graphs() for value in graph.initializers.values()]
     values += [value for node in nodes for value in node.outputs]
-    for part in (model, *graphs, *functions, *nodes, *values):
+    for part in (model, *graphs, *nodes, *values):
         named = {field: getattr(part, field, None) for field in _TEXT}
         said = [*named.items(), *(("metadata_props", text) for pair in part.metadata_props.items() for text in pair)]
         for field, text in said:

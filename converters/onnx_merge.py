@@ -22,7 +22,7 @@ from diablo_export.converters.onnx_head import feed_parameters
 from diablo_export.converters.onnx_linears import Linear
 from diablo_export.converters.onnx_match import Match, match
 from diablo_export.converters.onnx_stored import Held, keep, writable
-from diablo_export.converters.rounding import lossy, warn_of_rounding
+from diablo_export.converters.rounding import Kept, lossy, warn_of_rounding
 from diablo_export.errors import AdapterError, ExportError
 from diablo_export.requantize import nearest, rounded, whole_steps
 
@@ -125,15 +125,12 @@ def _merge(one: Match, folder: Path, on_grid: bool, held: Held | None) -> dict[s
 
 
 def add(one: Match, folder: Path, held: Held | None = None) -> float:
-    """Add the blocks to a module's float weight: exact, but for its dtype.
-
-    Returns:
-        <what was added after rounding, blocks> / <blocks, blocks>: 1 where rounding took nothing.
+    """Add the blocks to a module's float weight: exact, but for its dtype; returns `Kept.gain`.
 
     Raises:
         AdapterError: base plus blocks is more than the dtype holds.
     """
-    left = wanted = 0.0
+    kept = Kept()
     for linear, found in corners(one):
         stored = writable(linear.weight, folder, held)
         weight = stored.T if linear.transposed else stored  # (out, in), a view
@@ -149,10 +146,9 @@ def add(one: Match, folder: Path, held: Held | None = None) -> float:
                     f"{linear.name}; merge into a float32 model, or keep the blocks as a branch: diablo-export export"
                 )
             weight[corner.rows, corner.columns] = total
-            left += float(np.vdot(total.astype(wide) - before, delta))
-            wanted += float(np.vdot(delta, delta))
+            kept.add(before, total.astype(wide), delta)
         keep(linear.weight, stored)
-    return left / wanted if wanted else 1.0
+    return kept.gain
 
 
 def warn_of_type(entries: Iterable[Mapping[str, Any]]) -> None:

@@ -6,6 +6,7 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -44,18 +45,30 @@ def test_json_is_the_manifest(run: Run, tiny_model: Get, tiny_adapter: Get, tmp_
     assert manifest["format"] == "hf"
 
 
-def test_a_merge_that_rounding_took_away(run: Run, tiny_model: Get, tiny_adapter: Get, tmp_path: Path) -> None:
-    base = rewrite(tiny_model("llama"), tmp_path / "base", lambda n, v: (n, v.astype(ml_dtypes.bfloat16)))
+@pytest.mark.parametrize(
+    ("options", "dtype", "name"),
+    [
+        ([], ml_dtypes.bfloat16, "model.safetensors"),
+        (["--format", "onnx", "--precision", "fp16"], np.float16, "model.onnx"),
+    ],
+)
+def test_a_merge_that_rounding_took_away(
+    options: list[str], dtype: Any, name: str, run: Run, tiny_model: Get, tiny_adapter: Get, tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    base = rewrite(tiny_model("llama"), tmp_path / "base", lambda n, v: (n, v.astype(dtype)))
     whole = remark(Adapter.load(tiny_adapter("llama")), base)
     for scale, exit_code in ((1e-6, 1), (1, 0)):
         blocks = {n: dataclasses.replace(m, blocks=m.blocks * np.float32(scale)) for n, m in whole.modules.items()}
         adapter = tmp_path / f"adapter-{exit_code}"
         adapter.mkdir()
         dataclasses.replace(whole, modules=blocks).save(adapter)
-        result = run("merge", "-m", base, "-a", adapter, "-o", tmp_path / f"out-{exit_code}")
+        result = run("merge", "-m", base, "-a", adapter, "-o", tmp_path / f"out-{exit_code}", *options)
         assert result.exit_code == exit_code, result.output
         assert ("took more than half of the blocks of 14 of 14 modules" in result.output) == bool(exit_code)
-        assert (tmp_path / f"out-{exit_code}/model.safetensors").is_file()
+        assert (tmp_path / f"out-{exit_code}" / name).is_file()
+        assert ("q_proj keeps 0%" in caplog.text or "k_proj keeps 0%" in caplog.text) == bool(exit_code)
+        caplog.clear()
 
 
 def test_help_has_an_example(run: Run) -> None:

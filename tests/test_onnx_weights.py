@@ -8,10 +8,11 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from diablo_export.blockdiag import Array, add_to_weight
+from diablo_export.blockdiag import Array, add_to_weight, dense
 from diablo_export.checkpoint import DTYPE_NAMES, TensorInfo, read_header, write_safetensors
 from diablo_export.converters import onnx_weights
 from diablo_export.converters.onnx_weights import Job, Source, float_job, quantized_job, write
+from diablo_export.converters.rounding import gain_in
 from diablo_export.errors import AdapterError, CheckpointError
 from diablo_export.quantization import Quantized, dequantize, quantize
 
@@ -147,3 +148,15 @@ def test_truncated_checkpoint_stops_the_write(tmp_path: Path) -> None:
     target = initializer("w", ir.DataType.FLOAT, (64, 64))
     with pytest.raises(CheckpointError, match="ends inside tensor 'w'"):
         write(tmp_path, [float_job(target, Source(info), transposed=False)])
+
+
+@pytest.mark.parametrize("scale", [1e-5, 1e-3, 1.0])
+def test_what_float16_leaves_of_blocks(scale: float) -> None:
+    random = np.random.default_rng(0)
+    weight = random.normal(size=(10, 7)).astype(np.float32)
+    blocks = (random.normal(size=(4, 2, 3)) * scale).astype(np.float32)  # padded: 8 × 12 over 7 × 10
+    delta = dense(blocks, 7, 10).T
+    with_blocks, without = ((weight + by * delta).astype(np.float16).astype(np.float64) for by in (1, 0))
+    wanted = float(np.vdot(with_blocks - without, delta) / np.vdot(delta, delta))
+    assert gain_in(np.float16, weight, blocks) == pytest.approx(wanted, rel=1e-6)  # sums of float32
+    assert gain_in(np.float16, weight, np.zeros_like(blocks)) == 1
