@@ -17,6 +17,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tokenizers.processors import TemplateProcessing
+from transformers import AutoTokenizer, BartConfig, BartForSequenceClassification
 
 from diablo_export.adapter import Adapter
 from diablo_export.checkpoint import Checkpoint
@@ -518,6 +520,32 @@ def test_models_that_see_what_they_are_to_predict_are_no_language_models(
     tiny.make_tokenizer(tmp_path / "m")
     with pytest.raises(CheckpointError, match="its answer for a token changes with the tokens behind it"):
         train(tmp_path / "m", folder / "text.jsonl", tmp_path / "a", **RUN)
+
+
+def test_classifiers_at_the_end_token_want_one_in_every_text(tmp_path: Path) -> None:
+    config = BartConfig(
+        vocab_size=320, d_model=32, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2,
+        decoder_attention_heads=2, encoder_ffn_dim=32, decoder_ffn_dim=32, max_position_embeddings=64, pad_token_id=0,
+        bos_token_id=1, eos_token_id=2, decoder_start_token_id=2, forced_eos_token_id=2, num_labels=2,
+    )  # fmt: skip
+    base, data = tmp_path / "bart", tmp_path / "labels.jsonl"
+    BartForSequenceClassification(config).save_pretrained(base)
+    tiny.make_tokenizer(base)
+    run: dict[str, Any] = {"task": "text-classification", "num_blocks": 4, "max_steps": 1, "batch_size": 2}
+
+    def write(*texts: str) -> None:
+        data.write_text("".join(json.dumps({"text": text, "label": n % 2}) + "\n" for n, text in enumerate(texts)))
+
+    write("the cat", "the dog sat")
+    with pytest.raises(DataError, match=r"bart: classifies at the token '</s>', .*line 1 has 0: let its tokenizer add"):
+        train(base, data, tmp_path / "a", **run)
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 2)])
+    tokenizer.save_pretrained(base)
+    train(base, data, tmp_path / "a", **run)
+    write("the cat", "the </s> dog")
+    with pytest.raises(DataError, match="line 2 has 2: take that out of the text"):
+        train(base, data, tmp_path / "b", **run)
 
 
 def test_cuda_asked_for_and_absent(tiny_model: Callable[[str], Path], folder: Path, tmp_path: Path) -> None:

@@ -78,6 +78,8 @@ def prepare(
         if classes is None:
             _refuse_labels(others, eval_data, task)
         held = encode_file(eval_data, others, **how)
+    if classes is not None and getattr(network.config, "is_encoder_decoder", False):
+        _check_ends(network.config.eos_token_id, [*items, *held], checkpoint, tokenizer)
     head = [] if labels is None else head_parameters(network, fresh)
     return Lesson(network, dtype, head, labels, tokenizer.pad_token_id or 0, max_length, items, held)
 
@@ -136,6 +138,21 @@ def known_classes(
 def _refuse_labels(examples: list[Example], data: str | Path, task: str) -> None:
     if examples[0].label is not None:
         raise DataError(f"{data}: has labels, which --task {task} does not learn; give --task text-classification")
+
+
+def _check_ends(end: int, items: list[Encoded], checkpoint: Checkpoint, tokenizer: Any) -> None:
+    """Encoders with a decoder (BART, T5) classify at the last end token, and want as many of them in every text.
+
+    Raises:
+        DataError: a text that has none, or several.
+    """
+    for item in items:
+        if (count := int((item.ids == end).sum())) != 1:
+            why = "let its tokenizer add that to every text" if count == 0 else "take that out of the text"
+            raise DataError(
+                f"{checkpoint.folder}: classifies at the token {tokenizer.decode([end])!r}, of which every text must "
+                f"have one; line {item.line} has {count}: {why}"
+            )
 
 
 def base_dtype(checkpoint: Checkpoint, autocast: bool) -> str:
