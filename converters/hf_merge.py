@@ -26,7 +26,7 @@ from diablo_export.converters.hf_skeleton import skeleton
 from diablo_export.converters.hf_stream import Part, given, write_parts
 from diablo_export.converters.rounding import lossy, warn_of_rounding
 from diablo_export.errors import CheckpointError
-from diablo_export.packed.modules import check_base, refuse_unreadable
+from diablo_export.packed.modules import check_base, refuse_unreadable, warn_of_others
 
 THREADS = 4  # files written side by side: while one waits for the disk another computes
 _FLOATS = ("F64", "F32", "F16", "BF16")
@@ -83,6 +83,7 @@ def hf_merge(model: str | Path, adapter: Adapter, folder: Path, method: str = "r
         raise
     entries = [entry for name in files for entry in modules[name]] + [_entry(one) for one in packed.values()]
     write_index(checkpoint, {file: {p.name: _nbytes(p) for p in parts} for file, parts in files.items()}, folder)
+    warn_of_others(adapter, [one.very for one in packed.values()])
     lost = lossy(entries)
     warn_of_rounding(lost, "the dtype or grid of the checkpoint", _instead(lost))
     written, base = ({name: pair[side] for name, pair in hashes.items()} for side in (0, 1))

@@ -12,7 +12,7 @@ from diablo_export.adapter import AdaptedModule, Adapter
 from diablo_export.blockdiag import Array
 from diablo_export.checkpoint import Checkpoint
 from diablo_export.packed.grid import Change
-from diablo_export.packed.modules import Stored, likeness_fault, stored
+from diablo_export.packed.modules import Stored, is_very, likeness_fault, stored
 
 
 @dataclass
@@ -23,6 +23,7 @@ class PackedModule:
     stored: Stored
     method: str
     change: Change | None = None  # once it is merged
+    very: bool = True  # and not only like the weight that the blocks were trained beside; likewise
     _made: dict[str, Array] = field(default_factory=dict)
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
@@ -48,6 +49,7 @@ class PackedModule:
         grid = self.stored.unpacked(tensors)
         if likeness_fault(self.module, grid):
             raise WrongBaseError(self.module.name)
+        self.very = is_very(self.module, grid)
         merged, self.change = grid.with_blocks(self.module, self.method)
         self._made = self.stored.codec.packed(merged, tensors, self.stored.config)
 

@@ -115,13 +115,13 @@ def _checkpoint(folder: Path, adapter: str | Path | None) -> Report:
     config = checkpoint.config
     quantized = all_stored(checkpoint)
     groups = _linear_groups(checkpoint, quantized)
-    quantization = config.get("quantization_config") or {}
+    quantization = config.get("quantization_config")
     report: Report = {
         "kind": "Hugging Face checkpoint",
         "path": str(folder),
         "model_type": config.get("model_type"),
         "architectures": config.get("architectures"),
-        "quantized": quantization.get("quant_method") or False,
+        "quantized": (quantization.get("quant_method") if isinstance(quantization, dict) else quantization) or False,
         "files": len(checkpoint.files),
         "bytes": sum(info.nbytes for info in checkpoint),
         "parameters": sum(

@@ -25,6 +25,7 @@ from diablo_export.converters.onnx_trial import try_graph
 from diablo_export.converters.onnx_weights import DATA
 from diablo_export.converters.packed_view import float_view
 from diablo_export.errors import DependencyError, ExportError, InputError, require
+from diablo_export.packed.modules import refuse_unreadable
 from diablo_export.quantization import check_layout
 
 PRECISIONS = ("fp32", "fp16")
@@ -165,12 +166,12 @@ def check_float(checkpoint: Checkpoint) -> None:
     Raises:
         ExportError: it is; names the format.
     """
-    method = (checkpoint.config.get("quantization_config") or {}).get("quant_method")
-    if method:
+    refuse_unreadable(checkpoint)
+    if quantization := checkpoint.config.get("quantization_config"):
         raise ExportError(
-            f"{checkpoint.folder}: its weights are quantized already ({method}): export keeps their codes without "
-            "--quantize, merge without --quantize and --format writes them back; else give the float model, or an ONNX "
-            "model whose weights are int4"
+            f"{checkpoint.folder}: its weights are quantized already ({quantization['quant_method']}): export keeps "
+            "their codes without --quantize, merge without --quantize and --format writes them back; else give the "
+            "float model, or an ONNX model whose weights are int4"
         )
 
 

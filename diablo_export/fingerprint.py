@@ -61,8 +61,12 @@ class Fingerprint:
         """
         if DTYPE_NAMES.get(weight.dtype) == self.dtype:
             return _hash(weight) == self.xxh3_128
+        return self.agrees(sample(weight))
+
+    def agrees(self, samples: npt.NDArray[np.float32]) -> bool:
+        """Whether another weight's samples are these, but for a rounding to another float dtype."""
         # bfloat16 keeps 8 bits: one rounding is at most 2⁻⁸ of the value
-        return bool(np.allclose(sample(weight), self.samples, rtol=2**-8, atol=1e-7))
+        return bool(np.allclose(samples, self.samples, rtol=2**-8, atol=1e-7))
 
     def similarity(self, samples: npt.NDArray[np.float32]) -> float:
         """Cosine between these samples and another weight's; see SAME_WEIGHT."""

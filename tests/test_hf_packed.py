@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -16,12 +17,13 @@ from safetensors.numpy import load_file, save_file
 
 from diablo_export.adapter import AdaptedModule, Adapter
 from diablo_export.blockdiag import Array, add_to_weight
-from diablo_export.checkpoint import read_header
+from diablo_export.checkpoint import Checkpoint, read_header
 from diablo_export.converters.hf_merge import hf_merge
 from diablo_export.converters.merge import merge
 from diablo_export.errors import AdapterError, CheckpointError, InputError
 from diablo_export.fingerprint import fingerprint
 from diablo_export.packed import bnb
+from diablo_export.packed.modules import all_stored
 from tests import packed
 
 Get = Callable[[str], Path]
@@ -183,6 +185,7 @@ def test_other_sizes_are_refused(quantized: Get, tiny_adapter: Get, tmp_path: Pa
     [
         ({"quant_method": "fp8"}, "quantized with fp8, where gptq, awq, compressed-tensors, bitsandbytes can be"),
         ({"quant_method": "gptq", "bits": 3}, "quantized with GPTQ in 3 bits, where 2, 4 and 8 can"),
+        ({"quant_method": "gptq", "bits": "4"}, "quantized with GPTQ in '4' bits, where 2, 4 and 8 can"),
         ({"quant_method": "gptq", "checkpoint_format": "marlin"}, "with GPTQ in the checkpoint_format 'marlin'"),
         ({"quant_method": "awq", "version": "gemv"}, 'quantized with AWQ in 4 bits, version "gemv"'),
         ({"quant_method": "bitsandbytes", "load_in_8bit": True}, "bitsandbytes in 8 bits"),
@@ -231,6 +234,74 @@ def test_tensors_that_do_not_fit_together(
     with pytest.raises(InputError, match=r"layers\.0\.mlp\.up_proj: (.*do not fit together|inputs of the groups)"):
         merge(model, tiny_adapter("llama"), tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "tensor", "change", "why"),
+    [
+        ("gptq", "scales", lambda value: value * np.float16(np.inf), "of its 192 scales, 192 are NaN or infinite"),
+        ("nf4", "weight.absmax", lambda value: value * np.nan, "of its 96 scales, 96 are NaN or infinite"),
+        ("awq", "qzeros", lambda value: value.view(np.int16), "qzeros holds integers of int16, where int32 can be"),
+        (
+            "gptq",
+            "qweight",
+            lambda value: value[::2].astype(np.int64),
+            "qweight holds integers of int64, where int32 can be",
+        ),
+        ("gptq-act-order", "g_idx", lambda value: None, 'has no g_idx, and the config says "desc_act": true'),
+    ],
+)
+def test_values_that_make_no_weight(
+    name: str, tensor: str, change: Callable[[Array], Array | None], why: str, quantized: Get, tiny_adapter: Get,
+    tmp_path: Path,
+) -> None:  # fmt: skip
+    model = shutil.copytree(quantized(name), tmp_path / "model")
+    tensors, broken = load_file(model / "model.safetensors"), f"model.layers.0.mlp.up_proj.{tensor}"
+    changed = change(tensors.pop(broken))
+    if changed is not None:
+        tensors[broken] = np.ascontiguousarray(changed)
+    save_file(tensors, model / "model.safetensors")
+    with pytest.raises(CheckpointError, match=rf"layers\.0\.mlp\.up_proj: .*{why}"):
+        merge(model, tiny_adapter("llama"), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("said", "why"),
+    [
+        (None, r"has no quantization_config, and model\.layers\.0\.mlp\.down_proj\.qweight holds codes"),
+        ([1], r"quantization_config is \[1\], and must be an object"),
+    ],
+)
+def test_a_config_that_does_not_say_how_weights_are_quantized(
+    said: object, why: str, quantized: Get, tiny_adapter: Get, tmp_path: Path, run: Callable[..., Result]
+) -> None:
+    model = shutil.copytree(quantized("gptq"), tmp_path / "model")
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"quantization_config": said}))
+    with pytest.raises(CheckpointError, match=why):
+        merge(model, tiny_adapter("llama"), tmp_path / "out")
+    looked = json.loads(run("inspect", model, "--adapter", tiny_adapter("llama"), "--json").stdout)
+    assert not looked["fits"] and re.search(why, str(looked["faults"]))
+
+
+def test_an_adapter_of_another_quantization_is_merged_with_a_word(
+    quantized: Get, tiny_adapter: Get, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    adapter = Adapter.load(tiny_adapter("llama"))  # of the float model
+    grids = {one.name: one.unpacked() for one in all_stored(Checkpoint.open(quantized("awq")))}
+    beside = {name: replace(m, fingerprint=fingerprint(grids[name].values())) for name, m in adapter.modules.items()}
+    for number, (modules, kind, warned) in enumerate([
+        (beside, "awq", False),
+        (beside, "gptq", True),
+        (beside, "nf4", True),
+        (adapter.modules, "awq", True),
+    ]):
+        caplog.clear()
+        (tmp_path / str(number)).mkdir()
+        with caplog.at_level("WARNING", "diablo_export"):
+            hf_merge(quantized(kind), replace(adapter, modules=modules), tmp_path / str(number))
+        assert ("14 of 14 adapted weights are not the very ones" in caplog.text) == warned, kind
 
 
 def test_zero_points_that_programs_read_in_two_ways(tiny_model: Get, tiny_adapter: Get, tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ import numpy as np
 
 from diablo_export.blockdiag import Array
 from diablo_export.checkpoint import TensorInfo
-from diablo_export.packed.grid import PackedGrid
+from diablo_export.packed.grid import PackedGrid, check_words
 from diablo_export.quantization import Codes, pack, unpack
 
 MARK = "qweight"
@@ -43,6 +43,7 @@ def sizes(infos: Mapping[str, TensorInfo], config: Mapping[str, Any]) -> tuple[i
 
 def unpacked(tensors: Mapping[str, Array], config: Mapping[str, Any]) -> PackedGrid:
     """The grid of one module."""
+    check_words(tensors)
     codes, zeros = (_outputs(tensors[name]) for name in ("qweight", "qzeros"))
     inputs, groups = len(codes), len(zeros)
     scales = tensors["scales"]

@@ -25,7 +25,7 @@ from diablo_export.adapter import AdaptedModule
 from diablo_export.blockdiag import Array
 from diablo_export.checkpoint import TensorInfo
 from diablo_export.errors import CheckpointError
-from diablo_export.packed.grid import Change, Index
+from diablo_export.packed.grid import Change, Index, check_scales
 from diablo_export.quantization import Codes, Float32, pack, unpack
 
 MARK = "weight.quant_map"
@@ -171,7 +171,7 @@ def unpacked(tensors: Mapping[str, Array], config: Mapping[str, Any]) -> LookedU
     """The codes, scales and table of one module.
 
     Raises:
-        CheckpointError: not as many scales as groups.
+        CheckpointError: not as many scales as groups, or scales that are no numbers.
     """
     state = _state(tensors)
     outputs, inputs = (int(size) for size in state["shape"])
@@ -189,6 +189,7 @@ def unpacked(tensors: Mapping[str, Array], config: Mapping[str, Any]) -> LookedU
             tensors["weight.absmax"], tensors["weight.nested_quant_map"], tensors["weight.nested_absmax"],
             int(state["nested_blocksize"]), float(state["nested_offset"]),
         )  # fmt: skip
+    check_scales(absmax.values(np.arange(len(codes))))
     return LookedUp(codes, absmax, table, (outputs, inputs))
 
 

@@ -18,7 +18,7 @@ import numpy as np
 from diablo_export.blockdiag import Array
 from diablo_export.checkpoint import TensorInfo
 from diablo_export.errors import CheckpointError
-from diablo_export.packed.grid import PackedGrid
+from diablo_export.packed.grid import PackedGrid, check_words
 from diablo_export.quantization import BITS, pack, unpack
 
 MARK = "qweight"  # the tensor by which a module of this format is known
@@ -30,7 +30,7 @@ _FORMATS = {"gptq": 1, "gptq_v2": 0}  # checkpoint_format → what is taken off 
 def fault(config: Mapping[str, Any]) -> str | None:
     """Why a checkpoint of this quantization_config cannot be read, or None."""
     if config.get("bits") not in BITS:
-        return f"quantized with GPTQ in {config.get('bits')} bits, where 2, 4 and 8 can be read"
+        return f"quantized with GPTQ in {config.get('bits')!r} bits, where 2, 4 and 8 can be read"
     stored = config.get("checkpoint_format") or config.get("format") or "gptq"
     if stored not in _FORMATS:
         known = " and ".join(_FORMATS)
@@ -49,8 +49,13 @@ def unpacked(tensors: Mapping[str, Array], config: Mapping[str, Any]) -> PackedG
     """The grid of one module.
 
     Raises:
-        CheckpointError: zero points that programs read in two ways.
+        CheckpointError: zero points that programs read in two ways, an order of inputs that is lost, or other integers.
     """
+    check_words(tensors)
+    if config.get("desc_act") and "g_idx" not in tensors:
+        raise CheckpointError(
+            'has no g_idx, and the config says "desc_act": true: its inputs are in an order of their own'
+        )
     words, outputs = tensors["qweight"].shape
     inputs = len(tensors["g_idx"]) if "g_idx" in tensors else words * 32 // int(config["bits"])
     bits, less = words * 32 // inputs, _less(config)

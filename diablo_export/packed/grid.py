@@ -6,7 +6,7 @@ GPTQ's activation order makes them. Only groups that meet a block change.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -65,6 +65,30 @@ class Change:
         }
 
 
+def check_words(tensors: Mapping[str, Array]) -> None:
+    """Refuse codes and zero points in integers of another width than GPTQ's and AWQ's usual one.
+
+    Raises:
+        CheckpointError: names the tensor and its type.
+    """
+    for name in ("qweight", "qzeros"):
+        if tensors[name].dtype != np.int32:
+            raise CheckpointError(f"{name} holds integers of {tensors[name].dtype}, where int32 can be read")
+
+
+def check_scales(scales: Array) -> None:
+    """Refuse scales that make no numbers.
+
+    Raises:
+        CheckpointError: says how many do not.
+    """
+    bad = int((~np.isfinite(scales)).sum())
+    if bad:
+        raise CheckpointError(
+            f"of its {scales.size} scales, {bad} are NaN or infinite; quantize or copy the model again"
+        )
+
+
 @dataclass(frozen=True)
 class PackedGrid:
     """One unpacked weight."""
@@ -89,6 +113,7 @@ class PackedGrid:
             raise CheckpointError(
                 f"inputs of the groups {self.group_of.min()} to {self.group_of.max()}, and scales of {groups} groups"
             )
+        check_scales(self.scales)
 
     @property
     def shape(self) -> tuple[int, int]:

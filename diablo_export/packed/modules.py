@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+import json
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from types import ModuleType
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 from diablo_export.adapter import AdaptedModule, Adapter, refuse_base
 from diablo_export.blockdiag import Array
 from diablo_export.checkpoint import Checkpoint, TensorInfo
+from diablo_export.console import log
 from diablo_export.errors import CheckpointError
 from diablo_export.fingerprint import SAME_WEIGHT, positions
 from diablo_export.packed import awq, bnb, compressed, gptq
@@ -23,6 +25,9 @@ FORMATS: Mapping[str, ModuleType] = {
     "compressed-tensors": compressed,
     "bitsandbytes": bnb,
 }
+
+
+_MARKS = tuple(f".{codec.MARK}" for codec in FORMATS.values())
 
 
 @dataclass(frozen=True)
@@ -114,16 +119,33 @@ def likeness_fault(module: AdaptedModule, weight: PackedGrid | LookedUp) -> str 
     return f"has other values than the base weight (cosine of 64 samples {likeness:.2f})"
 
 
+def is_very(module: AdaptedModule, weight: PackedGrid | LookedUp) -> bool:
+    """Whether these are the values that the blocks were trained beside, and not only some like them."""
+    mark = module.fingerprint
+    return mark is None or mark.agrees(weight.values_at(*positions(*weight.shape)))
+
+
+def warn_of_others(adapter: Adapter, very: Collection[bool]) -> None:
+    """Say that an adapter meets weights that are like those of its base, and others: `is_very` of each."""
+    if not all(very):
+        log.warning(
+            "the adapter %s: %d of %d adapted weights are not the very ones that it was trained beside, but those of "
+            "its float model or of another quantization: what it learned of the errors of its own does not fit these",
+            adapter.path or "", list(very).count(False), len(adapter.modules),
+        )  # fmt: skip
+
+
 def refuse_unreadable(checkpoint: Checkpoint) -> None:
     """Refuse a quantized checkpoint that is not in a format known here, or not in the one it names; a float one passes.
 
     Raises:
-        CheckpointError: names the format and the ones that are known.
+        CheckpointError: names the format and the ones that are known; or says that config.json names none.
     """
     config = checkpoint.config.get("quantization_config")
-    if not config:
+    if not config or not isinstance(config, dict):
+        _refuse_unsaid(checkpoint, config)
         return
-    method = config.get("quant_method", "an unnamed method") if isinstance(config, dict) else "?"
+    method = config.get("quant_method", "an unnamed method")
     codec = FORMATS.get(method)
     fault = codec.fault(config) if codec else f"quantized with {method}, where {', '.join(FORMATS)} can be read"
     if codec and not fault and not all_stored(checkpoint):
@@ -132,6 +154,19 @@ def refuse_unreadable(checkpoint: Checkpoint) -> None:
         raise CheckpointError(
             f"{checkpoint.folder / 'config.json'}: {fault}; give the float model it was made from "
             "(merge --quantize int4 then quantizes base and blocks together)"
+        )
+
+
+def _refuse_unsaid(checkpoint: Checkpoint, config: object) -> None:
+    """Refuse codes without a word on how to read them: AutoGPTQ once kept it in a file of its own."""
+    codes = next((name for name in sorted(checkpoint.tensors) if name.endswith(_MARKS)), None)
+    fault = f"quantization_config is {json.dumps(config)}, and must be an object" if config else None
+    if codes and not config:
+        fault = f"has no quantization_config, and {codes} holds codes"
+    if fault:
+        raise CheckpointError(
+            f"{checkpoint.folder / 'config.json'}: {fault}; put there what quantized the model says of it (older GPTQ "
+            'models have it in quantize_config.json), with "quant_method"'
         )
 
 
@@ -145,10 +180,15 @@ def check_base(checkpoint: Checkpoint, adapter: Adapter) -> None:
     refuse_unreadable(checkpoint)
     found = {name: stored(checkpoint, name) for name in adapter.modules}
     packed = {name: one for name, one in found.items() if one is not None}
-    told = {
-        name: one.size_fault(adapter.modules[name]) or likeness_fault(adapter.modules[name], one.unpacked())
-        for name, one in packed.items()
-    }
-    refuse_base(adapter, str(checkpoint.folder), [f"{name}: {fault}" for name, fault in told.items() if fault])
+    faults, very = [], []
+    for name, one in packed.items():
+        module, fault = adapter.modules[name], one.size_fault(adapter.modules[name])
+        if fault is None:
+            weight = one.unpacked()
+            fault = likeness_fault(module, weight)
+            very.append(is_very(module, weight))
+        faults += [f"{name}: {fault}"] if fault else []
+    refuse_base(adapter, str(checkpoint.folder), faults)
     floats = {name: module for name, module in adapter.modules.items() if name not in packed}
     replace(adapter, modules=floats).check_base(checkpoint)
+    warn_of_others(adapter, very)
