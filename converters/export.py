@@ -118,7 +118,8 @@ def export(
             warn_of_another(adapters.values(), grids(linears(source.graph)))
             built = Graph("given", f"{source.file.name} is an ONNX model already", {}, {})
         else:
-            warn_of_another(adapters.values(), [numbers(quantize, group_size, asymmetric)])
+            if not source.config.get("quantization_config"):  # of that `check_base` has spoken
+                warn_of_another(adapters.values(), [numbers(quantize, group_size, asymmetric)])
             head = next(iter(adapters.values()))
             built = build_graph(
                 model,

@@ -104,7 +104,8 @@ def merge(
     else:
         how = merge_method.for_checkpoint(source, quantize, method, calibration, reference, plan)
         needs, reference = _room(source, chosen, quantize, group_size, precision), model if chosen == "onnx" else None
-        warn_of_another([given], [numbers(quantize, group_size, asymmetric)])
+        if not source.config.get("quantization_config"):  # of that the merge speaks
+            warn_of_another([given], [numbers(quantize, group_size, asymmetric)])
     made = isinstance(source, Checkpoint) and chosen == "onnx"
     measured = chosen == "onnx" and (plan is not None or how not in ("exact", "rtn"))
     if made or measured:

@@ -212,6 +212,39 @@ def test_refusals(quantized: Get, tiny_model: Get, tiny_adapter: Get, text: Path
         load_base(broken, "causal-lm")
 
 
+def test_parity_holds_a_merge_against_the_fine_tune(quantized: Get, text: Path, tmp_path: Path) -> None:
+    """Its base is quantized itself, and so has no error of its own that a merge could be held against."""
+    verdicts = {}
+    for name in ("gptq-8-bits", "gptq"):
+        train(quantized(name), text, tmp_path / f"a-{name}", **RUN | {"lr": 0.005})
+        merge(quantized(name), tmp_path / f"a-{name}", tmp_path / name)
+        report = parity(tmp_path / name, data=text)
+        figures = {check["name"]: check["value"] for check in report["checks"]}
+        assert not {"kl.ratio", "top1_agreement.drop"} & set(figures)
+        verdicts[name] = report["verdict"], [c["name"] for c in report["checks"] if not c["pass"]]
+        assert (figures["kl.share"] < 0.01) == (name == "gptq-8-bits")  # 16 times finer steps
+    assert verdicts["gptq-8-bits"] == ("pass", []) and "kl.share" in verdicts["gptq"][1]
+
+
+def test_an_adapter_trained_beside_a_grid_meets_a_quantized_checkpoint(
+    quantized: Get, tiny_model: Get, text: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It goes on with the blocks that it has: the float weights, which lay on its grid, are not there."""
+    train(tiny_model("llama"), text, tmp_path / "a", **RUN, base_quantize="int4")
+    before = Adapter.load(tmp_path / "a")
+    run = RUN | {"lr": 1e-30, "max_steps": 1}
+    train(quantized("awq"), text, tmp_path / "b", init_adapter=tmp_path / "a", **run)
+    for name, module in Adapter.load(tmp_path / "b").modules.items():
+        assert np.array_equal(module.blocks, before.modules[name].blocks)
+    caplog.clear()
+    with caplog.at_level("WARNING", "diablo_export"):
+        export(quantized("awq"), tmp_path / "a", tmp_path / "out")
+    assert "are not the very ones" in caplog.text and "base here is float" not in caplog.text
+    tuned, _ = load_tuned(quantized("awq"), before)
+    head = load_base(quantized("awq"), "causal-lm")[0].get_parameter("lm_head.weight")
+    assert torch.equal(tuned.get_parameter("lm_head.weight"), head)  # as the export has it
+
+
 @pytest.mark.parametrize(
     ("name", "op"),
     [

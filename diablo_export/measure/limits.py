@@ -116,9 +116,10 @@ _QUANTIZED_DECODER: Mapping[str, float] = {
     # the same doubled error in first choices, of which it moves fewer. Measured: −0.04 to 0.01
     "top1_agreement.drop": 0.05,
 }
-_QUANTIZED_CLASSIFIER: Mapping[str, float] = {
+_QUANTIZED_SHARE: Mapping[str, float] = {
     # a classifier's base is no working model: a head on a body that it was not trained for, whose own int4 error says
-    # nothing. The error is held against what the adapter changes: gain and cosine of 0.95 leave a tenth of its square
+    # nothing; and a base that was quantized already has none, exported or not. The error is held against what the
+    # adapter changes: gain and cosine of 0.95 leave a tenth of its square
     # (0.05² + 0.95²·(1/0.95² − 1)), and KL grows with the square. Measured (MiniLM on SST-2): about 0.01
     "kl.share": 0.1,
 }
@@ -163,6 +164,7 @@ def defaults(
     classifier: bool = False,
     block_dtype: str | None = None,
     exported_base: bool = True,
+    same_base: bool = False,
 ) -> dict[str, float]:
     """The limits that a check of this kind of export has when nobody says otherwise.
 
@@ -172,12 +174,13 @@ def defaults(
         classifier: the model is one.
         block_dtype: fp32, fp16 or int8: what a branch's blocks are stored in; None: as the graph's floats.
         exported_base: what the export does to the base alone is known.
+        same_base: it does nothing to it, because the base was quantized already.
     """
     limits = dict(_ALWAYS)
     if not branch:
         limits |= _MERGED
     if precision in ("int8", "int4", "int2"):
-        kind = _QUANTIZED_CLASSIFIER if classifier else _QUANTIZED_DECODER
+        kind = _QUANTIZED_SHARE if classifier or same_base else _QUANTIZED_DECODER
         beside = _INT8_BRANCH if precision == "int8" else _QUANTIZED_BRANCH
         adapter = beside if branch else _QUANTIZED_MERGE
         return {**limits, **_QUANTIZED, **kind, **(adapter if exported_base else _QUANTIZED_ALONE)}

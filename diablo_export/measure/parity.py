@@ -83,7 +83,7 @@ def parity(
     if certificate and (fault := _uncertifiable(out, manifest)):
         raise InputError(f"{out}: --certificate is for {fault}")
     kind = {"branch": sources.is_branch(manifest), "classifier": sources.is_classifier(manifest)}
-    kind |= {"exported_base": bool(manifest.get("exported_base", True))}
+    kind |= {"exported_base": bool(manifest.get("exported_base", True)), "same_base": manifest.get("format") == "hf"}
     defaults = checking.defaults(sources.precision(out, manifest), block_dtype=sources.block_dtype(manifest), **kind)
     kept = held.from_toml(limits, sources.precision(out, manifest)) if limits is not None else {}
     from diablo_export.measure import foreign  # torch: only once the input is known good

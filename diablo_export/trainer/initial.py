@@ -16,6 +16,7 @@ from diablo_export.errors import AdapterError
 from diablo_export.quantization import Float32, dequantize
 from diablo_export.trainer.layer import DiabloLinear, diablo_layers
 from diablo_export.trainer.learner import Learner
+from diablo_export.trainer.packed_base import is_packed
 from diablo_export.trainer.prepare import Lesson
 from diablo_export.trainer.quantized import float_weight
 from diablo_export.trainer.repair import begin_repaired
@@ -92,7 +93,8 @@ def begin_at(
     ]
     refuse_base(adapter, "in training", faults)
     was = adapter.base_grid
-    moved = (grid and grid.numbers) != (was and was.numbers)
+    # beside a quantized checkpoint they stay what they are: the float weights that lay on a grid are not there
+    moved = (grid and grid.numbers) != (was and was.numbers) and not is_packed(checkpoint)
     for name, layer in layers.items():
         blocks = adapter.modules[name].blocks.astype(np.float32)
         if moved:

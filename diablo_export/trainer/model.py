@@ -212,12 +212,13 @@ def load_tuned(
         CheckpointError: the model cannot be loaded.
         AdapterError: the adapter was not trained on this model.
     """
-    check_base(Checkpoint.open(model), adapter)
+    checkpoint = Checkpoint.open(model)
+    check_base(checkpoint, adapter)
     task = {kind: task for task, kind in TASKS.items()}.get(adapter.task_type)
     if task is None:
         raise AdapterError(f"{adapter.path}: task_type is {adapter.task_type!r}; known are {', '.join(TASKS.values())}")
     network, tokenizer = load_base(model, task, dtype=dtype, device=device, labels=adapter.labels or None)
-    if adapter.base_grid is not None:  # the weights that the blocks were trained beside
+    if adapter.base_grid is not None and not is_packed(checkpoint):  # the weights that the blocks were trained beside
         round_base(network, adapter.base_grid, leave={name.rpartition(".")[0] for name in adapter.saved})
     attach(network, adapter)
     return network, tokenizer
