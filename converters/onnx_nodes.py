@@ -80,8 +80,9 @@ class Weights:
             stored = self.checkpoint.find(each) if value is None else value
             if stored is not None:
                 return Source(stored, origin.conv1d, blocks, origin.rows)
+        folder = next(iter(self.checkpoint)).file.parent  # where the weights lie: a quantized model's view has another
         raise CheckpointError(
-            f"{self.checkpoint.folder}: has no tensor for the parameter {name}, nor does the adapter bring it; its "
+            f"{folder}: has no tensor for the parameter {name}, nor does the adapter bring it; its "
             "architecture in config.json wants it. Give the model folder that the adapter was trained on"
         )
 

@@ -184,6 +184,9 @@ def test_models_that_cannot_be_used_are_refused(tiny_model: Callable[[str], Path
     (broken / "config.json").write_text(json.dumps({**config, "model_type": "unheard-of"}))
     with pytest.raises(CheckpointError, match=r"transformers cannot load it for causal-lm: .*unheard-of"):
         load_base(broken, "causal-lm")
+    (broken / "config.json").write_text(json.dumps(config | {"intermediate_size": 192}))
+    with pytest.raises(CheckpointError, match=r"down_proj\.weight is \[64, 96\], by config\.json \[64, 192\]"):
+        load_base(broken, "causal-lm")
     (broken / "config.json").write_text(json.dumps(config))
     large = json.loads((broken / "tokenizer.json").read_text())
     tokens = large["model"]["vocab"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -192,6 +193,15 @@ def test_a_sweep_over_blocks(quantized: Get, text: Path, tmp_path: Path) -> None
     done = train(base, text, tmp_path / "a", **{**RUN, **how})
     assert set(found) == {None, 4, 8}  # the base itself, and the two counts
     assert found[4] == done.evaluations[-1]["eval_loss"] != found[8], "a trial is what train trains"
+
+
+def test_what_a_model_lacks_is_said_of_its_own_folder(quantized: Get, tiny_adapter: Get, tmp_path: Path) -> None:
+    broken = shutil.copytree(quantized("awq"), tmp_path / "broken")
+    tensors = load_file(broken / "model.safetensors")
+    del tensors["model.norm.weight"]
+    save_file(tensors, broken / "model.safetensors", {"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"/broken: has no tensor for the parameter model\.norm\.weight"):
+        export(broken, tiny_adapter("llama"), tmp_path / "out")
 
 
 def test_refusals(quantized: Get, tiny_model: Get, tiny_adapter: Get, text: Path, tmp_path: Path) -> None:

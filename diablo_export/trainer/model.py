@@ -83,12 +83,18 @@ def load_with_fresh(
             else:
                 network, info = _AUTO[task].from_pretrained(
                     checkpoint.folder, dtype=_DTYPES[dtype], output_loading_info=True,
-                    ignore_mismatched_sizes=bool(more), **more,
+                    ignore_mismatched_sizes=True, **more,
                 )  # fmt: skip
     except _FAULTS as error:
         raise CheckpointError(
             f"{model}: transformers cannot load it for {task}: {error}; choose a model for this task, or another --task"
         ) from error
+    if info["mismatched_keys"] and not more:  # else a head of another size is made anew
+        shown = [
+            f"{name} is {list(found)}, by config.json {list(said)}"
+            for name, found, said in sorted(info["mismatched_keys"])
+        ]
+        raise CheckpointError(f"{model}: config.json is another model's: {'; '.join(shown[:3])}; copy both again")
     fresh = sorted({*info["missing_keys"], *(key[0] for key in info["mismatched_keys"])})
     if fresh and task == "causal-lm":
         raise CheckpointError(f"{model}: lacks weights that a {task} model needs: {', '.join(fresh[:5])}")

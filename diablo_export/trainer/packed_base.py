@@ -48,7 +48,7 @@ def load_packed(checkpoint: Checkpoint, task: str, dtype: Any, **labels: Any) ->
     del config.quantization_config
     network, info = _MODELS[task][type(config)].from_pretrained(
         None, config=config, state_dict=_floats(checkpoint), dtype=dtype, output_loading_info=True,
-        ignore_mismatched_sizes=bool(labels),
+        ignore_mismatched_sizes=True,
     )  # fmt: skip
     network.name_or_path = network.config.name_or_path = str(checkpoint.folder)
     if network.can_generate() and (checkpoint.folder / "generation_config.json").exists():
