@@ -108,6 +108,36 @@ def test_limits_are_named(script: Any) -> None:
     ]
 
 
+def test_what_fails_within_a_part_is_named_and_the_rest_goes_on(script: Any) -> None:
+    steps, correctness = (importlib.import_module(name) for name in ("steps", "correctness"))
+    times = list(steps.in_turns({"a": iter([1.0, 2.0, 3.0]).__next__, "b": iter([4.0, 5.0, 6.0]).__next__}, 3))
+    assert times[-1] == {"a": [1.0, 2.0, 3.0], "b": [4.0, 5.0, 6.0]}
+    order: list[str] = []
+    kinds = {name: lambda name=name: order.append(name) or 0.0 for name in "abc"}
+    list(steps.in_turns(kinds, 3))
+    assert "".join(order) == "abcbcacab"
+
+    found: dict[str, Any] = {"worst": {}, "worst_at": {}}
+    answers = iter([(0.5, "first"), (1.5, "second"), (0.7, "third")])
+    for _ in range(3):
+        correctness.compare(found, "fp16", lambda: next(answers))
+    correctness.compare(found, "bf16", lambda: 1 / 0)
+    correctness.compare(found, "bf16", pytest.fail)  # a kernel that CUDA refuses is not asked again
+    assert found["worst"] == {"fp16": 1.5, "bf16": float("inf")} and found["worst_at"] == {"fp16": "second"}
+    assert found["failed"] == "bf16: ZeroDivisionError: division by zero"
+    wrong = [one.name for one in script.figures({"machine": {}, "parts": {"numbers": found}}) if not one.held]
+    assert wrong == ["numbers", "error over what is allowed, fp16 (second)", "error over what is allowed, bf16"]
+
+
+def test_writing_beside_an_output_is_an_error(script: Any) -> None:
+    correctness = importlib.import_module("correctness")
+    memory = torch.full((3 * 6,), float("nan"))
+    y = memory.view(3, 6)[:, :4].fill_(1.0)
+    assert correctness.error_of(y, y.double(), torch.float32) == 0
+    memory[4] = 0.0  # between two rows
+    assert correctness.error_of(y, y.double(), torch.float32) == float("inf")
+
+
 def test_a_part_that_hangs_or_dies_is_reported(script: Any) -> None:
     slow = "import os, time; print('{\"a\": 1}'); print('{\"a\": 2}\\n{\"a\"', end=''); os.fork(); time.sleep(60)"
     cut = script.run([sys.executable, "-c", slow], 1)  # with what it had found, and what it started is gone too

@@ -51,9 +51,11 @@ def reason(part: dict[str, Any]) -> str:
 
 def checks(parts: dict[str, Any]) -> Iterator[Figure]:
     """Numbers, memory errors, whole models."""
-    for kind, error in parts.get("numbers", {}).get("worst", {}).items():
-        yield Figure(f"error over what is allowed, {kind}", error, 1)
-    for tool in ("memcheck", "racecheck"):
+    numbers = parts.get("numbers", {})
+    for kind, error in numbers.get("worst", {}).items():
+        where = f" ({numbers['worst_at'][kind]})" if error > 1 and kind in numbers.get("worst_at", {}) else ""
+        yield Figure(f"error over what is allowed, {kind}{where}", error, 1)
+    for tool in ("memcheck", "racecheck", "synccheck"):
         if tool in parts and not reason(parts[tool]):
             yield Figure(f"compute-sanitizer {tool}, errors", 0, 0)
     for name, one in parts.get("sessions", {}).get("models", {}).items():

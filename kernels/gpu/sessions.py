@@ -17,8 +17,8 @@ import statistics
 import sys
 import tempfile
 import time
-import traceback
 from collections.abc import Callable
+from operator import truediv
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ import onnx
 import onnxruntime as ort
 from onnx import TensorProto, helper, numpy_helper
 from speed import JOINED, LLAMA, SMALL, copies_for
+from steps import attempt, in_turns
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
@@ -54,16 +55,10 @@ def main() -> None:
         print(json.dumps({"skipped": f"onnxruntime {ort.__version__} has no CUDA provider; onnxruntime-gpu has"}))
         return
     found: dict[str, Any] = {"onnxruntime": ort.__version__, "models": {}, "layers": []}
-    shapes, failed = SMALL if asked.small else LLAMA, []
+    shapes = SMALL if asked.small else LLAMA
 
     def step(name: str, do: Callable[[], None]) -> None:
-        """What fails is named, and what comes after it is done all the same."""
-        try:
-            do()
-        except Exception as error:
-            failed.append(f"{name}: {type(error).__name__}: {error}")
-            found["failed"] = "; ".join(failed)
-            traceback.print_exc()
+        attempt(name, do, found)
         print(json.dumps(found))
 
     def timed(name: str, parts: tuple[str, ...], zeros: bool = False) -> None:
@@ -251,42 +246,51 @@ def _columns(value: onnx.ValueInfoProto) -> int:
 def layers(
     name: str, sizes: list[tuple[int, int]], library: Path, device: str, small: bool, zeros: bool = False
 ) -> list[dict[str, Any]]:
-    """Times of layers with an input in common, by rows and kind; `ratio` is over MatMulNBits alone."""
+    """Times of layers with an input in common, by rows and kind, in turns; `ratio` is over MatMulNBits alone."""
     copies = 2 if small else copies_for(sum(i * o for i, o in sizes) * 9 // 16, 128 << 20)
-    rounds = 2 if small else 4  # what a run costs beside its layers counts less
-    rows = [1, 8] if small else [1, 512, 2048]
-    found = {m: {"layer": name, "rows": m, "copies": copies} for m in rows}
-    outputs = [n for _, n in sizes]
-    for kind in KINDS:
-        model = Stack(kind, sizes, 4 if small else 64, zeros).model(copies, rounds)
-        opened = session(model, device, library, device == "cuda")
-        for turn, m in enumerate(rows):
-            taken = seconds(opened, m, sizes[0][0], outputs * copies * rounds, device, turn) / copies / rounds
-            found[m][f"{kind}_us"] = taken * 1e6
-    for one in found.values():
-        one["ratio"] = {kind: one[f"{kind}_us"] / one["base_us"] for kind in KINDS[1:]}
-    return list(found.values())
+    rounds = 2 if small else 16  # what a run costs beside its layers counts less
+    models = {kind: Stack(kind, sizes, 4 if small else 64, zeros).model(copies, rounds) for kind in KINDS}
+    opened = {kind: session(models.pop(kind), device, library, device == "cuda") for kind in KINDS}
+    found = []
+    for turn, m in enumerate([1, 8] if small else [1, 512, 2048]):
+        clocks = bound(opened, m, sizes[0][0], [n for _, n in sizes] * copies, device, turn)
+        *_, times = in_turns(clocks, 5 if device == "cpu" else 22 if m == 1 else 11)
+        taken = {
+            kind: values[2:] for kind, values in times.items()
+        }  # the first run is plain, the second one is recorded
+        per_layer = {f"{kind}_us": statistics.median(taken[kind]) * 1e6 / copies / rounds for kind in KINDS}
+        ratio = {kind: statistics.median(map(truediv, taken[kind], taken["base"])) for kind in KINDS[1:]}
+        found.append({"layer": name, "rows": m, "copies": copies, **per_layer, "ratio": ratio})
+    return found
 
 
-def seconds(opened: Any, rows: int, inputs: int, outputs: list[int], device: str, graph_id: int) -> float:
-    """Of one run with everything on the device, the median of many."""
-    binding, options = opened.io_binding(), ort.RunOptions()
+def bound(
+    opened: dict[str, Any], rows: int, inputs: int, outputs: list[int], device: str, graph_id: int
+) -> dict[str, Callable[[], float]]:
+    """A run of each with everything on the device; all runs and rounds write to the same memory."""
+    x = np.random.default_rng(0).standard_normal((rows, inputs), np.float32).astype(np.float16)
+    given = ort.OrtValue.ortvalue_from_numpy(x, device, 0)
+    written = [ort.OrtValue.ortvalue_from_shape_and_type([rows, n], np.float16, device, 0) for n in outputs]
+    options = ort.RunOptions()
     if device == "cuda":
         options.add_run_config_entry("gpu_graph_id", str(graph_id + 1))
-    x = np.random.default_rng(0).standard_normal((rows, inputs), np.float32).astype(np.float16)
-    kept = [ort.OrtValue.ortvalue_from_numpy(x, device, 0)]  # addresses that a graph may keep
-    for value in opened.get_inputs():
-        binding.bind_ortvalue_input(value.name, kept[0])
-    for value, size in zip(opened.get_outputs(), outputs, strict=True):
-        kept.append(ort.OrtValue.ortvalue_from_shape_and_type([rows, size], np.float16, device, 0))
-        binding.bind_ortvalue_output(value.name, kept[-1])
-    times = []
-    for _ in range(5 if device == "cpu" else 22):
-        began = time.perf_counter()
-        opened.run_with_iobinding(binding, options)
-        binding.synchronize_outputs()
-        times.append(time.perf_counter() - began)
-    return statistics.median(times[2:])
+
+    def clock_of(one: Any) -> Callable[[], float]:
+        binding = one.io_binding()
+        for value in one.get_inputs():
+            binding.bind_ortvalue_input(value.name, given)
+        for i, value in enumerate(one.get_outputs()):
+            binding.bind_ortvalue_output(value.name, written[i % len(written)])
+
+        def clock() -> float:
+            began = time.perf_counter()
+            one.run_with_iobinding(binding, options)
+            binding.synchronize_outputs()
+            return time.perf_counter() - began
+
+        return clock
+
+    return {kind: clock_of(one) for kind, one in opened.items()}
 
 
 if __name__ == "__main__":

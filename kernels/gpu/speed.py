@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from library import Int4, Kernels
+from steps import attempt
 
 LLAMA = {
     "q": (4096, 4096), "k": (4096, 1024), "v": (4096, 1024), "o": (4096, 4096),
@@ -51,22 +52,26 @@ def main() -> None:
         "dense": [],
     }
     few = [m for m in rows if m <= (16 if device == "cuda" else 1)] if kernels.takes_int4(device) else []
-    for name, (inputs, outputs) in shapes.items():
-        for m in rows:
-            taken = branch(kernels, device, m, inputs, outputs, asked.num_blocks, spread, bandwidth)
-            over_empty = (taken["us"] - empty * 1e6) / taken["floor_us"]  # small layers are a launch and little else
-            found["branch"].append({"layer": name, "rows": m, **taken, "ratio_without_launch": over_empty})
-        if few:
-            taken = dense(kernels, device, inputs, outputs, asked.num_blocks, spread, bandwidth)
-            found["dense"].append({"layer": name, "rows": 0, **taken})
+
+    def timed(kind: str, layer: str, m: int, measure: Callable[..., dict[str, float]], *of: Any) -> None:
+        def do() -> None:
+            taken = measure(kernels, device, *of, asked.num_blocks, spread, bandwidth)
+            if kind == "branch":  # small layers are a launch and little else
+                taken["ratio_without_launch"] = (taken["us"] - empty * 1e6) / taken["floor_us"]
+            found[kind].append({"layer": layer, "rows": m, **taken})
+
+        attempt(f"{kind} {layer}, {m} rows", do, found)
         print(json.dumps(found))
+
+    for name, size in shapes.items():
+        for m in rows:
+            timed("branch", name, m, branch, m, *size)
     single: dict[str, tuple[str, ...]] = {name: (name,) for name in shapes}
     for name, parts in (single | JOINED).items():
         for m in few if set(parts) <= set(shapes) else []:
-            sizes = [shapes[part] for part in parts]
-            taken = int4(kernels, device, m, sizes, asked.num_blocks, spread, bandwidth)
-            found["int4"].append({"layer": name, "rows": m, **taken})
-        print(json.dumps(found))
+            timed("int4", name, m, int4, m, [shapes[part] for part in parts])
+    for name, size in shapes.items() if few else []:
+        timed("dense", name, 0, dense, *size)
 
 
 def seconds(calls: list[Call], device: str) -> float:
@@ -124,7 +129,8 @@ def empty_call(kernels: Kernels, device: str) -> float:
 
 
 def copies_for(size: int, spread: int) -> int:
-    return max(2, min(256, -(-spread // size)))
+    """So many that together they are `spread` bytes: fewer of a small layer would stay in the cache."""
+    return max(2, min(4096, -(-spread // size)))
 
 
 def result(taken: float, moved: int, bandwidth: float) -> dict[str, float]:
@@ -174,11 +180,11 @@ def dense(
 ) -> dict[str, float]:
     """The weight and its blocks written out, which is what a prompt costs beside a product of dense matrices."""
     moved = layer(inputs, outputs, count, "meta")[1] + 2 * inputs * outputs
-    target = torch.zeros(outputs, inputs, dtype=torch.float16, device=device)
     calls: list[Call] = []
     for _ in range(copies_for(moved, spread if device == "cuda" else 0)):
         one = layer(inputs, outputs, count, device)[0]
-        calls.append(lambda one=one: kernels.dense(one, target))
+        target = torch.zeros(outputs, inputs, dtype=torch.float16, device=device)
+        calls.append(lambda one=one, target=target: kernels.dense(one, target))
     return result(seconds(calls, device), moved, bandwidth)
 
 

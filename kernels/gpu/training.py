@@ -17,13 +17,13 @@ import json
 import statistics
 import sys
 import time
-import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from speed import matrix_rate
+from steps import attempt, in_turns
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -139,18 +139,15 @@ def main() -> None:
         "kinds": {},
     }
     found["not_installed"] = missing
-    steps, failed = {}, []
+    clocks: dict[str, Callable[[], float]] = {}
     for kind, make in kinds.items():
-        try:
-            steps[kind], found["kinds"][kind] = prepare(make, sizes, asked.layers, tokens, blocks, asked.device)
-        except Exception as error:  # of other libraries; the others are compared all the same
-            failed.append(f"{kind}: {type(error).__name__}: {error}")
-            found["failed"] = "; ".join(failed)
-            traceback.print_exc()
-    times: dict[str, list[float]] = {kind: [] for kind in steps}
-    for turn in range(asked.rounds):
-        for kind in list(steps)[turn % len(steps) :] + list(steps)[: turn % len(steps)]:
-            times[kind].append(clock(steps[kind], asked.device))
+
+        def ready(kind: str = kind, make: Any = make) -> None:
+            step, found["kinds"][kind] = prepare(make, sizes, asked.layers, tokens, blocks, asked.device)
+            clocks[kind] = lambda: clock(step, asked.device)
+
+        attempt(kind, ready, found)
+    for times in in_turns(clocks, asked.rounds):
         for kind, values in times.items():
             found["kinds"][kind]["ms"] = statistics.median(values) * 1e3
             found["kinds"][kind]["tokens_per_second"] = tokens[0] * tokens[1] / statistics.median(values)
