@@ -246,8 +246,6 @@ def _range_of(
     rest = layer.out_features - sum(sizes.values())
     if len(unknown) == 1:
         sizes[unknown[0]] = rest
-    elif len(unknown) == 2 and len(names) == 3:  # only q is adapted: it comes first
-        sizes |= dict.fromkeys(unknown, rest // 2)
     start = sum(sizes.get(name, 0) for name in names[: names.index(module.name)])
     if layer.in_features == module.in_features and start + module.out_features <= layer.out_features:
         yield [Piece(layer, start, start + module.out_features)]
@@ -286,7 +284,8 @@ _Scored = list[tuple[float, list[Piece]]]  # likeness and place
 def _scored(module: AdaptedModule, places: Iterable[list[Piece]]) -> tuple[_Scored, _Scored]:
     """Each place with its likeness to the module, and those of them that are it."""
     scored = [(_likeness(module, pieces) or 0.0, pieces) for pieces in places]
-    return scored, [(s, pieces) for s, pieces in scored if s >= SAME_WEIGHT and _as_exact_as_stored(module, pieces)]
+    good = [(s, pieces) for s, pieces in scored if s >= SAME_WEIGHT and _as_exact_as_stored(module, pieces)]
+    return scored, [(s, pieces) for s, pieces in good if _misfit(module, pieces) is None]
 
 
 def _best_rows(module: AdaptedModule, layer: Linear) -> list[Piece]:

@@ -13,7 +13,7 @@ from diablo_export.blockdiag import Array, BlockShape
 from diablo_export.checkpoint import Checkpoint
 from diablo_export.converters.onnx_linears import linears
 from diablo_export.converters.onnx_match import Match, match
-from diablo_export.converters.onnx_nodes import MODULE
+from diablo_export.converters.onnx_nodes import MODULE, ROWS
 from diablo_export.errors import ExportError, MatchError
 from diablo_export.fingerprint import fingerprint
 from diablo_export.quantization import quantize
@@ -225,6 +225,37 @@ def test_two_nodes_with_the_same_values_are_not_guessed_between() -> None:
     values = weight(32, 64, 0)
     with pytest.raises(MatchError, match="several nodes have its values: first, second"):
         match(graph({"first": values, "second": values}), {"m.a": module("m.a", values)})
+
+
+def test_marked_parts_are_joined_by_their_rows_whatever_the_order_of_nodes() -> None:
+    values = weight(64, 64, 0)
+    model = graph({"second": values[40:], "first": values[:40]})
+    for node, rows in zip(model.graph, ("40:64", "0:40"), strict=True):
+        node.metadata_props.update({MODULE: "m.gate_up_proj", ROWS: rows})
+    found = match(model, {"m.gate_up_proj": module("m.gate_up_proj", values, samples=False)})["m.gate_up_proj"]
+    assert [piece.linear.name for piece in found.pieces] == ["first", "second"]
+
+
+@pytest.mark.parametrize("names", [("/m/gate_proj/MatMul", "/m/up_proj/MatMul"), ("first", "second")])
+def test_parts_that_read_other_inputs_are_not_the_module(names: tuple[str, str]) -> None:
+    """By their names, and by values alone: the branch has one input."""
+    values = weight(64, 64, 0)
+    modules = {"m.gate_up_proj": module("m.gate_up_proj", values)}
+    model = graph(dict(zip(names, (values[:32], values[32:]), strict=True)))
+    assert len(match(model, modules)["m.gate_up_proj"].pieces) == 2
+    second = linears(model)[1].node
+    negative = ir.node("Neg", [second.inputs[0]])
+    model.graph.insert_before(second, negative)
+    second.replace_input_with(0, negative.outputs[0])
+    named = "do not share one input; " if "gate" in names[0] else ""
+    with pytest.raises(MatchError, match=f"{named}no linear node has the values"):
+        match(model, modules)
+
+
+def test_a_part_with_few_samples_is_no_evidence() -> None:
+    values = weight(64, 64, 0)
+    with pytest.raises(MatchError, match="no linear node has the values"):  # some four of 64 samples
+        match(graph({"first": values[:60], "second": values[60:]}, 4), {"m.a": module("m.a", values)})
 
 
 def test_two_modules_never_share_outputs() -> None:
