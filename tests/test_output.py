@@ -35,6 +35,21 @@ def test_a_new_folder_appears_whole(tmp_path: Path) -> None:
     assert (tmp_path / "deep" / "out").stat().st_mode & 0o777 == 0o777 & ~output._umask()
 
 
+def test_what_is_written_is_on_the_disk_before_it_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    flushed: set[int] = set()
+
+    def fsync(handle: int) -> None:
+        assert not (tmp_path / "out").exists()
+        flushed.add(os.fstat(handle).st_ino)
+
+    monkeypatch.setattr(output.os, "fsync", fsync)
+    with output.new_folder(tmp_path / "out") as work:
+        (work / "sub").mkdir()
+        (work / "sub" / "file").touch()
+        (work / "link").symlink_to("nowhere")  # as in a hub's cache that was cleaned up
+    assert flushed == {(tmp_path / "out" / name).stat().st_ino for name in (".", "sub", "sub/file")}
+
+
 def test_an_existing_folder_is_kept_without_overwrite(tmp_path: Path) -> None:
     write(tmp_path / "out", "one")
     with pytest.raises(OutputError, match=r"out: exists already; .* or give --overwrite"):
@@ -120,9 +135,10 @@ def test_a_failure_leaves_the_old_folder_and_nothing_else(error: type[BaseExcept
     assert os.listdir(tmp_path) == ["out"]
 
 
-def test_a_full_disk(tmp_path: Path) -> None:
+@pytest.mark.parametrize("full", [errno.ENOSPC, errno.EDQUOT])
+def test_a_full_disk(full: int, tmp_path: Path) -> None:
     with pytest.raises(OutputError, match="the disk is full"), output.new_folder(tmp_path / "out"):
-        raise OSError(errno.ENOSPC, "No space left on device")
+        raise OSError(full, os.strerror(full))
     assert os.listdir(tmp_path) == []
 
 
@@ -247,6 +263,10 @@ def test_a_new_file_appears_whole(tmp_path: Path) -> None:
         assert not (tmp_path / "deep" / "out").exists()
     assert (tmp_path / "deep" / "out").read_text() == "one" and os.listdir(tmp_path / "deep") == ["out"]
     assert (tmp_path / "deep" / "out").stat().st_mode & 0o777 == 0o666 & ~output._umask()
+    with output.new_file(tmp_path / "deep" / "out", overwrite=True) as work:
+        work.write_text("two")
+        assert (tmp_path / "deep" / "out").read_text() == "one"
+    assert (tmp_path / "deep" / "out").read_text() == "two" and os.listdir(tmp_path / "deep") == ["out"]
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, OSError(errno.ENOSPC, "No space left on device")])

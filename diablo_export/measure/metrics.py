@@ -273,8 +273,8 @@ class Comparison:
             lengths: tokens of each sequence, in the order in which `update` was given them.
 
         Returns:
-            `{"tokens": [shortest, longest], "sequences", "positions", "kl_mean"}` for each range between powers of four
-            that has sequences.
+            `{"tokens": [shortest, longest], "sequences", "positions", "kl_mean"}` for each range up to 2, 8, 32, 128, …
+            tokens that has sequences.
         """
         values = np.concatenate(self._kl)
         # a classifier gives one position for a sequence, a language model one for each token
