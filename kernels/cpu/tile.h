@@ -69,7 +69,7 @@ void multiply_strip(const Strip<B>& strip, int64_t row, int64_t rows) {
   const int64_t x_stride = strip.x_stride, d_stride = strip.d_stride, y_stride = strip.y_stride;
   const int64_t last = Narrow ? 0 : strip.last, columns = strip.last + Simd::width;
   const typename Simd::Lanes lanes = Simd::lanes(static_cast<int>(Narrow ? columns : Simd::width));
-  const auto column = [last](int v) { return v == Vectors - 1 ? last : int64_t{v} * Simd::width; };
+  const auto column = [&](int v) { return v == Vectors - 1 ? last : int64_t{v} * Simd::width; };
 
   const float *first_x = strip.x + row * x_stride, *from = strip.y0 + row * y_stride;
   for (float* to = strip.y + row * y_stride; rows >= Rows;
