@@ -91,7 +91,7 @@ def test_layouts_that_matmulnbits_does_not_have(bits: int, group_size: int) -> N
         quantization.quantize(np.ones((2, 64), np.float32), bits, group_size)
 
 
-@pytest.mark.parametrize("value", [np.nan, np.inf])
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_nan_and_inf_are_refused(value: float, symmetric: bool) -> None:
     weight = np.ones((2, 64), np.float32)
