@@ -7,7 +7,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from diablo_export.timing.rounds import interleave, interval, order, ratio, summary, turn_length
+from diablo_export.timing.rounds import interleave, interval, once, order, ratio, summary, turn_length
 
 
 def test_each_begins_in_turn() -> None:
@@ -37,6 +37,12 @@ def test_seconds_are_those_of_one_run() -> None:
     assert times.wall.min() >= 0.0099  # the clock may round
     assert times.wall.min() < 0.03  # four of them take longer
     assert times.processor.max() < 0.005  # asleep
+
+
+def test_processor_time_is_read_within_the_clock() -> None:
+    """However short the work and whatever comes between: a thread never works for longer than the clock runs."""
+    times = [once(lambda: None) for _ in range(10_000)]
+    assert all(processor <= wall for wall, processor in times)
 
 
 def test_the_collector_waits_for_the_end() -> None:
