@@ -10,8 +10,8 @@ if TYPE_CHECKING:
 
 SIZE = (10.0, 4.5)  # inches
 DPI = 150
-_COLORS = {"base": "#666666", "base-again": "#999999", "lora": "#d9822b", "merged": "#3d8f5f"}
-_BLUE = "#3b6ea8"
+_GREY, _ORANGE, _BLUE = "#666666", "#d9822b", "#3b6ea8"
+_COLORS = {"base-again": "#999999", "lora": _ORANGE, "empty-lora": _ORANGE, "merged": "#3d8f5f"}
 
 
 def tables(report: dict[str, Any]) -> RenderableType:
@@ -83,7 +83,7 @@ def draw(report: dict[str, Any], file: Path) -> None:
                 f"{found['median']:.3f}", (found["median"], row), xytext=(0, 7), textcoords="offset points",
                 ha="center", fontsize=8, color=color,
             )  # fmt: skip
-        axes.axvline(1, color=_COLORS["base"], linewidth=1)
+        axes.axvline(1, color=_GREY, linewidth=1)
         axes.set_title(f"{work['name']} (base {milliseconds(work['variants']['base']['seconds']['median'])} ms)",
                        fontsize=10)  # fmt: skip
         axes.set_yticks(range(len(shown)), shown)
@@ -96,5 +96,5 @@ def draw(report: dict[str, Any], file: Path) -> None:
     figure.supxlabel(f"{clock} as a multiple of the base, median and 95 % interval", fontsize=9)
     many = "onnxruntime's own number of threads" if threads is None else f"{threads} thread{'s' * (threads > 1)}"
     figure.suptitle(f"{Path(report['model']).name}, adapter {report['adapter']}, {many}", fontsize=11,
-                    color=_COLORS["base"], parse_math=False)  # fmt: skip
+                    color=_GREY, parse_math=False)  # fmt: skip
     figure.savefig(file, dpi=DPI, format="png")
