@@ -13,10 +13,10 @@ HEAD = """# Command line
 
 Made from `--help` by `python docs/make_cli.py`.
 
-Exit codes: 0 done and every check held; 1 a parity or survival check failed (the output stays, its report says so) or
-`doctor` found something broken; 2 bad input or usage, or what cannot be read or written, in one message;
-130 interrupted. Results go to standard output, messages and progress to standard error. Models given as Hugging Face
-ids are fetched into the local cache; `HF_HUB_OFFLINE=1` keeps to what is there.
+Exit codes: 0 done and every check held; 1 a parity or survival check failed (the output stays, its report says so),
+`inspect` found that adapter and model do not fit, or `doctor` something broken; 2 bad input or usage, or what cannot be
+read or written, in one message; 130 interrupted. Results go to standard output, messages and progress to standard
+error. Models given as Hugging Face ids are fetched into the local cache; `HF_HUB_OFFLINE=1` keeps to what is there.
 """
 
 

@@ -22,6 +22,12 @@ def test_table(tiny_adapter: Folder, tiny_model: Folder, run: Run) -> None:
     assert [line.split() for line in result.stdout.splitlines() if line.startswith("fits")] == [["fits", "yes"]]
 
 
+def test_what_does_not_fit_is_exit_code_1(tiny_adapter: Folder, tiny_model: Folder, run: Run) -> None:
+    result = run("inspect", tiny_adapter("llama"), "--model", tiny_model("gpt2"))
+    assert result.exit_code == 1 and "14 of 14 modules do not fit" in " ".join(result.stdout.split())
+    assert result.stderr.endswith(f"does not fit {tiny_model('gpt2')}\n")
+
+
 def test_json(tiny_model: Folder, run: Run) -> None:
     result = run("inspect", tiny_model("llama"), "--json")
     assert result.exit_code == 0, result.output

@@ -7,6 +7,7 @@ from typing import Any
 import click
 
 from diablo_export.cli.options import json_option, verbosity_options
+from diablo_export.errors import CheckFailed
 
 _JSON_ONLY = ("why",)  # too wide for a terminal
 
@@ -20,7 +21,7 @@ _JSON_ONLY = ("why",)  # too wide for a terminal
 def command(path: str, model: str | None, adapter: str | None, as_json: bool) -> None:
     """Say what PATH is: adapter, Hugging Face checkpoint, ONNX model, output folder, patch or adapter.chkpt.
 
-    With the other half, --model or --adapter, also whether the two fit, and where they do not.
+    With the other half, --model or --adapter, also whether the two fit, and where they do not: exit code 1.
 
     \b
     Example:
@@ -35,6 +36,8 @@ def command(path: str, model: str | None, adapter: str | None, as_json: bool) ->
         click.echo(to_json(report))
     else:
         show(report)
+    if not report.get("fits", True):
+        raise CheckFailed(f"{path}: does not fit {report['compared_with']}")
 
 
 def show(report: dict[str, Any]) -> None:

@@ -41,7 +41,7 @@ precision_option = click.option(
     "--precision", type=click.Choice(["fp32", "fp16"]), default="fp32", show_default=True,
     help="Of what an ONNX model holds unquantized.",
 )  # fmt: skip
-overwrite_option = click.option("--overwrite", is_flag=True, help="Replace the output folder if it exists.")
+overwrite_option = click.option("--overwrite", is_flag=True, help="Replace the output if it exists.")
 json_option = click.option("--json", "as_json", is_flag=True, help="Print the report as JSON on standard output.")
 
 

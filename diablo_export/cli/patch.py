@@ -11,13 +11,12 @@ from typing import Any
 import click
 
 from diablo_export import patch as patches
-from diablo_export.cli.options import json_option, verbosity_options
+from diablo_export.cli.options import json_option, overwrite_option, verbosity_options
 from diablo_export.console import log
 from diablo_export.patch_header import lines
 
 _path = click.Path(path_type=Path)
 _patch_argument = click.argument("patch", type=_path)
-_overwrite_option = click.option("--overwrite", is_flag=True, help="Replace the output if it exists.")
 _turned_option = click.option(
     "--output", "-o", metavar="DIR", type=_path, help="Folder to write.  [default: changed in place]"
 )
@@ -38,7 +37,7 @@ def command() -> None:
 @click.argument("base", type=_path)
 @click.argument("merged", type=_path)
 @click.option("--output", "-o", required=True, metavar="FILE", type=_path, help="Patch file to write.")
-@_overwrite_option
+@overwrite_option
 @json_option
 @verbosity_options
 def create(as_json: bool, **options: Any) -> None:
@@ -55,7 +54,7 @@ def create(as_json: bool, **options: Any) -> None:
 @click.argument("base", type=_path)
 @_patch_argument
 @_turned_option
-@_overwrite_option
+@overwrite_option
 @json_option
 @verbosity_options
 def apply(as_json: bool, **options: Any) -> None:
@@ -76,7 +75,7 @@ def apply(as_json: bool, **options: Any) -> None:
 @click.argument("merged", type=_path)
 @_patch_argument
 @_turned_option
-@_overwrite_option
+@overwrite_option
 @json_option
 @verbosity_options
 def revert(as_json: bool, **options: Any) -> None:

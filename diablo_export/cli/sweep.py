@@ -42,7 +42,7 @@ def _several(kind: Callable[[str], Any], what: str) -> _Callback:
 @click.option("--methods", default="diablo,lora,full", callback=_several(str, "names"), metavar="NAMES",
               help="Of diablo, lora, dora, full, permuted, random-block, smt, s2ft, with commas between.")  # fmt: skip
 @click.option("--lr", default="1e-4,3e-4,1e-3,3e-3,1e-2", callback=_several(float, "numbers"), metavar="RATES",
-              help="Peak learning rates.")  # fmt: skip
+              help="Peak learning rates; small models and short runs want more.")  # fmt: skip
 @click.option("--num-blocks", default="64", callback=_several(int, "whole numbers"), metavar="COUNTS",
               help="Blocks per module: weights / N are trained. LoRA gets the rank of as many parameters.")  # fmt: skip
 @click.option("--target-modules", multiple=True, metavar="NAMES",

@@ -40,7 +40,7 @@ _FILE = click.Path(path_type=Path)
     help="Ends of module paths, or regular expressions for whole ones, with commas between; or all-linear. "
     "[default: q,k,v,up,down_proj where the model has them, else all-linear]",
 )
-@click.option("--lr", type=float, default=5e-4, help="Peak learning rate.")
+@click.option("--lr", type=float, default=5e-4, help="Peak learning rate; small models and short runs want more.")
 @step_options
 @click.option(
     "--dtype",
