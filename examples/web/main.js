@@ -93,7 +93,8 @@ async function start() {
   });
   button.disabled = false;
   document.body.dataset.state = "ready";
-  say(`Ready: ${Object.keys(model.adapters).length - 1} adapters for one model.`);
+  const count = Object.keys(model.adapters).length - 1;
+  say(`Ready: ${count} adapter${count === 1 ? "" : "s"} for one model.`);
 }
 
 start().catch((error) => {
