@@ -85,6 +85,43 @@ def genai_graph(tiny_model: Callable[[str], Path], tmp_path_factory: pytest.Temp
 
 
 @pytest.fixture(scope="session")
+def peft_adapters(tiny_model: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """LoRA, DoRA, and LoRA with the strength of rank-stabilized LoRA and of single modules, of the tiny Llama."""
+    from tests import foreign
+
+    model, folder = tiny_model("llama"), tmp_path_factory.mktemp("peft")
+    return {
+        "lora": foreign.make_peft(model, folder / "lora"),
+        "dora": foreign.make_peft(model, folder / "dora", use_dora=True),
+        "rslora": foreign.make_peft(model, folder / "rslora", use_rslora=True),
+        "alpha": foreign.make_peft(model, folder / "alpha", alpha_pattern={"q_proj": 24}),
+    }
+
+
+@pytest.fixture(scope="session")
+def built(
+    tiny_model: Callable[[str], Path], peft_adapters: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., Path]:
+    """built("lora") is what the builder makes of the tiny Llama and this adapter; built() of the base."""
+    made: dict[tuple[str | None, str], Path] = {}
+
+    def get(adapter: str | None = None, precision: str = "fp32") -> Path:
+        if (adapter, precision) not in made:
+            from tests import foreign
+
+            options = [f"adapter_path={peft_adapters[adapter]}"] if adapter else []
+            folder = tmp_path_factory.mktemp("built") / f"{adapter}-{precision}"
+            # its float16 for the CPU fails there when it decodes; the one for CUDA runs on a CPU, too
+            provider = "cuda" if precision == "fp16" else "cpu"
+            made[adapter, precision] = foreign.build(
+                tiny_model("llama"), folder, precision, *options, provider=provider
+            )
+        return made[adapter, precision]
+
+    return get
+
+
+@pytest.fixture(scope="session")
 def exported(
     tiny_model: Callable[[str], Path],
     tiny_adapter: Callable[[str], Path],

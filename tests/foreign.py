@@ -83,3 +83,29 @@ def export_with_torch(model: Path, file: Path, length: int | None = None, adapte
     with contextlib.redirect_stdout(io.StringIO()):
         torch.onnx.export(Logits(), (ids,), str(file), dynamo=True, dynamic_shapes=shapes, verbose=False)
     return file
+
+
+def judge(out: Path, model: Path, adapter: Path, **options: Any) -> dict[str, Any]:
+    """A short parity of an export with this adapter."""
+    from diablo_export.measure.parity import parity
+    from tests.exports import SMALL
+
+    return parity(out, model=model, adapter=[str(adapter)], **{**SMALL, **options})
+
+
+def put_into_a_file(graph: Path, file: Path) -> dict[str, Any]:
+    """LoRA's matrices become inputs of the graph, their values an .onnx_adapter, as Olive makes them."""
+    import onnx
+
+    from diablo_export.converters.onnx_adapters import write_onnx_adapter
+
+    whole = onnx.load(graph)
+    values = {t.name: onnx.numpy_helper.to_array(t) for t in whole.graph.initializer if "lora" in t.name}
+    kept = [tensor for tensor in whole.graph.initializer if tensor.name not in values]
+    del whole.graph.initializer[:]
+    whole.graph.initializer.extend(kept)
+    for name, value in values.items():
+        whole.graph.input.append(onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, value.shape))
+    onnx.save(whole, graph)
+    write_onnx_adapter(file, values)
+    return values

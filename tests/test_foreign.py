@@ -26,6 +26,7 @@ from diablo_export.measure.report import require_pass
 from diablo_export.measure.verify import verify
 from tests import exports, foreign, tiny
 from tests.exports import SMALL
+from tests.foreign import judge, put_into_a_file
 
 pytest.importorskip("peft")
 Get = Callable[[str], Path]
@@ -41,71 +42,24 @@ def model(tiny_model: Get) -> Path:
     return tiny_model("llama")
 
 
-@pytest.fixture(scope="module")
-def adapters(model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """LoRA, DoRA, and LoRA with the strength of rank-stabilized LoRA and of single modules."""
-    folder = tmp_path_factory.mktemp("peft")
-    return {
-        "lora": foreign.make_peft(model, folder / "lora"),
-        "dora": foreign.make_peft(model, folder / "dora", use_dora=True),
-        "rslora": foreign.make_peft(model, folder / "rslora", use_rslora=True),
-        "alpha": foreign.make_peft(model, folder / "alpha", alpha_pattern={"q_proj": 24}),
-    }
-
-
-@pytest.fixture(scope="module")
-def built(model: Path, adapters: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """built("lora") is what the builder makes of base and adapter; built() of the base."""
-    made: dict[tuple[str | None, str], Path] = {}
-
-    def get(adapter: str | None = None, precision: str = "fp32") -> Path:
-        if (adapter, precision) not in made:
-            options = [f"adapter_path={adapters[adapter]}"] if adapter else []
-            folder = tmp_path_factory.mktemp("built") / f"{adapter}-{precision}"
-            # its float16 for the CPU fails there when it decodes; the one for CUDA runs on a CPU, too
-            provider = "cuda" if precision == "fp16" else "cpu"
-            made[adapter, precision] = foreign.build(model, folder, precision, *options, provider=provider)
-        return made[adapter, precision]
-
-    return get
-
-
-def judge(out: Path, model: Path, adapter: Path, **options: Any) -> dict[str, Any]:
-    return parity(out, model=model, adapter=[str(adapter)], **{**SMALL, **options})
-
-
-def put_into_a_file(graph: Path, file: Path) -> dict[str, Any]:
-    """LoRA's matrices become inputs of the graph, their values an .onnx_adapter, as Olive makes them."""
-    whole = onnx.load(graph)
-    values = {t.name: onnx.numpy_helper.to_array(t) for t in whole.graph.initializer if "lora" in t.name}
-    kept = [tensor for tensor in whole.graph.initializer if tensor.name not in values]
-    del whole.graph.initializer[:]
-    whole.graph.initializer.extend(kept)
-    for name, value in values.items():
-        whole.graph.input.append(onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, value.shape))
-    onnx.save(whole, graph)
-    write_onnx_adapter(file, values)
-    return values
-
-
-def test_the_builder_s_lora_passes(model: Path, adapters: dict[str, Path], built: Callable[..., Path]) -> None:
-    report = judge(built("lora"), model, adapters["lora"])
+def test_the_builder_s_lora_passes(model: Path, peft_adapters: dict[str, Path], built: Callable[..., Path]) -> None:
+    report = judge(built("lora"), model, peft_adapters["lora"])
     assert report["verdict"] == "pass", exports.failed(report)
     assert set(exports.checks(report)) == CHECKS
     assert report["environment"]["adapter_kind"] == "LoRA"
     assert (report["environment"]["precision"], report["environment"]["exported_base"]) == ("fp32", "torch")
     assert {"model.onnx", "model.onnx.data", "genai_config.json"} <= set(report["hashes"]["files"])
     assert json.loads((built("lora") / "parity.json").read_text()) == report
-    again = judge(built("lora") / "model.onnx", model, adapters["lora"])  # the file, in place of its folder
+    again = judge(built("lora") / "model.onnx", model, peft_adapters["lora"])  # the file, in place of its folder
     assert again == report
     assert (built("lora") / "model.parity.json").is_file()
 
 
 def test_the_builder_s_dora_fails_and_is_told_what_it_lost(
-    model: Path, adapters: dict[str, Path], built: Callable[..., Path]
+    model: Path, peft_adapters: dict[str, Path], built: Callable[..., Path]
 ) -> None:
     """The builder leaves out DoRA's magnitudes, and exits with 0."""
-    report = judge(built("dora"), model, adapters["dora"])
+    report = judge(built("dora"), model, peft_adapters["dora"])
     assert {"adapter.whole", "logits.max_abs", "adapter.survival_gain.error"} <= exports.failed(report)
     assert exports.checks(report)["adapter.alive"]  # something of it is there: that is what makes it hard to see
     with pytest.raises(CheckFailed, match="the export is the model without DoRA's magnitudes"):
@@ -113,17 +67,17 @@ def test_the_builder_s_dora_fails_and_is_told_what_it_lost(
 
 
 def test_lost_magnitudes_are_seen_through_the_noise_of_a_quantized_export(
-    model: Path, adapters: dict[str, Path], built: Callable[..., Path]
+    model: Path, peft_adapters: dict[str, Path], built: Callable[..., Path]
 ) -> None:
-    report = judge(built("dora", "int8"), model, adapters["dora"])
+    report = judge(built("dora", "int8"), model, peft_adapters["dora"])
     assert report["environment"]["precision"] == "int8"
     assert "adapter.whole" in exports.failed(report)
     assert "without DoRA's magnitudes" in report["environment"]["fault"]
 
 
-def test_dora_that_was_merged_passes(model: Path, adapters: dict[str, Path], tmp_path: Path) -> None:
-    merged = foreign.merge_peft(model, adapters["dora"], tmp_path / "merged")
-    report = judge(foreign.build(merged, tmp_path / "out"), model, adapters["dora"])
+def test_dora_that_was_merged_passes(model: Path, peft_adapters: dict[str, Path], tmp_path: Path) -> None:
+    merged = foreign.merge_peft(model, peft_adapters["dora"], tmp_path / "merged")
+    report = judge(foreign.build(merged, tmp_path / "out"), model, peft_adapters["dora"])
     assert report["verdict"] == "pass", exports.failed(report)
 
 
@@ -135,22 +89,22 @@ def test_dora_that_was_merged_passes(model: Path, adapters: dict[str, Path], tmp
     ],
 )
 def test_strengths_that_got_lost_are_named(
-    adapter: str, changes: dict[str, Any], lost: str, model: Path, adapters: dict[str, Path], tmp_path: Path
+    adapter: str, changes: dict[str, Any], lost: str, model: Path, peft_adapters: dict[str, Path], tmp_path: Path
 ) -> None:
     lossy = tmp_path / "lossy"
-    shutil.copytree(adapters[adapter], lossy)
+    shutil.copytree(peft_adapters[adapter], lossy)
     config = json.loads((lossy / "adapter_config.json").read_text()) | changes
     (lossy / "adapter_config.json").write_text(json.dumps(config))
     out = foreign.build(foreign.merge_peft(model, lossy, tmp_path / "merged"), tmp_path / "out")
-    report = judge(out, model, adapters[adapter])
+    report = judge(out, model, peft_adapters[adapter])
     assert "adapter.whole" in exports.failed(report)
     assert report["environment"]["fault"] == f"the export is the model without {lost}: that got lost when it was made"
 
 
 def test_an_export_of_the_base_alone_says_that_the_adapter_is_not_in_it(
-    model: Path, adapters: dict[str, Path], built: Callable[..., Path]
+    model: Path, peft_adapters: dict[str, Path], built: Callable[..., Path]
 ) -> None:
-    report = judge(built(), model, adapters["lora"])
+    report = judge(built(), model, peft_adapters["lora"])
     assert {"adapter.alive", "adapter.whole", "logits.max_abs"} <= exports.failed(report)
     assert report["adapter"]["survival_gain"] == pytest.approx(0, abs=1e-4)  # float32 noise
     with pytest.raises(CheckFailed, match="the export is the model without the adapter"):
@@ -158,7 +112,7 @@ def test_an_export_of_the_base_alone_says_that_the_adapter_is_not_in_it(
 
 
 def test_another_adapter_is_not_taken_for_a_part_of_this_one(
-    model: Path, adapters: dict[str, Path], tmp_path: Path, built: Callable[..., Path]
+    model: Path, peft_adapters: dict[str, Path], tmp_path: Path, built: Callable[..., Path]
 ) -> None:
     other = foreign.make_peft(model, tmp_path / "other", seed=9)
     report = judge(built("lora"), model, other)
@@ -168,40 +122,40 @@ def test_another_adapter_is_not_taken_for_a_part_of_this_one(
 
 @pytest.mark.parametrize("right", [True, False], ids=["this one", "base alone"])
 def test_quantized_exports_are_held_against_the_same_program_s_base(
-    right: bool, model: Path, adapters: dict[str, Path], built: Callable[..., Path], tmp_path: Path
+    right: bool, model: Path, peft_adapters: dict[str, Path], built: Callable[..., Path], tmp_path: Path
 ) -> None:
-    merged = foreign.merge_peft(model, adapters["lora"], tmp_path / "merged") if right else model
+    merged = foreign.merge_peft(model, peft_adapters["lora"], tmp_path / "merged") if right else model
     # 8 bits: random weights are hard to round, and 4 take half of this effect
     out = foreign.build(merged, tmp_path / "out", "int8")
     base = foreign.build(model, tmp_path / "base", "int8")
-    alone = judge(out, model, adapters["lora"])
+    alone = judge(out, model, peft_adapters["lora"])
     assert alone["environment"]["precision"] == "int8"
     assert alone["environment"]["exported_base"] == "torch"
     assert "kl.ratio" not in exports.checks(alone)
-    beside = judge(out, model, adapters["lora"], exported_base=base)
+    beside = judge(out, model, peft_adapters["lora"], exported_base=base)
     assert {"kl.ratio", "top1_agreement.drop", "adapter.survival_gain"} <= set(exports.checks(beside))
     for report in (alone, beside):
         assert report["verdict"] == ("pass" if right else "fail"), (exports.failed(report), report["checks"])
 
 
 def test_an_adapter_in_its_own_file_is_fed(
-    model: Path, adapters: dict[str, Path], built: Callable[..., Path], tmp_path: Path
+    model: Path, peft_adapters: dict[str, Path], built: Callable[..., Path], tmp_path: Path
 ) -> None:
     out = exports.copy(built("lora"), tmp_path / "out")
     for report in ("parity.json", "model.parity.json"):
         (out / report).unlink(missing_ok=True)
     values = put_into_a_file(out / "model.onnx", out / "poems.onnx_adapter")
-    report = judge(out, model, adapters["lora"])
+    report = judge(out, model, peft_adapters["lora"])
     assert report["verdict"] == "pass", report["environment"]
     assert report["environment"]["exported_base"] == str(out / "model.onnx")
     write_onnx_adapter(out / "poems.onnx_adapter", {name: value * np.float32(0) for name, value in values.items()})
-    dead = judge(out, model, adapters["lora"])
+    dead = judge(out, model, peft_adapters["lora"])
     assert "adapter.alive" in exports.failed(dead)
     assert dead["environment"]["fault"].startswith("the export is the model without the adapter")
     write_onnx_adapter(out / "prose.onnx_adapter", values)
     with pytest.raises(InputError, match=r"holds poems\.onnx_adapter, prose\.onnx_adapter; say which one it is"):
-        judge(out, model, adapters["lora"])
-    named = parity(out, model=model, adapter=[f"prose={adapters['lora']}"], **SMALL)
+        judge(out, model, peft_adapters["lora"])
+    named = parity(out, model=model, adapter=[f"prose={peft_adapters['lora']}"], **SMALL)
     assert named["verdict"] == "pass", exports.failed(named)
 
 
@@ -219,21 +173,21 @@ def test_a_diablo_adapter_is_judged_in_others_exports_too(
 
 @pytest.mark.slow  # three exports by torch
 def test_plain_torch_exports_with_free_and_with_fixed_length(
-    model: Path, adapters: dict[str, Path], tmp_path: Path
+    model: Path, peft_adapters: dict[str, Path], tmp_path: Path
 ) -> None:
-    merged = foreign.merge_peft(model, adapters["lora"], tmp_path / "merged")
+    merged = foreign.merge_peft(model, peft_adapters["lora"], tmp_path / "merged")
     out = foreign.export_with_torch(merged, tmp_path / "free" / "m.onnx").parent
-    free = judge(out, model, adapters["lora"], modules=True)
+    free = judge(out, model, peft_adapters["lora"], modules=True)
     assert free["verdict"] == "pass", exports.failed(free)
     assert (len(free["modules"]), free["environment"]["modules_not_found"]) == (15, {})
     assert not {"decode.max_abs", "padding.right"} & set(exports.checks(free))  # no cache, no attention mask
     assert free["decode"] is None
     out = foreign.export_with_torch(merged, tmp_path / "fixed.onnx", 24)
-    fixed = judge(out, model, adapters["lora"], modules=True)
+    fixed = judge(out, model, peft_adapters["lora"], modules=True)
     assert fixed["verdict"] == "pass" and len(fixed["modules"]) == 15, exports.failed(fixed)
     base = foreign.export_with_torch(model, tmp_path / "base" / "m.onnx")
     with pytest.raises(CheckFailed, match="the export is the model without the adapter"):
-        require_pass(judge(base, model, adapters["lora"]), base)
+        require_pass(judge(base, model, peft_adapters["lora"]), base)
 
 
 @pytest.mark.slow  # an export by torch, and what is merged into it
@@ -259,22 +213,22 @@ def test_a_merge_into_an_export_of_a_fixed_length(model: Path, tiny_adapter: Get
 
 @pytest.mark.slow  # an export by torch
 def test_an_adapter_beside_its_base_in_a_plain_torch_export(
-    model: Path, adapters: dict[str, Path], tmp_path: Path
+    model: Path, peft_adapters: dict[str, Path], tmp_path: Path
 ) -> None:
-    out = foreign.export_with_torch(model, tmp_path / "dora" / "m.onnx", adapter=adapters["dora"]).parent
-    report = judge(out, model, adapters["dora"], modules=True)
+    out = foreign.export_with_torch(model, tmp_path / "dora" / "m.onnx", adapter=peft_adapters["dora"]).parent
+    report = judge(out, model, peft_adapters["dora"], modules=True)
     assert report["verdict"] == "pass" and len(report["modules"]) == 15, exports.failed(report)
 
 
 def test_float16_exports_are_held_to_float16(
-    model: Path, adapters: dict[str, Path], built: Callable[..., Path]
+    model: Path, peft_adapters: dict[str, Path], built: Callable[..., Path]
 ) -> None:
-    report = judge(built("lora", "fp16"), model, adapters["lora"])
+    report = judge(built("lora", "fp16"), model, peft_adapters["lora"])
     assert report["verdict"] == "pass", exports.failed(report)
     assert report["environment"]["precision"] == "fp16"
     assert {"logits.sqnr_db", "adapter.survival_gain.error"} <= set(exports.checks(report))
     assert report["logits"]["max_abs"] > 1e-4  # it is no float32 under another name
-    lost = judge(built("dora", "fp16"), model, adapters["dora"])
+    lost = judge(built("dora", "fp16"), model, peft_adapters["dora"])
     assert {"adapter.whole", "logits.sqnr_db"} <= exports.failed(lost)
     assert "the export is the model without DoRA's magnitudes" in lost["environment"]["fault"]
 
@@ -298,122 +252,34 @@ def test_a_classifier_with_lora_and_its_own_head(tiny_model: Get, tmp_path: Path
     assert {"adapter.whole", "logits.max_abs"} <= exports.failed(lost)
 
 
-# modules
-
-
-def faults(report: dict[str, Any]) -> dict[str, str]:
-    return {row["name"]: row["fault"] for row in report["modules"] if row["fault"]}
-
-
-@pytest.mark.parametrize("precision", ["fp32", "fp16", "int4"])
-def test_modules_of_sound_exports_are_all_found_and_none_is_named(
-    precision: str, model: Path, adapters: dict[str, Path], built: Callable[..., Path]
-) -> None:
-    report = judge(built("lora", precision), model, adapters["lora"], modules=True)
-    assert report["verdict"] == "pass", exports.failed(report)
-    assert len(report["modules"]) == 15 and not faults(report) and report["first_divergent_module"] is None
-    assert report["environment"]["modules_not_found"] == {}
-    assert report["modules"][0]["name"] == "model.layers.0.self_attn.q_proj"  # in the network's order
-    # float32 sums; float16 rounds by 66 dB; int4 errors of random weights are an eleventh
-    least = {"fp32": 100, "fp16": 60, "int4": 20}[precision]
-    assert all(row["local_sqnr_db"] > least for row in report["modules"])
-    adapted = [row for row in report["modules"] if row["name"].endswith(("q_proj", "v_proj", "down_proj"))]
-    # off by the rounding of the base, which is torch's here: it counts as effect
-    off = 1e-4 if precision == "fp32" else 0.01 if precision == "fp16" else 0.2
-    assert all(row["survival_gain"] == pytest.approx(1, abs=off) for row in adapted)
-
-
-@pytest.mark.slow  # three models, one exported by torch
-@pytest.mark.parametrize(("architecture", "precision"), [("qwen2", "int4"), ("qwen3", "fp32"), ("gpt2", "torch")])
-def test_modules_of_other_architectures(architecture: str, precision: str, tiny_model: Get, tmp_path: Path) -> None:
-    base = tiny_model(architecture)  # qwen2 has biases, gpt2 Conv1D
-    targets = {"target_modules": ["c_attn", "c_fc"]} if architecture == "gpt2" else {}
-    adapter = foreign.make_peft(base, tmp_path / "lora", **targets)
-    if precision == "torch":
-        merged = foreign.merge_peft(base, adapter, tmp_path / "merged")
-        out = foreign.export_with_torch(merged, tmp_path / "out" / "m.onnx").parent
-    else:
-        out = foreign.build(base, tmp_path / "out", precision, f"adapter_path={adapter}")
-    report = judge(out, base, adapter, modules=True)
-    assert report["environment"]["modules_not_found"] == {} and not faults(report)
-    assert len(report["modules"]) == (9 if architecture == "gpt2" else 15)
-
-
-@pytest.mark.parametrize("precision", ["fp32", "int8"])
-def test_lost_magnitudes_are_named_at_their_modules(
-    precision: str, model: Path, adapters: dict[str, Path], built: Callable[..., Path]
-) -> None:
-    """The builder leaves DoRA's magnitudes out, and every module that has them is named, and no other."""
-    report = judge(built("dora", precision), model, adapters["dora"], modules=True)
-    assert "modules.faulty" in exports.failed(report)
-    kinds = ("self_attn.q_proj", "self_attn.v_proj", "mlp.down_proj")
-    assert faults(report) == {f"model.layers.{layer}.{kind}": "output" for layer in range(2) for kind in kinds}
-    assert report["first_divergent_module"] == "model.layers.0.self_attn.q_proj"
-
-
-@pytest.mark.parametrize(("precision", "fault"), [("fp32", "output"), ("int4", "adapter")])
-def test_an_adapter_that_is_not_there_is_named_where_it_should_be(
-    precision: str, fault: str, model: Path, adapters: dict[str, Path], built: Callable[..., Path]
-) -> None:
-    report = judge(built(None, precision), model, adapters["lora"], modules=True)
-    assert report["first_divergent_module"] == "model.layers.0.self_attn.q_proj"
-    assert set(faults(report).values()) == {fault} and len(faults(report)) == 6
-
-
-def test_a_broken_weight_of_another_program_is_named(
-    model: Path, adapters: dict[str, Path], built: Callable[..., Path], tmp_path: Path
-) -> None:
-    """Its values are not the module's, so its name tells which one it should be."""
-    out = exports.copy(built("lora"), tmp_path / "out")
-    graph = onnx.load(out / "model.onnx")
-    (node,) = (n for n in graph.graph.node if n.op_type == "MatMul" and "layers.1/attn/o_proj" in n.name)
-    (tensor,) = (t for t in graph.graph.initializer if t.name == node.input[1])
-    turned = np.ascontiguousarray(onnx.numpy_helper.to_array(tensor).T)
-    tensor.CopyFrom(onnx.numpy_helper.from_array(turned, tensor.name))
-    onnx.save(graph, out / "model.onnx")
-    report = judge(out, model, adapters["lora"], modules=True)
-    assert faults(report) == {"model.layers.1.self_attn.o_proj": "output"}
-
-
-def test_modules_of_an_adapter_in_its_own_file(
-    model: Path, adapters: dict[str, Path], built: Callable[..., Path], tmp_path: Path
-) -> None:
-    out = exports.copy(built("lora"), tmp_path / "out")
-    put_into_a_file(out / "model.onnx", out / "poems.onnx_adapter")
-    report = judge(out, model, adapters["lora"], modules=True)
-    assert report["verdict"] == "pass" and len(report["modules"]) == 15, exports.failed(report)
-    # the base is the same graph with the adapter at zero
-    assert report["modules"][0]["survival_gain"] == pytest.approx(1, abs=1e-4)
-
-
 # certificates
 
 
 @pytest.mark.parametrize("own_file", [False, True], ids=["in the graph", "in a file of its own"])
 def test_another_program_s_export_is_certified_and_verified(
-    own_file: bool, model: Path, adapters: dict[str, Path], built: Callable[..., Path], tmp_path: Path
+    own_file: bool, model: Path, peft_adapters: dict[str, Path], built: Callable[..., Path], tmp_path: Path
 ) -> None:
     out = exports.copy(built("lora"), tmp_path / "out")
     (out / "model.onnx").rename(out / "decoder.onnx")
     if own_file:
         put_into_a_file(out / "decoder.onnx", out / "poems.onnx_adapter")
-    report = judge(out, model, adapters["lora"], certificate=True)
+    report = judge(out, model, peft_adapters["lora"], certificate=True)
     assert report["verdict"] == "pass", exports.failed(report)
-    name = adapters["lora"].name
+    name = peft_adapters["lora"].name
     found = verify(out, threads=1)
     assert [check["name"] for check in found["checks"]] == ["files", "runs", f"drift@{name}", f"distance@{name}"]
     assert found["verdict"] == "pass", found
     changed = "poems.onnx_adapter" if own_file else "decoder.onnx"
     exports.flip_byte(out / changed, 5000)
     assert verify(out)["environment"]["changed"] == [changed]
-    judge(out, model, adapters["lora"])  # another look takes the certificate away
+    judge(out, model, peft_adapters["lora"])  # another look takes the certificate away
     with pytest.raises(InputError, match=r"has no certificate\.json"):
         verify(out)
 
 
 @pytest.mark.slow  # a process of its own, which loads torch again
 def test_as_its_users_call_the_builder(
-    model: Path, adapters: dict[str, Path], tmp_path: Path, run: Callable[..., Result]
+    model: Path, peft_adapters: dict[str, Path], tmp_path: Path, run: Callable[..., Result]
 ) -> None:
     out = tmp_path / "out"
     command = [
@@ -429,10 +295,10 @@ def test_as_its_users_call_the_builder(
         "-e",
         "cpu",
     ]
-    command += ["--extra_options", f"adapter_path={adapters['dora']}"]
+    command += ["--extra_options", f"adapter_path={peft_adapters['dora']}"]
     built = subprocess.run([str(part) for part in command], capture_output=True, text=True, check=False)
     assert built.returncode == 0, built.stderr[-2000:]
-    given = ("--model", model, "--adapter", adapters["dora"], "--max-tokens", 160, "--steps", 6)
+    given = ("--model", model, "--adapter", peft_adapters["dora"], "--max-tokens", 160, "--steps", 6)
     result = run("parity", out, *given, "-q")
     assert result.exit_code == 1
     assert "the export is the model without DoRA's magnitudes" in result.stderr
@@ -441,32 +307,34 @@ def test_as_its_users_call_the_builder(
 # what cannot be judged
 
 
-def test_bad_input_is_named(model: Path, adapters: dict[str, Path], built: Callable[..., Path], tmp_path: Path) -> None:
+def test_bad_input_is_named(
+    model: Path, peft_adapters: dict[str, Path], built: Callable[..., Path], tmp_path: Path
+) -> None:
     out = built("lora")
     with pytest.raises(
         InputError, match=r"has no diablo_export\.json, .* give --model and one --adapter PATH \(0 given\)"
     ):
         parity(out, model=model)
     with pytest.raises(InputError, match=r"model\.onnx: --certificate is for folders"):
-        judge(out / "model.onnx", model, adapters["lora"], certificate=True)
+        judge(out / "model.onnx", model, peft_adapters["lora"], certificate=True)
     with pytest.raises(AdapterError, match=r"nowhere.*adapter_config\.json"):
         judge(out, model, tmp_path / "nowhere")
     two = exports.copy(out, tmp_path / "two")
     (two / "model.onnx").rename(two / "a.onnx")
     shutil.copy(two / "a.onnx", two / "b.onnx")
     with pytest.raises(InputError, match=r"holds 2 ONNX files, a\.onnx, b\.onnx; give one file"):
-        judge(two, model, adapters["lora"])
+        judge(two, model, peft_adapters["lora"])
     (two / "a.onnx").write_bytes(b"no onnx at all")
     with pytest.raises(InputError, match=r"a\.onnx: cannot be read as ONNX"):
-        judge(two / "a.onnx", model, adapters["lora"])
+        judge(two / "a.onnx", model, peft_adapters["lora"])
 
 
 def test_an_adapter_of_another_base_or_of_prompts_is_refused(
-    model: Path, adapters: dict[str, Path], built: Callable[..., Path], tmp_path: Path
+    model: Path, peft_adapters: dict[str, Path], built: Callable[..., Path], tmp_path: Path
 ) -> None:
     other = tiny.make_model("llama", tmp_path / "other", intermediate_size=128)
     with pytest.raises(AdapterError, match="PEFT cannot put this LoRA adapter on"):
-        judge(built("lora"), other, adapters["lora"])
+        judge(built("lora"), other, peft_adapters["lora"])
     prompts = tmp_path / "prompts"
     prompts.mkdir()
     (prompts / "adapter_config.json").write_text(json.dumps({"peft_type": "PREFIX_TUNING"}))
@@ -475,12 +343,12 @@ def test_an_adapter_of_another_base_or_of_prompts_is_refused(
 
 
 def test_weights_that_the_adapter_lacks_are_an_error(
-    model: Path, adapters: dict[str, Path], built: Callable[..., Path], tmp_path: Path
+    model: Path, peft_adapters: dict[str, Path], built: Callable[..., Path], tmp_path: Path
 ) -> None:
     from safetensors.numpy import load_file, save_file
 
     partial = tmp_path / "partial"
-    shutil.copytree(adapters["lora"], partial)
+    shutil.copytree(peft_adapters["lora"], partial)
     tensors = load_file(partial / "adapter_model.safetensors")
     save_file({n: v for n, v in tensors.items() if "down_proj" not in n}, partial / "adapter_model.safetensors")
     with pytest.raises(AdapterError, match=r"missing adapter keys.*down_proj"):
