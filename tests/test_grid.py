@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -90,6 +92,16 @@ def test_latents_begin_at_the_target_and_harden() -> None:
         between = hardness * rounded_ + (1 - hardness) * branch
         assert np.median(np.abs(outputs(one, "grid", x) - between)) < 0.01
     assert (one.finish().codes != made.codes).mean() > 0.01
+
+
+def test_latents_begin_on_the_grid_whatever_the_target() -> None:
+    one, made, blocks = layer()
+    empty = replace(made, scales=np.where(np.arange(OUTPUTS) == 0, np.float32(0), made.scales.T).T)  # a row of zeros
+    one.begin(empty, 10 * add_to_weight(weight(empty), blocks))
+    assert one.latent is not None
+    latent, codes = one.latent.detach(), one.finish().codes.reshape(OUTPUTS, -1)
+    assert latent.isfinite().all() and latent.min() == 0 and latent.max() == 15
+    assert codes.max() == 15 and (codes[0][touched(one.shape, SIZE).repeat(SIZE, 1)[0]] == 8).all()
 
 
 def test_latents_begin_near_their_codes() -> None:

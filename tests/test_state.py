@@ -208,6 +208,23 @@ def test_a_checkpoint_that_was_edited(tmp_path: Path) -> None:
             state.load_state(tmp_path, {}, optimizer, {})
 
 
+@pytest.mark.parametrize("names", [("a", "b"), ("a",), ("a", "b", "d")])
+def test_a_checkpoint_of_other_parameters(names: tuple[str, ...], tmp_path: Path) -> None:
+    def made(names: tuple[str, ...]) -> tuple[dict[str, torch.nn.Parameter], torch.optim.Optimizer]:
+        parameters = {name: torch.nn.Parameter(torch.ones(2)) for name in names}
+        optimizer = torch.optim.AdamW(parameters.values())
+        sum(value.sum() for value in parameters.values()).backward()  # type: ignore[union-attr]
+        optimizer.step()
+        return parameters, optimizer
+
+    state.save_state(tmp_path / "c", *made(names), step=1, settings={}, log=[])
+    assert state.load_state(tmp_path / "c", *made(names), {}) == (1, [])
+    with pytest.raises(CheckpointError, match="holds other parameters than this run trains; start anew"):
+        state.load_state(tmp_path / "c", *made(("a", "b", "c")), {})
+    with pytest.raises(CheckpointError, match="holds other parameters than this run trains; start anew"):
+        state.load_state(tmp_path / "c", *made(names[:-1] or ("e",)), {})
+
+
 @pytest.mark.parametrize("kept", [False, True])
 def test_a_disk_that_fills_up_between_checkpoints(kept: bool, tmp_path: Path) -> None:
     with pytest.raises(OutputError, match=r"the disk is full .* the last checkpoint stays"), workspace(tmp_path / "a"):
