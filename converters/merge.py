@@ -13,7 +13,13 @@ from diablo_export.converters import merge_method, onnx_file
 from diablo_export.converters.base import hashing
 from diablo_export.converters.rounding import lossy, warn_of_rounding
 from diablo_export.converters.sizes import check_options, checkpoint_bytes, onnx_bytes
-from diablo_export.converters.trained_grid import numbers, output_grid, warn_of_another, warn_of_nothing
+from diablo_export.converters.trained_grid import (
+    numbers,
+    output_grid,
+    warn_of_another,
+    warn_of_nothing,
+    warn_of_unmarked,
+)
 from diablo_export.errors import AdapterError, ExportError, InputError
 from diablo_export.manifest import adapter_entry, write_manifest
 from diablo_export.output import check_output, keep_inputs, new_folder
@@ -143,6 +149,7 @@ def _loaded(adapter: str | Path) -> Adapter:
     if given.task_type not in TASKS.values():
         raise AdapterError(f"{adapter}: task_type is {given.task_type!r}; known are {', '.join(TASKS.values())}")
     warn_of_nothing(given)
+    warn_of_unmarked(given)
     return given
 
 

@@ -54,6 +54,17 @@ def warn_of_nothing(adapter: Adapter) -> None:
         log.warning("the adapter %s: every block is zero, so that it changes nothing; was it trained?", adapter.path)
 
 
+def warn_of_unmarked(adapter: Adapter) -> None:
+    """Say that nothing but sizes tells whether a model is an adapter's base."""
+    unmarked = [name for name, module in adapter.modules.items() if module.fingerprint is None]
+    if unmarked:
+        log.warning(
+            "the adapter %s: %d of %d modules carry no fingerprint of the weight that they were trained on, as when "
+            "PEFT trained them on quantized layers: only their sizes tell whether this is their base",
+            adapter.path, len(unmarked), len(adapter.modules),
+        )  # fmt: skip
+
+
 def numbers(quantize: str, group_size: int, asymmetric: bool) -> Numbers:
     """The grid that these options ask for."""
     return (BITS[quantize], group_size, not asymmetric) if BITS[quantize] else _FLOAT
