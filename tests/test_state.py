@@ -225,6 +225,12 @@ def test_a_checkpoint_of_other_parameters(names: tuple[str, ...], tmp_path: Path
         state.load_state(tmp_path / "c", *made(names[:-1] or ("e",)), {})
 
 
+def test_settings_that_only_one_of_both_runs_has(tmp_path: Path) -> None:
+    state.check_settings(tmp_path, {"lr": 1.0, "targets": ["q", "k"]}, {"lr": 1.0, "targets": ("q", "k")})  # as in JSON
+    with pytest.raises(InputError, match=r"  repair_base was null, now it is true\n  task was .*, now it is null"):
+        state.check_settings(tmp_path, {"lr": 1.0, "task": "causal-lm"}, {"lr": 1.0, "repair_base": True})
+
+
 @pytest.mark.parametrize("kept", [False, True])
 def test_a_disk_that_fills_up_between_checkpoints(kept: bool, tmp_path: Path) -> None:
     with pytest.raises(OutputError, match=r"the disk is full .* the last checkpoint stays"), workspace(tmp_path / "a"):

@@ -101,21 +101,21 @@ __global__ void __launch_bounds__(kThreadsAcross * kThreadsAcross) many_rows(con
   const Area area = area_of(s, job.launch, blockIdx.x);
   const B* block = job.blocks + area.block * s.block_size_in * s.block_size_out + area.first_column;
   const int thread = threadIdx.x, down = thread / kThreadsAcross, across = thread % kThreadsAcross;
-  constexpr int kThreads = kThreadsAcross * kThreadsAcross;
+  constexpr int kThreads = kThreadsAcross * kThreadsAcross, kEachLoad = kTile * kStep / kThreads;
 
   for (int64_t tile = blockIdx.y; tile < job.launch.row_tiles; tile += gridDim.y) {
     const int64_t row = tile * kTile;
     float sums[kEach][kEach] = {};
     for (int64_t k = 0; k < area.depth; k += kStep) {
 #pragma unroll
-      for (int i = thread; i < kTile * kStep; i += kThreads) {
-        const int r = i / kStep, depth = i % kStep;
+      for (int n = 0; n < kEachLoad; ++n) {
+        const int i = n * kThreads + thread, r = i / kStep, depth = i % kStep;
         const bool there = row + r < s.rows && k + depth < area.depth;
         x_tile[depth][r] = there ? to_float(job.x[(row + r) * s.x_stride + area.input + k + depth]) : 0.0f;
       }
 #pragma unroll
-      for (int i = thread; i < kTile * kStep; i += kThreads) {
-        const int depth = i / kTile, column = i % kTile;
+      for (int n = 0; n < kEachLoad; ++n) {
+        const int i = n * kThreads + thread, depth = i / kTile, column = i % kTile;
         const bool there = column < area.columns && k + depth < area.depth;
         d_tile[depth][column] = there ? to_float(block[(k + depth) * s.block_size_out + column]) : 0.0f;
       }
