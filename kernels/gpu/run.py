@@ -218,7 +218,7 @@ def parts(library: Path, models: Path | None, device: str, small: bool) -> list[
     rounds = ["--rounds", "1"] if small else []
     made.append(("training", [sys.executable, str(HERE / "training.py"), "--device", device, *tiny, *rounds], 100))
     with_models = ["--models", str(models)] if models else []
-    made.append(("sessions", [sys.executable, str(HERE / "sessions.py"), *common, *tiny, *with_models], 240))
+    made.append(("sessions", [sys.executable, str(HERE / "sessions.py"), *common, *tiny, *with_models], 300))
     sanitizer = tool("compute-sanitizer") if device == "cuda" else None
     if sanitizer:  # looks at no kernels but these; what CUDA calls of others return is not its business
         watch = [sanitizer, "--error-exitcode", "99", "--kernel-name", "kns=diablo", "--report-api-errors", "no"]
