@@ -15,6 +15,7 @@ import pytest
 
 import diablo_export
 from diablo_export.adapter import Adapter, file_sha256
+from diablo_export.block_storage import BLOCKS_SUFFIX, SCALES_SUFFIX
 from diablo_export.converters.export import export, load_adapters
 from diablo_export.errors import AdapterError, ExportError, InputError, MatchError, OutputError
 from diablo_export.manifest import base_sha256, file_xxh3, read_manifest
@@ -27,9 +28,12 @@ ROADS = {name: "torch" if name in ("gpt2", "gpt-neox", "gpt-neo", "bert") else "
 
 
 def plain(folder: Path, to: Path) -> Path:
-    """The exported graph with branches and overridable inputs taken out again: the base as exported."""
+    """The exported graph with branches and their inputs taken out again: the base as exported, a head still to be fed.
+
+    A head that cannot be fed is packed for its product beforehand, which adds in another order.
+    """
     model = without_branches(ir.load(folder / "model.onnx"))
-    for value in [value for value in model.graph.inputs if value.is_initializer()]:
+    for value in [value for value in model.graph.inputs if (value.name or "").endswith((BLOCKS_SUFFIX, SCALES_SUFFIX))]:
         model.graph.inputs.remove(value)
     model.functions.clear()
     shutil.copyfile(folder / "model.onnx.data", to / "model.onnx.data")
