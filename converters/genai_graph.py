@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import io
+import json
 import math
 import tempfile
 from collections.abc import Iterator
@@ -24,17 +25,36 @@ from diablo_export.errors import ExportError, require
 
 # Architectures whose graphs were compared with Hugging Face's own logits; the builder knows more, untried ones
 ARCHITECTURES = (
+    "Ernie4_5ForCausalLM",
     "Gemma2ForCausalLM",
     "Gemma3ForCausalLM",
+    "GemmaForCausalLM",
+    "GraniteForCausalLM",
+    "GraniteMoeHybridForCausalLM",
+    "HunYuanDenseV1ForCausalLM",
+    "Lfm2ForCausalLM",
     "LlamaForCausalLM",
     "MistralForCausalLM",
+    "NemotronForCausalLM",
     "Phi3ForCausalLM",
+    "PhiForCausalLM",
     "Qwen2ForCausalLM",
     "Qwen3ForCausalLM",
+    "SmolLM3ForCausalLM",
 )
 # rotary embeddings whose tables in the builder are Hugging Face's; for others (linear, dynamic, yarn) it makes
 # different ones without a word
-_ROPES = {"LlamaForCausalLM": {"default", "llama3"}, "Phi3ForCausalLM": {"default", "longrope"}}
+_ROPES = {
+    "HunYuanDenseV1ForCausalLM": {"default", "dynamic"},
+    "LlamaForCausalLM": {"default", "llama3"},
+    "Phi3ForCausalLM": {"default", "longrope"},
+}
+# settings of config.json that the builder passes over in silence: what it takes them for
+_TAKEN_FOR: dict[str, dict[str, Any]] = {
+    "GraniteMoeHybridForCausalLM": {"num_local_experts": 0, "position_embedding_type": "rope"},
+    "Lfm2ForCausalLM": {"conv_bias": False},
+    "PhiForCausalLM": {"qk_layernorm": False},
+}
 _HEAD_SIZE_STEP = 16  # GroupQueryAttention on CPU refuses other head sizes, and only when it runs
 
 
@@ -43,13 +63,16 @@ def refusal(config: dict[str, Any], task: str = "causal-lm") -> str | None:
     if task != "causal-lm":
         return f"onnxruntime-genai's builder makes decoders, and the task is {task}"
     if _architecture(config) not in ARCHITECTURES:
-        known = ", ".join(ARCHITECTURES)
-        return f"{_architecture(config)} is none of those taken to onnxruntime-genai's builder: {known}"
+        return f"{_architecture(config)} is none of the {len(ARCHITECTURES)} taken to onnxruntime-genai's builder"
     if head_size(config) % _HEAD_SIZE_STEP:
         return (
             f"the head size is {head_size(config)}; onnxruntime-genai's graphs use GroupQueryAttention, which needs a "
             f"multiple of {_HEAD_SIZE_STEP}"
         )
+    for setting, taken in _TAKEN_FOR.get(_architecture(config), {}).items():
+        if config.get(setting, False) != taken:
+            said = json.dumps(config.get(setting))
+            return f"config.json has {setting} {said}, which onnxruntime-genai's builder takes for {json.dumps(taken)}"
     strange = _rope_types(config) - _ROPES.get(_architecture(config), {"default"})
     if strange:
         return (
@@ -101,21 +124,28 @@ def layout(weights: Weights, folder: Path, *, precision: str = "fp32", share_emb
     model, placeholders, tied = _placeholder_model(weights)
     made: dict[str, Any] = {}  # initializer name → the tensor it was made of
     finished: list[ir.Model] = []
-    make_initializer, make_model = base.make_initializer, base.make_model
+    make_initializer, make_model, make_rope = base.make_initializer, base.make_model, base.make_attention_qk_rope
 
     def record(self: Any, tensor: Any, /, name: str, **how: Any) -> None:
         made[name] = tensor
         make_initializer(self, tensor, name, **how)
 
     def make_exact(self: Any, path: str) -> None:
-        if self.embed_attrs["scale"] != 1:  # Gemma's √hidden_size, which the builder rounds to two decimals
-            self.embed_attrs["scale"] = math.sqrt(self.hidden_size)
+        root = math.sqrt(self.hidden_size)
+        if self.embed_attrs["scale"] == round(root, 2):  # Gemma's, which the builder rounds to two decimals
+            self.embed_attrs["scale"] = root
         make_model(self, path)
+
+    def rope_where_wanted(self: Any, layer_id: int, **how: Any) -> tuple[str, str]:
+        # the builder turns the layers of SmolLM3 that should not be turned by nodes of their own
+        wanted = getattr(self, "no_rope_layers", None) or {layer_id: 1}
+        return make_rope(self, layer_id, **how) if wanted[layer_id] else ("", "")
 
     patches = {
         "make_model": make_exact,
         # the builder takes every linear layer as wide as the vocabulary for the head
         "has_lm_head": lambda self, module: module is model.get_output_embeddings(),
+        "make_attention_qk_rope": rope_where_wanted,
         "load_weights": lambda self, path: model,
         "make_initializer": record,
         "save_model": lambda self, path: finished.append(self.model),
@@ -148,6 +178,9 @@ def _adjust(config: Any) -> None:
         config.rope_local_base_freq = rope["sliding_attention"]["rope_theta"]
         config.rope_parameters = rope = dict(rope["full_attention"])
         config.rope_theta = rope["rope_theta"]
+    if not hasattr(config, "rms_norm_eps"):  # the builder reads this name alone, else it takes 1e-6
+        named = (getattr(config, name, None) for name in ("layer_norm_eps", "norm_eps"))
+        config.rms_norm_eps = next(eps for eps in named if eps is not None)
     if getattr(config, "layer_types", None) is None and getattr(config, "sliding_window", None):
         # without this list the builder takes every layer of Mistral and Phi-3 for a full one, and says nothing
         config.layer_types = ["sliding_attention"] * config.num_hidden_layers
@@ -219,6 +252,8 @@ def _origins(made: dict[str, Any], placeholders: dict[int, tuple[str, Any]], mod
 
 def _view(parameter: str, whole: Any, view: Any) -> Origin | None:
     """What part of `whole` (out_features, in_features) a view of it is; None for a view of another kind."""
+    if view.shape == whole.shape and view.stride() == whole.stride():  # of a convolution too: (channels, 1, taps)
+        return Origin(parameter)
     width = whole.shape[-1]
     transposed = view.ndim == 2 and view.stride() == (1, width) and view.shape[0] == width
     plain = view.ndim == 2 and view.stride() == (width, 1) and view.shape[1] == width

@@ -34,7 +34,8 @@ def feeds(
         elif entry.name == "position_ids":
             made[entry.name] = np.maximum(mask.cumsum(1) - 1, 0)[:, -ids.shape[1] :]
         else:
-            shape = (len(ids), entry.shape[1], 0, entry.shape[3])
+            kept = entry.shape[1:] if entry.name.endswith(".conv") else (entry.shape[1], 0, entry.shape[3])
+            shape = (len(ids), *kept)
             made[entry.name] = np.zeros(shape, _DTYPES[entry.type]) if past is None else past[entry.name]
     return made
 
@@ -49,7 +50,10 @@ def in_steps(session: ort.InferenceSession, ids: Any, prefill: int) -> Logits:
     result = run(session, ids[:, :prefill], np.ones_like(ids[:, :prefill]))
     logits = [result["logits"]]
     for step in range(prefill, ids.shape[1]):
-        past = {name.replace("present.", "past_key_values."): value for name, value in result.items()}
+        past = {
+            name.replace("present.", "past." if name.endswith(".conv") else "past_key_values."): value
+            for name, value in result.items()
+        }
         result = run(session, ids[:, step : step + 1], np.ones_like(ids[:, : step + 1]), past)
         logits.append(result["logits"])
     return np.concatenate(logits, axis=1)

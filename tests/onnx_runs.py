@@ -42,6 +42,8 @@ def feeds(opened: Any, ids: Array = IDS) -> dict[str, Array]:
             made[value.name] = np.arange(ids.shape[1], dtype=np.int64)[None]
         elif value.name == "token_type_ids":
             made[value.name] = np.zeros_like(ids)
+        elif value.name.endswith(".conv"):  # what a convolution keeps: (batch, channels, taps - 1)
+            made[value.name] = np.zeros((1, *value.shape[1:]), np.float32)
         elif value.name.startswith("past"):
             kind = np.float16 if "float16" in value.type else np.float32
             size = value.shape[3] if isinstance(value.shape[3], int) else 16  # every tiny model's head size

@@ -33,9 +33,29 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt2": ("GPT2Config", {}),
     "gpt-neox": ("GPTNeoXConfig", {}),
     "gpt-neo": ("GPTNeoConfig", {"attention_types": [[["global", "local"], 1]], "num_layers": 2, "window_size": 4}),
+    "gemma": ("GemmaConfig", {}),
+    "granite": (
+        "GraniteConfig",
+        {"embedding_multiplier": 3.0, "attention_multiplier": 0.2, "residual_multiplier": 0.3, "logits_scaling": 2.0},
+    ),
+    "granite-hybrid": (
+        "GraniteMoeHybridConfig",
+        {
+            "num_local_experts": 0,
+            "shared_intermediate_size": 96,
+            "layer_types": ["attention", "attention"],
+            "position_embedding_type": "rope",
+            "residual_multiplier": 0.3,
+        },
+    ),
+    "smollm3": ("SmolLM3Config", {"no_rope_layers": [1, 0]}),
+    "ernie": ("Ernie4_5Config", {}),
+    "hunyuan": ("HunYuanDenseV1Config", {}),
+    "phi": ("PhiConfig", {"num_attention_heads": 2, "head_dim": 32}),  # half of a head turns, in steps of 16
+    "nemotron": ("NemotronConfig", {"num_attention_heads": 2, "head_dim": 32}),
+    "lfm2": ("Lfm2Config", {"layer_types": ["conv", "full_attention"], "block_auto_adjust_ff_dim": False}),
     "bert": ("BertConfig", {}),
 }
-DECODERS = [name for name in ARCHITECTURES if name != "bert"]
 
 
 def make_model(architecture: str, folder: Path, seed: int = 0, **changes: Any) -> Path:

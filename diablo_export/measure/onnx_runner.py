@@ -27,7 +27,7 @@ from diablo_export.measure.prompts import Ids
 if TYPE_CHECKING:
     import onnxruntime
 
-_CACHE = re.compile(r"^(past|present)\D*(\d+)\.(key|value)$")  # past_key_values.3.key, present.3.key
+_CACHE = re.compile(r"^(past|present)\D*(\d+)\.(key|value|conv)$")  # past_key_values.3.key, present.3.key, past.0.conv
 _DTYPES: dict[str, Any] = {
     "tensor(float)": np.float32,
     "tensor(float16)": np.float16,
@@ -178,6 +178,9 @@ class OnnxRunner:
                 continue
             if value.type not in _DTYPES:
                 raise ExportError(f"{value.name} is a {value.type}; caches of {', '.join(_DTYPES)} can be run here")
+            if len(value.shape) == 3:  # a convolution's last inputs [batch, channels, taps - 1]; zeros come before all
+                cache[value.name] = np.zeros((rows, *value.shape[1:]), _DTYPES[value.type])
+                continue
             _, heads, _, size = value.shape  # [batch, heads, past, head size]
             if not isinstance(heads, int) or not isinstance(size, int):
                 if self.cache_shape is None:

@@ -148,8 +148,8 @@ def prepared(variant: Variant, folder: Path, tokens: int, past: int, seed: int =
     ort, random, runner = require("onnxruntime", "cpu"), np.random.default_rng(seed), variant.runner(folder)
     feeds: dict[str, Array] = runner.feeds(random.integers(0, _vocabulary(folder), tokens), past)
     for name, empty in runner.empty_cache().items():
-        batch, heads, _, size = empty.shape
-        feeds[name] = random.normal(0, 0.1, (batch, heads, past, size)).astype(empty.dtype)
+        shape = [size or past for size in empty.shape]  # what a convolution keeps has one size
+        feeds[name] = random.normal(0, 0.1, shape).astype(empty.dtype)
     values = {name: ort.OrtValue.ortvalue_from_numpy(value) for name, value in feeds.items()}
     outputs = [value.name for value in variant.session.get_outputs()]
     options = runtime.run_options(variant.adapter)
