@@ -91,6 +91,17 @@ def test_two_merged_adapters_unmerge_to_the_same_bits(
     assert torch.equal(layer.weight, weight) and not layer.merged
 
 
+def test_a_merged_adapter_is_taken_out_where_it_is_turned_off_and_no_part_of_mixed_batches() -> None:
+    layer, x = layer_of("linear", 8, 8, 4, ("a",)), torch.randn(2, 3, 8)
+    base = layer.base_layer(x)
+    layer.merge()
+    with pytest.raises(DiabloPeftError, match="Cannot pass `adapter_names` when there are merged adapters"):
+        layer(x, adapter_names=["a", "__base__"])
+    assert not torch.equal(layer(x), base)
+    layer.enable_adapters(False)
+    assert torch.equal(layer(x), base) and not layer.merged
+
+
 def test_merge_in_bfloat16_rounds_once_and_changes_only_what_blocks_meet() -> None:
     layer = layer_of("linear", 8, 8, 4, ("a",))
     layer.base_layer.to(torch.bfloat16)
