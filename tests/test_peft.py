@@ -84,8 +84,8 @@ def test_two_merged_adapters_unmerge_to_the_same_bits(
     torch.testing.assert_close(
         layer.weight.detach(), weight + layer.get_delta_weight("a") + layer.get_delta_weight("b"), rtol=0, atol=1e-6
     )
-    own = layer.base_weight()
-    assert own is not None
+    merged, own = layer.weight.detach().clone(), layer.base_weight()
+    assert own is not None and torch.equal(layer.weight, merged), "asking for the base leaves the merged weight"
     np.testing.assert_array_equal(own, weight.numpy().T if kind == "conv1d" else weight.numpy())
     layer.unmerge()
     assert torch.equal(layer.weight, weight) and not layer.merged
