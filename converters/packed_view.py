@@ -20,7 +20,7 @@ from diablo_export.blockdiag import Array
 from diablo_export.checkpoint import Checkpoint, TensorInfo
 from diablo_export.converters.onnx_weights import Source
 from diablo_export.packed.grid import PackedGrid
-from diablo_export.packed.modules import Stored, all_stored, refuse_unreadable
+from diablo_export.packed.modules import Stored, all_stored, refuse_transposed, refuse_unreadable
 from diablo_export.quantization import BITS, GROUP_SIZES, Quantized, pack
 
 
@@ -48,6 +48,7 @@ def float_view(checkpoint: Checkpoint) -> Checkpoint:
     if not checkpoint.config.get("quantization_config"):
         return checkpoint
     refuse_unreadable(checkpoint)
+    refuse_transposed(checkpoint)
     packed = all_stored(checkpoint)
     codes = {info.name for one in packed for info in one.infos.values()}
     tensors = {name: info for name, info in checkpoint.tensors.items() if name not in codes}

@@ -204,6 +204,24 @@ def test_what_a_model_lacks_is_said_of_its_own_folder(quantized: Get, tiny_adapt
         export(broken, tiny_adapter("llama"), tmp_path / "out")
 
 
+def test_gpt2_is_merged_into_and_no_base(tiny_model: Get, tiny_adapter: Get, text: Path, tmp_path: Path) -> None:
+    """Its Conv1D are (in, out) as floats, and codes of them (out, in) as of any layer."""
+    base = shutil.copytree(tiny_model("gpt2"), tmp_path / "base")
+    tensors = load_file(base / "model.safetensors")
+    for name in [name for name in tensors if name.endswith(("c_proj.weight", "c_fc.weight"))]:
+        parts = packed.gptq(np.ascontiguousarray(tensors.pop(name).T))
+        tensors |= {name.removesuffix("weight") + key: part for key, part in parts.items()}
+    save_file(tensors, base / "model.safetensors", {"format": "pt"})
+    config = json.loads((base / "config.json").read_text()) | {"quantization_config": packed.FORMATS["gptq"][0]}
+    (base / "config.json").write_text(json.dumps(config))
+    manifest = merge(base, tiny_adapter("gpt2"), tmp_path / "merged")
+    gains = [entry["weight_gain"] for entry in manifest["modules"]]
+    assert len(gains) == 8 and min(gains) > 0.8  # blocks of a size with the weights
+    for road in (lambda: train(base, text, tmp_path / "a", **RUN), lambda: export(base, tiny_adapter("gpt2"), "x")):
+        with pytest.raises(CheckpointError, match="gpt2 keeps its weights the other way round, and codes of them are"):
+            road()
+
+
 def test_refusals(quantized: Get, tiny_model: Get, tiny_adapter: Get, text: Path, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="is quantized already; leave out --base-quantize"):
         train(quantized("awq"), text, tmp_path / "a", base_quantize="int4", **RUN)

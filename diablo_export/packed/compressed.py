@@ -38,7 +38,18 @@ def fault(config: Mapping[str, Any]) -> str | None:
             "quantized with compressed-tensors in the format {} of {} bits, where pack-quantized of 2, 4 or 8 bits "
             "can be read".format(*found)
         )
+    if online := _computed(config.get("transform_config") or {}):
+        return (
+            f"quantized with compressed-tensors with transforms that are computed at run time ({online}), which are not"
+        )
     return None
+
+
+def _computed(transforms: Mapping[str, Any]) -> str:
+    """Where activations are rotated before or after a weight, which are no part of it then; weights hold the others."""
+    schemes = (transforms.get("config_groups") or {}).values()
+    places = {str(one.get("location")) for scheme in schemes for one in scheme.get("apply") or []}
+    return ", ".join(sorted(places - {"weight_input", "weight_output"}))
 
 
 def sizes(infos: Mapping[str, TensorInfo], config: Mapping[str, Any]) -> tuple[int, int]:

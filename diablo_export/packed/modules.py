@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from types import ModuleType
 from typing import Any
 
-from diablo_export.adapter import AdaptedModule, Adapter, refuse_base
+from diablo_export.adapter import AdaptedModule, Adapter, refuse_base, stored_transposed
 from diablo_export.blockdiag import Array
 from diablo_export.checkpoint import Checkpoint, TensorInfo
 from diablo_export.console import log
@@ -154,6 +154,19 @@ def refuse_unreadable(checkpoint: Checkpoint) -> None:
         raise CheckpointError(
             f"{checkpoint.folder / 'config.json'}: {fault}; give the float model it was made from "
             "(merge --quantize int4 then quantizes base and blocks together)"
+        )
+
+
+def refuse_transposed(checkpoint: Checkpoint) -> None:
+    """Refuse a quantized model whose float weights would lie the other way round than its codes.
+
+    Raises:
+        CheckpointError: names the architecture.
+    """
+    if stored_transposed(checkpoint.config):
+        raise CheckpointError(
+            f"{checkpoint.folder}: {checkpoint.config.get('model_type')} keeps its weights the other way round, and "
+            "codes of them are merged into only; give the float model, to train with --base-quantize"
         )
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from diablo_export.checkpoint import Checkpoint
 from diablo_export.console import progress
 from diablo_export.errors import CheckpointError
-from diablo_export.packed.modules import all_stored, stored
+from diablo_export.packed.modules import all_stored, refuse_transposed, stored
 from diablo_export.trainer.layer import features, is_linear
 from diablo_export.trainer.packed_layer import from_stored
 
@@ -42,8 +42,9 @@ def load_packed(checkpoint: Checkpoint, task: str, dtype: Any, **labels: Any) ->
         labels: id2label, label2id and num_labels of a classifier, where they are not the checkpoint's.
 
     Raises:
-        CheckpointError: a quantized weight that is no linear layer of the model; names it.
+        CheckpointError: a quantized weight that is no linear layer of the model, or is GPT-2's; names it.
     """
+    refuse_transposed(checkpoint)
     config = transformers.AutoConfig.from_pretrained(checkpoint.folder, **labels)
     del config.quantization_config
     network, info = _MODELS[task][type(config)].from_pretrained(
