@@ -166,6 +166,16 @@ void test_cropped_runs() {
   }
 }
 
+// Blocks of whole rows of x, and of y, that begin between whole loads: 12 x 16 and 16 x 12.
+void test_blocks_between_loads() {
+  std::mt19937 random(7);
+  for (unsigned i = 0; i < 32; ++i) {
+    DiabloShape s{5 + i, 24, 32, 2, 12, 16, 24, 32, DIABLO_F32, DIABLO_F32};
+    if (i % 2) s = {5 + i, 32, 24, 2, 16, 12, 32, 24, DIABLO_F32, DIABLO_F32};
+    check_types(random, s, 1 + i / 2 % 4);
+  }
+}
+
 // An int4 layer with its branch: what the device reads, and how it is right.
 struct Int4Case {
   DiabloShape s;
@@ -242,7 +252,8 @@ void check_int4(std::mt19937& random, DiabloType type) {
   first.rows = upto(random, 20), first.type = first.block_type = type;
   if (random() % 2) {  // whole passes
     const int64_t passes = random() % 4 ? divide_up(first.in_features, kInt4Pass) : upto(random, 48);
-    first.in_features = passes * kInt4Pass, first.x_stride = first.in_features + random() % 2 * 8;
+    static const int gaps[] = {0, 8, 4};  // by the last one rows begin between whole loads
+    first.in_features = passes * kInt4Pass, first.x_stride = first.in_features + gaps[random() % 3];
     first.block_size_in = divide_up(first.in_features, first.num_blocks);
   }
   std::vector<std::unique_ptr<Int4Case>> cases;
@@ -357,6 +368,7 @@ int main(int count, char** arguments) {
   test_each_output_is_covered_once();
   test_few_rows_read_each_element_once();
   test_cropped_runs();
+  test_blocks_between_loads();
   test_numbers(calls, seed);
   test_int4(calls / 4, seed);
   std::printf("the CUDA kernels agree with the reference in %d random calls\n", calls);
