@@ -48,9 +48,8 @@ def to_int8(blocks: Array) -> tuple[Int8, Float32]:
     """
     wide = np.asarray(blocks, np.float32)
     scales: Float32 = np.abs(wide).max((1, 2), initial=0) / np.float32(_LARGEST)
-    steps = np.where(scales == 0, 1, scales)[:, None, None]
+    steps = np.where(scales == 0, 1, scales)[:, None, None]  # what is too small for a scale is nothing beside 1
     codes = np.clip(np.rint(wide / steps), -_LARGEST, _LARGEST)
-    codes[scales == 0] = 0  # values so small that their scale is no float32
     return codes.astype(np.int8), scales
 
 

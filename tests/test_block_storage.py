@@ -29,6 +29,7 @@ def test_int8_is_the_nearest_code_of_each_block() -> None:
 def test_zeros_and_what_is_next_to_nothing() -> None:
     values = np.zeros((3, 2, 2), np.float32)
     values[1], values[2] = 1e-44, 2.0
+    assert to_int8(np.full((1, 1, 1), -2.6e-43))[0] == -127  # 1.5 of the smallest float32 for a step, which is 1
     codes, scales = to_int8(values)
     assert codes[:2].any() == 0 and scales[:2].tolist() == [0, 0] and codes[2].tolist() == [[127, 127]] * 2
     empty, none = to_int8(np.zeros((0, 0, 0), np.float32))
@@ -72,7 +73,7 @@ def test_empty_blocks_add_nothing() -> None:
     assert add([(empty, 1), (empty, 1)]).shape == add([]).shape == (0, 0, 0)
 
 
-@pytest.mark.parametrize(("k", "n", "counts"), [(48, 24, (4, 6)), (9, 100, (2, 4)), (64, 48, (4, 7))])
+@pytest.mark.parametrize(("k", "n", "counts"), [(48, 24, (4, 6)), (9, 100, (2, 4)), (64, 48, (4, 7)), (8, 10, (2, 4))])
 def test_sums_that_are_not_block_diagonal(k: int, n: int, counts: tuple[int, int]) -> None:
     with pytest.raises(InputError, match=r"cannot be summed: block \d+ of the finer ones lies in no block"):
         add([(blocks(k, n, count), 1) for count in counts])
