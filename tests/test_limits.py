@@ -7,12 +7,10 @@ import pytest
 from diablo_export.errors import InputError
 from diablo_export.measure import limits
 
-PRECISIONS = ("fp32", "fp16", "bf16", "int8", "int4")
-
 
 @pytest.mark.parametrize("classifier", [True, False])
 @pytest.mark.parametrize("branch", [True, False])
-@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("precision", limits.PRECISIONS)
 def test_every_default_is_a_known_figure(precision: str, branch: bool, classifier: bool) -> None:
     found = limits.defaults(precision, branch=branch, classifier=classifier)
     assert set(found) <= set(limits.FIGURES)
@@ -79,7 +77,7 @@ def test_no_number(text: str) -> None:
         limits.parse([text])
 
 
-@pytest.mark.parametrize("text", ["kl=1", "=1", "kl.mean=nan", "kl.mean@a=1"])
+@pytest.mark.parametrize("text", ["kl=1", "=1", "kl.mean=nan", "kl.mean@a=1", "baseline.kl.mean=1"])
 def test_an_unknown_name_lists_all(text: str) -> None:
     with pytest.raises(InputError, match=r"(?s)no such figure.*  files <= .*  adapter\.survival_cosine >= "):
         limits.parse([text])
