@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from diablo_export.adapter import CONFIG, WEIGHTS, Adapter, head_classes
+from diablo_export.adapter import CONFIG, WEIGHTS, Adapter, head_classes, ordered_classes, stored_transposed
 from diablo_export.checkpoint import Checkpoint
 from diablo_export.errors import AdapterError
 from tests import tiny
@@ -210,3 +210,14 @@ def test_classes_are_the_outputs_of_the_head_s_last_layer(layers: dict[str, tupl
     saved = {f"{name}.weight": np.ones(shape, np.float32) for name, shape in layers.items()}
     assert head_classes(saved | {"head.norm.weight": np.ones(64, np.float32)}) == 3
     assert head_classes({}) == 0
+
+
+def test_classes_are_in_the_order_of_their_numbers() -> None:
+    assert ordered_classes({"10": "ten", "2": "two", "0": "no"}) == ["no", "two", "ten"]
+    assert ordered_classes(None) == ordered_classes({}) == []
+
+
+def test_gpt2_stores_all_but_its_head_transposed() -> None:
+    for module, transposed in (("transformer.h.0.attn.c_attn", True), ("lm_head", False), ("", True)):
+        assert stored_transposed({"model_type": "gpt2"}, module) is transposed
+        assert not stored_transposed({"model_type": "llama"}, module)

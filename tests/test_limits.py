@@ -28,6 +28,13 @@ def test_the_promised_limits() -> None:
     assert limits.defaults("int8", branch=True)["adapter.survival_gain.error"] == 0.02
 
 
+def test_an_error_is_held_to_the_adapter_where_the_base_has_none_of_its_own() -> None:
+    for of in ({"classifier": True}, {"same_base": True}):
+        found = limits.defaults("int4", branch=True, **of)
+        assert found["kl.share"] == 0.1 and "kl.ratio" not in found
+    assert "kl.ratio" in limits.defaults("int4", branch=True)
+
+
 def test_blocks_in_fewer_bits_than_the_graph() -> None:
     exact = limits.defaults("fp32", branch=True)
     assert limits.defaults("fp32", branch=True, block_dtype="fp32") == exact

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import numpy.typing as npt
 import pytest
@@ -14,6 +16,7 @@ from diablo_export.requantize import (
     refitted,
     rounded,
     touched,
+    whole_steps,
     with_touched,
 )
 
@@ -82,18 +85,36 @@ def test_calibration_lowers_the_error_of_outputs(bits: int, symmetric: bool) -> 
     assert found.codes.max() <= found.top
 
 
-def test_calibration_is_never_worse_than_its_starts() -> None:
+@pytest.mark.parametrize("dtype", [np.float32, np.float16])  # in float16 the fitted scale is the worse one
+def test_calibration_is_never_worse_than_its_starts(dtype: npt.DTypeLike) -> None:
     grid, moments = base(2), correlated(3 * SIZE)
     target = grid.values()  # the first start is exact
-    found = calibrated(target, [grid, rounded(random(12, 3, SIZE, seed=9), grid)], moments)
+    found = calibrated(target, [grid, rounded(random(12, 3, SIZE, seed=9), grid)], moments, dtype)
     assert np.array_equal(found.values(), target)
+
+
+def test_a_scale_may_turn_its_sign() -> None:
+    """Eight steps on one side of zero and seven on the other: which side is which is a choice."""
+    grid, target = base(rows=200), random(200, 3, SIZE, seed=2)
+    above = replace(grid, scales=np.abs(grid.scales))
+    fresh, fitted, positive = rounded(target, above), refitted(target, above), refitted(target, above, positive=True)
+    assert (np.sign(fitted.scales) != np.sign(fresh.scales)).any()
+    assert squared(fitted, target) < squared(positive, target) and positive.scales.min() > 0
+
+
+def test_whole_steps_are_on_the_grid_within_what_float16_scales_lose() -> None:
+    grid = base()
+    for away, whole in ((0.0, True), (0.04, True), (0.1, False), (16.0, False)):
+        assert whole_steps(grid.values() + np.float32(away) * grid.scales[..., None], grid) is whole
 
 
 def test_scales_are_those_that_can_be_stored() -> None:
     grid, moments = base(), correlated(3 * SIZE)
     stored = Grid(grid.codes, grid.scales.astype(np.float16).astype(np.float32), grid.zeros, 4, True)
-    found = calibrated(grid.values() * 1.1, [stored], moments, np.float16)
-    assert np.array_equal(found.scales, found.scales.astype(np.float16).astype(np.float32))
+    target = grid.values() * 1.1
+    for found in (calibrated(target, [stored], moments, np.float16), refitted(target, stored, np.float16)):
+        assert np.array_equal(found.scales, found.scales.astype(np.float16).astype(np.float32))
+        assert not np.array_equal(found.scales, stored.scales)
 
 
 def test_a_group_of_zeros_stays_one() -> None:
@@ -101,7 +122,8 @@ def test_a_group_of_zeros_stays_one() -> None:
     empty = Grid(grid.codes, np.zeros_like(grid.scales), grid.zeros, 4, True)
     zero = np.zeros((12, 3, SIZE), np.float32)
     assert not refitted(zero, empty).values().any()
-    assert not calibrated(zero, [empty], correlated(3 * SIZE)).values().any()
+    found = calibrated(zero, [empty], correlated(3 * SIZE))
+    assert not found.values().any() and (found.codes == 8).all()
 
 
 @pytest.mark.parametrize("num_blocks", [2, 3, 5])
