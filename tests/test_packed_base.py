@@ -163,6 +163,12 @@ def test_a_run_is_resumed_to_the_same_bits(quantized: Get, text: Path, tmp_path:
         patch.setattr(History, "add", add)
         with pytest.raises(KeyboardInterrupt):
             train(base, text, tmp_path / "parts", **how)
+    other = shutil.copytree(base, tmp_path / "other")
+    tensors = load_file(other / "model.safetensors")
+    tensors["model.layers.0.self_attn.o_proj.qweight"] ^= 1  # no target
+    save_file(tensors, other / "model.safetensors", {"format": "pt"})
+    with pytest.raises(InputError, match="base"):
+        train(other, text, tmp_path / "parts", resume=True, **how)
     train(base, text, tmp_path / "parts", resume=True, **how)
     parts, whole = ((tmp_path / name / "adapter_model.safetensors").read_bytes() for name in ("parts", "whole"))
     assert parts == whole

@@ -20,6 +20,7 @@ from diablo_export.errors import CheckpointError
 from diablo_export.fingerprint import Fingerprint, fingerprint
 from diablo_export.packed.modules import stored
 from diablo_export.trainer.layer import diablo_layers
+from diablo_export.trainer.packed_layer import LookedUpLinear, QuantizedLinear
 from diablo_export.trainer.processes import whole
 from diablo_export.trainer.targets import ALL, choose_targets, short_names, wrap_targets
 
@@ -105,7 +106,12 @@ def owners(parameters: Sequence[str]) -> set[str]:
 def _base_digest(network: nn.Module, checkpoint: Checkpoint, marks: Mapping[str, Fingerprint], but: set[str]) -> str:
     """Of the base's configuration, its targets' fingerprints, and everything else that it holds `but` those."""
     digest = hashlib.sha256(json.dumps([checkpoint.config, [mark.xxh3_128 for mark in marks.values()]]).encode())
-    for name, value in network.state_dict().items():
+    codes = {
+        f"{path}.{name}": value for path, layer in network.named_modules()
+        if isinstance(layer, QuantizedLinear | LookedUpLinear) and f"{path}.weight" not in but
+        for name, value in layer.named_buffers()
+    }  # fmt: skip
+    for name, value in (network.state_dict() | codes).items():
         if name not in but:
             plain = value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
             digest.update(f"{name}:{xxhash.xxh3_128_hexdigest(plain.data)}".encode())
