@@ -306,7 +306,11 @@ def test_table_tells_the_best_rate_and_how_flat_it_is(tmp_path: Path) -> None:
         "| DiaBlo N = 8 | 100 | 0.01 | 3.0010 | 3.0000 – 3.0020 | 0.001 – 0.01 (×10) | 10 ms |",
         "| LoRA r = 5 | 100 | 0.001 | 3.6000 | 3.5000 – 3.7000 | 0.001 alone | 10 ms |",
         "| SMT N = 8 | 100 | – | diverged | – | – | – |",
+        "",
+        "The best of the learning rates lies at their edge, and may lie beyond it: LoRA r = 5.",
     ]
+    # nothing is told of a single rate, nor of a best one between others that is next to one that diverged
+    assert "edge" not in table(made("diablo", {1e-3: [3.0]}) + made("lora", {1e-3: [4], 1e-2: [3], 1e-1: [None]}))
     draw(results, tmp_path / "sweep.png", "made up")
     assert (tmp_path / "sweep.png").read_bytes().startswith(b"\x89PNG")
 

@@ -56,6 +56,12 @@ class Line:
             max(means, key=means.__getitem__) if self.figure == "eval_accuracy" else min(means, key=means.__getitem__)
         )
 
+    @property
+    def at_edge(self) -> bool:
+        """Whether the best learning rate is the smallest or the largest of several, so that it may lie beyond."""
+        rates = {result["lr"] for result in self.results}
+        return len(rates) > 1 and self.best in (min(rates), max(rates))
+
     def flat(self) -> list[float]:
         """The learning rates around the best one whose mean is near its own (NEAR), without gaps."""
         best, means = self.best, self.means
@@ -92,7 +98,10 @@ def label(result: dict[str, Any], with_targets: bool = False) -> str:
 
 
 def table(results: Sequence[dict[str, Any]]) -> str:
-    """A Markdown table: per line its parameters, its best learning rate and figure there, and how flat that is."""
+    """A Markdown table: per line its parameters, its best learning rate and figure there, and how flat that is.
+
+    Below it, the lines whose best learning rate is not found yet.
+    """
     found = lines(results)
     figure = found[0].figure
     what = figure.removeprefix("eval_")
@@ -103,7 +112,9 @@ def table(results: Sequence[dict[str, Any]]) -> str:
     for result in results:
         if result["method"] == BASE:
             rows.append(f"| base | 0 | – | {result[figure]:.4f} | – | – | – |")
-    return "\n".join([*rows, *(_row(line) for line in found)]) + "\n"
+    open_ended = ", ".join(line.name for line in found if line.at_edge)
+    note = f"The best of the learning rates lies at their edge, and may lie beyond it: {open_ended}."
+    return "\n".join([*rows, *(_row(line) for line in found), *(["", note] if open_ended else [])]) + "\n"
 
 
 def _row(line: Line) -> str:
