@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 from click.testing import Result
+from safetensors.numpy import load_file, save_file
 
 from diablo_export.adapter import Adapter, file_sha256
 from diablo_export.checkpoint import Checkpoint
@@ -131,6 +133,19 @@ def test_what_misses_stays_and_is_marked(run: Run, tiny_model: Get, tiny_adapter
     assert as_json.exit_code == 1
     assert "Give --calibration with" in result.stderr and "Give --method auto, --calibration with" in as_json.stderr
     assert json.loads(as_json.stdout)["survival"]["method"] == "refit"
+
+
+def test_a_weak_fine_tune_is_called_that(run: Run, tiny_model: Get, tiny_adapter: Get, tmp_path: Path) -> None:
+    weak = shutil.copytree(tiny_adapter("llama"), tmp_path / "adapter")
+    file = weak / "adapter_model.safetensors"
+    save_file({name: 0.01 * blocks for name, blocks in load_file(file).items()}, file)
+    for adapter, said in ((weak, True), (tiny_adapter("llama"), False)):
+        result = run(
+            "merge", "-m", tiny_model("llama"), "-a", adapter, "--quantize", "int4", "--method", "refit",
+            "--min-survival", 0.999, "-o", tmp_path / "out", "--overwrite",
+        )  # fmt: skip
+        assert result.exit_code == 1, result.output
+        assert ("train it longer, or at a higher --lr" in result.stderr) is said
 
 
 def test_blocks_of_zeros_have_no_gain(run: Run, tiny_model: Get, tiny_adapter: Get, tmp_path: Path) -> None:

@@ -29,6 +29,7 @@ from diablo_export.console import log
 from diablo_export.errors import CheckFailed
 
 _THOROUGH = ("auto", "distilled", "layerwise", "learned")  # methods beside which auto would keep no more
+_WEAK = 0.01  # mean KL to the base in nats: hardly an answer is another one
 _HALF = 0.5  # of the blocks' squares that rounding leaves in a weight, and of the modules
 
 
@@ -173,9 +174,11 @@ def _missed(survival: Mapping[str, Any], output: Path, calibrated: bool) -> str:
         return f"{said} with the plan that comes nearest, {plan['file']}. {_more_room(plan)}"
     ways = "" if survival["asked"] in _THOROUGH else "--method auto, "
     ways += "" if calibrated else "--calibration with text of the fine-tune's kind, "
+    weak = f". The fine-tune is weak (KL {best['base_kl']:.2g} to its base): train it longer, or at a higher --lr"
+    weak = weak if best["base_kl"] < _WEAK else ""
     return (
         f"{said} with {best['method']}. Give {ways}a smaller --group-size, --asymmetric or --quantize int8, "
-        "lower --min-survival, or keep the blocks as a branch: diablo-export export"
+        f"lower --min-survival, or keep the blocks as a branch: diablo-export export{weak}"
     )
 
 
