@@ -25,6 +25,7 @@ from diablo_export.console import log
 from diablo_export.errors import AdapterError, InputError, OutputError, require
 from diablo_export.fingerprint import fingerprint
 from diablo_export.output import keep_inputs, new_folder
+from diablo_export.packed.modules import check_base, refuse_unreadable, stored
 
 BLOCKS = ".block_A"
 HEAD = "score."  # the paper's filter keeps entries with "block" or "score" in their name
@@ -58,6 +59,7 @@ def convert(file: str | Path, model: str | Path, output: str | Path, overwrite: 
     """
     keep_inputs(output, file, model)
     source, checkpoint = Path(file), Checkpoint.open(model)
+    refuse_unreadable(checkpoint)
     if source.is_dir():
         return _to_file(Adapter.load(source), checkpoint, Path(output), overwrite)
     adapter, skipped = read_chkpt(source, checkpoint, str(model))
@@ -146,19 +148,19 @@ def _as_arrays(file: Path, found: Any) -> dict[str, Array]:
 
 def _module(path: str, blocks: Array, checkpoint: Checkpoint, faults: list[str]) -> AdaptedModule | None:
     """The adapted module with the base's sizes and fingerprint; None, and a fault, where it does not fit."""
-    info = checkpoint.weight_of(path)
-    if info is None or len(info.shape) != 2:
+    found = stored(checkpoint, path) or checkpoint.weight_of(path)
+    if found is None or len(found.shape) != 2:
         faults.append(f"{path}: the base has no such linear layer")
         return None
-    transposed = stored_transposed(checkpoint.config, path)
-    out_features, in_features = info.shape[::-1] if transposed else info.shape
+    transposed = isinstance(found, TensorInfo) and stored_transposed(checkpoint.config, path)
+    out_features, in_features = found.shape[::-1] if transposed else found.shape
     try:
         _check_shape(shape_of(blocks, in_features, out_features))
     except InputError as error:
         faults.append(f"{path}: {error}")
         return None
-    weight = info.read()
-    mark = fingerprint(weight.T if transposed else weight) if info.dtype in _TORCH else None
+    weight = found.read() if isinstance(found, TensorInfo) else found.unpacked().values()
+    mark = fingerprint(weight.T if transposed else weight) if DTYPE_NAMES[weight.dtype] in _TORCH else None
     return AdaptedModule(path, blocks, in_features, out_features, mark)
 
 
@@ -180,7 +182,7 @@ def _same(info: TensorInfo | None, value: Array) -> bool:
 
 def _to_file(adapter: Adapter, checkpoint: Checkpoint, output: Path, overwrite: bool) -> Conversion:
     torch = require("torch", "train")
-    adapter.check_base(checkpoint)
+    check_base(checkpoint, adapter)
     if adapter.base_grid is not None:
         raise AdapterError(
             f"{adapter.path}: was trained beside {adapter.base_grid} weights, which the paper's file cannot say: its "

@@ -15,8 +15,10 @@ import torch
 
 from diablo_export.adapter import Adapter
 from diablo_export.base_grid import BaseGrid
+from diablo_export.checkpoint import Checkpoint
 from diablo_export.converters.diablo_chkpt import convert, load_tensors
 from diablo_export.errors import AdapterError, InputError, OutputError
+from diablo_export.packed.modules import stored
 
 Folder = Callable[[str], Path]
 PATHS = [f"model.layers.{i}.{leaf}" for i in (0, 1) for leaf in ("self_attn.q_proj", "self_attn.v_proj", "mlp.up_proj")]
@@ -60,6 +62,19 @@ def test_round_trip_is_exact(dtype: torch.dtype, tiny_model: Folder, tmp_path: P
         assert again[name].dtype == dtype and torch.equal(again[name], value)
     if dtype == torch.bfloat16:
         assert load_tensors(tmp_path / "again.chkpt")[f"{PATHS[0]}.block_A"].dtype == ml_dtypes.bfloat16
+
+
+def test_blocks_of_a_quantized_checkpoint_go_round(quantized: Folder, tiny_model: Folder, tmp_path: Path) -> None:
+    convert(saved(tmp_path, state()), quantized("awq"), tmp_path / "adapter")
+    module = Adapter.load(tmp_path / "adapter").modules[PATHS[2]]
+    weight = stored(Checkpoint.open(quantized("awq")), PATHS[2])
+    assert (module.in_features, module.out_features) == (64, 96) and module.fingerprint is not None and weight
+    assert module.fingerprint.matches(weight.unpacked().values())
+    convert(tmp_path / "adapter", quantized("awq"), tmp_path / "again.chkpt")
+    again = torch.load(tmp_path / "again.chkpt", weights_only=True)
+    assert all(torch.equal(again[name], value) for name, value in state().items())
+    with pytest.raises(AdapterError, match="6 of 6 modules do not fit"):
+        convert(tmp_path / "adapter", tiny_model("llama"), tmp_path / "float.chkpt")
 
 
 def test_padded_sizes_are_recovered(tiny_model: Folder, tmp_path: Path) -> None:
