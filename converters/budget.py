@@ -12,6 +12,7 @@ from torch import nn
 
 from diablo_export.trainer.data import Encoded
 from diablo_export.trainer.distillation import logits
+from diablo_export.trainer.model import text_config
 
 STEPS, BATCH_TOKENS = 150, 1024  # of a distillation where nothing is scarce
 _LEAST_STEPS, _LEAST_TOKENS = 40, 512  # less than that does not pay
@@ -47,7 +48,7 @@ def seconds_per_token(network: nn.Module, items: Sequence[Encoded], pad: int) ->
 
 def batch_tokens(network: Any) -> int:
     """Tokens in a batch: as many as make logits of 256 MB at most."""
-    vocabulary = int(getattr(network.config, "vocab_size", 1) or 1)
+    vocabulary = int(getattr(text_config(network), "vocab_size", 1) or 1)
     return max(128, min(BATCH_TOKENS, _LOGITS // vocabulary))
 
 

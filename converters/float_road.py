@@ -43,7 +43,7 @@ from diablo_export.trainer.data import Encoded
 from diablo_export.trainer.distillation import logits
 from diablo_export.trainer.grid import grid_layers
 from diablo_export.trainer.layer import set_enabled
-from diablo_export.trainer.model import load_tuned
+from diablo_export.trainer.model import load_tuned, text_config
 from diablo_export.trainer.moments import InputMoments, input_moments
 
 _LENGTH = 128  # tokens of a sequence
@@ -166,7 +166,7 @@ class _Tuned:
 
     def _text(self, calibration: str | Path | None, seconds: float, seed: int) -> Text:
         length = min(_LENGTH, context_length(self.network))
-        vocabulary = int(getattr(self.network.config, "vocab_size", 1))
+        vocabulary = int(getattr(text_config(self.network), "vocab_size", 1))
         item = Encoded(np.arange(length, dtype=np.int32) % min(vocabulary, 100), np.ones(length, np.bool_))
         per_token = budget.seconds_per_token(self.network, [item], self.pad)
         sequences = seconds * _TEXT_SHARE / (per_token * length * _PASSES)

@@ -40,6 +40,7 @@ from diablo_export.requantize import (
 from diablo_export.trainer.data import Encoded
 from diablo_export.trainer.distillation import distil, logits
 from diablo_export.trainer.grid import grid_layers
+from diablo_export.trainer.model import text_config
 from diablo_export.trainer.moments import input_moments
 from diablo_export.trainer.sampling import WRITING
 
@@ -268,14 +269,14 @@ class Bench:
 
     def _measured_speed(self) -> float:
         ids = np.random.default_rng(self._seed).integers(0, len(self.made.tokenizer), self._length).astype(np.int32)
-        vocabulary = int(getattr(self.made.network.config, "vocab_size", ids.max() + 1))
+        vocabulary = int(getattr(text_config(self.made.network), "vocab_size", ids.max() + 1))
         item = Encoded(ids % vocabulary, np.ones(len(ids), np.bool_))
         return budget.seconds_per_token(self.made.network, [item], self.pad)
 
     def _first_text(self) -> Text:
         sequences = self._sequences()
         moments = int(min(_MOMENTS, max(4, sequences - _JUDGED)))
-        vocabulary = int(getattr(self.made.network.config, "vocab_size", 1))
+        vocabulary = int(getattr(text_config(self.made.network), "vocab_size", 1))
         judged = int(max(2, min(_JUDGED, sequences / 4, (1 << 26) / (vocabulary * self._length))))
         many = 16 if self._classifier else 1  # its sequences are short, and give one answer each
         how: dict[str, Any] = {"length": self._length, "classifier": self._classifier, "judged": judged * many}

@@ -102,6 +102,8 @@ def _empty_model(config: Any, task: str, precision: str, share: bool) -> tuple[A
     from accelerate import init_empty_weights
 
     auto: Any = transformers.AutoModelForCausalLM
+    if hasattr(config, "vision_config"):  # of text and images: the graph is that of text
+        auto = transformers.AutoModelForImageTextToText
     if task == "text-classification":
         auto = transformers.AutoModelForSequenceClassification
     with init_empty_weights(include_buffers=False):

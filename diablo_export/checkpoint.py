@@ -26,6 +26,12 @@ INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 HEAD = "lm_head.weight"
 _HEAD_STORED = "embed_out.weight"  # as GPT-NeoX checkpoints have it: transformers renames it on loading
+# of text and images: how the names of the language model begin when loaded, and where Gemma 3, LLaVA, Qwen2-VL store it
+_LANGUAGE = (
+    ("model.language_model.", "language_model.model."),
+    ("lm_head.", "language_model.lm_head."),
+    ("model.language_model.", "model."),
+)
 EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "embed_in.weight")  # ends of their names
 _MAX_HEADER = 100_000_000  # the safetensors library refuses longer headers too
 
@@ -213,6 +219,9 @@ class Checkpoint:
             return self.tensors[name]
         if name == HEAD and _HEAD_STORED in self.tensors:
             return self.tensors[_HEAD_STORED]
+        for loaded, stored in _LANGUAGE:
+            if name.startswith(loaded) and (other := stored + name.removeprefix(loaded)) in self.tensors:
+                return self.tensors[other]
         _, _, shorter = name.partition(".")
         if shorter in self.tensors:
             return self.tensors[shorter]

@@ -86,6 +86,7 @@ class OnnxLM(TemplateLM):  # type: ignore[misc]
         self.runner = _open(folder, name)
         self.tokenizer: Any = AutoTokenizer.from_pretrained(folder)
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        config |= config.get("text_config") or {}  # of a model of images, too
         self.max_length = int(config.get("max_position_embeddings") or config.get("n_positions") or _LENGTH)
 
     @property

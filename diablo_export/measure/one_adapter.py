@@ -28,7 +28,7 @@ from diablo_export.measure.onnx_runner import OnnxRunner
 from diablo_export.measure.prompts import Ids, Sample, collect, digest
 from diablo_export.measure.texts import answers, continuations
 from diablo_export.measure.torch_runner import TorchRunner, context_length
-from diablo_export.trainer.model import load_tuned
+from diablo_export.trainer.model import load_tuned, text_config
 from diablo_export.trainer.packed_layer import holds_packed
 
 # a centred logit that moves by less than float32 kernels differ among themselves has not moved
@@ -249,7 +249,7 @@ def using_threads(threads: int | None) -> Iterator[None]:
 
 def window(model: Any) -> int:
     """Tokens of a sequence, at most: what the model takes, and what leaves room for its logits."""
-    fitting = max(_SHORTEST, _LOGITS_AT_ONCE // int(getattr(model.config, "vocab_size", 1)))
+    fitting = max(_SHORTEST, _LOGITS_AT_ONCE // int(getattr(text_config(model), "vocab_size", 1)))
     return min(_WINDOW, fitting, context_length(model))
 
 

@@ -20,6 +20,7 @@ from diablo_export.errors import CheckpointError
 from diablo_export.fingerprint import Fingerprint, fingerprint
 from diablo_export.packed.modules import stored
 from diablo_export.trainer.layer import diablo_layers
+from diablo_export.trainer.model import text_config
 from diablo_export.trainer.packed_layer import LookedUpLinear, QuantizedLinear
 from diablo_export.trainer.processes import whole
 from diablo_export.trainer.targets import ALL, choose_targets, short_names, wrap_targets
@@ -89,7 +90,7 @@ def put_blocks(
     marks = _fingerprints(checkpoint, targets)
     digest = _base_digest(network, checkpoint, marks, {*head, *(f"{name}.weight" for name in targets)})
     wrap_targets(network, targets, num_blocks)
-    network.config.use_cache = False
+    text_config(network).use_cache = False
     for name in head:
         parameter = network.get_parameter(name)
         parameter.data = parameter.data.float()

@@ -81,13 +81,14 @@ def load_with_fresh(
             if is_packed(checkpoint):
                 network, info = load_packed(checkpoint, task, _DTYPES[dtype], **more)
             else:
-                network, info = _AUTO[task].from_pretrained(
+                network, info = _auto(checkpoint, task).from_pretrained(
                     checkpoint.folder, dtype=_DTYPES[dtype], output_loading_info=True,
                     ignore_mismatched_sizes=True, **more,
                 )  # fmt: skip
     except _FAULTS as error:
         raise CheckpointError(
-            f"{model}: transformers cannot load it for {task}: {error}; choose a model for this task, or another --task"
+            f"{model}: transformers cannot load it for {task}: {_first_line(error)}; choose a model for this task, or "
+            "another --task"
         ) from error
     if info["mismatched_keys"] and not more:  # else a head of another size is made anew
         shown = [
@@ -103,6 +104,13 @@ def load_with_fresh(
     return network.requires_grad_(False).eval().to(device), tokenizer, fresh
 
 
+def _auto(checkpoint: Checkpoint, task: str) -> Any:
+    """The auto class that loads it; a model of text and images is loaded whole."""
+    if task == "causal-lm" and "vision_config" in checkpoint.config:
+        return transformers.AutoModelForImageTextToText
+    return _AUTO[task]
+
+
 def load_empty(model: str | Path, task: str, *, labels: list[str] | None = None) -> tuple[Any, Any]:
     """`load_base` with parameters that take no memory, for `fill` to load those that are needed."""
     checkpoint = Checkpoint.open(model)
@@ -113,7 +121,7 @@ def load_empty(model: str | Path, task: str, *, labels: list[str] | None = None)
             config = transformers.AutoConfig.from_pretrained(checkpoint.folder, **more)
             if checkpoint.has_own_head():
                 config.tie_word_embeddings = False
-            make: Any = _AUTO[task].from_config
+            make: Any = _auto(checkpoint, task).from_config
             network = make(config, dtype=torch.float32)
         network.tie_weights()
     except _FAULTS as error:
@@ -129,7 +137,7 @@ def _load_tokenizer(model: str | Path, checkpoint: Checkpoint, network: Any) -> 
             tokenizer = transformers.AutoTokenizer.from_pretrained(checkpoint.folder)
     except _FAULTS as error:
         raise CheckpointError(
-            f"{model}: transformers finds no tokenizer in it that it can load ({str(error).splitlines()[0]}); copy "
+            f"{model}: transformers finds no tokenizer in it that it can load ({_first_line(error)}); copy "
             "tokenizer.json and tokenizer_config.json there from where the model comes from"
         ) from error
     rows = network.get_input_embeddings().weight.shape[0]
@@ -266,12 +274,18 @@ def _check_loadable(checkpoint: Checkpoint, task: str, dtype: str) -> None:
     refuse_unreadable(checkpoint)
 
 
+def text_config(network: nn.Module) -> Any:
+    """The configuration of the part that reads text: of most models the whole."""
+    config: Any = network.config
+    return config.get_text_config() if hasattr(config, "get_text_config") else config
+
+
 def positions(network: nn.Module) -> float:
     """How many tokens a text may have; inf where the config does not say.
 
     RoBERTa and its kind count from behind the padding's position, so that they take fewer than the config says.
     """
-    config: Any = network.config
+    config = text_config(network)
     limit = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None) or math.inf
     tables = [table for name, table in network.named_modules() if name.endswith("position_embeddings")]
     padded = [
@@ -305,6 +319,10 @@ def _fault(module: nn.Module | None, in_features: int, out_features: int) -> str
     if (found := features(module)) == (in_features, out_features):
         return None
     return f"the model's layer is {found[0]} → {found[1]}, the adapter's is {in_features} → {out_features}"
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0]
 
 
 def _shape(parameter: Tensor | None) -> str:

@@ -16,7 +16,7 @@ from diablo_export.errors import CheckpointError, DataError, InputError
 from diablo_export.packed.modules import refuse_unreadable
 from diablo_export.trainer.batches import encode_all, hold_out
 from diablo_export.trainer.data import Encoded, Example, class_names, read_examples
-from diablo_export.trainer.model import head_parameters, load_with_fresh, positions
+from diablo_export.trainer.model import head_parameters, load_with_fresh, positions, text_config
 from diablo_export.trainer.packed_base import is_packed
 
 
@@ -168,7 +168,7 @@ def check_causal(network: Any, checkpoint: Checkpoint) -> None:
     Raises:
         CheckpointError: an encoder such as BERT, which transformers loads as a causal model all the same.
     """
-    network.config.use_cache = False  # some have none for so short a text
+    text_config(network).use_cache = False  # some have none for so short a text
     first, second = (
         network(input_ids=torch.tensor([[1, 2, 3, last]], device=network.device)).logits[:, :-1].float()
         for last in (4, 5)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from diablo_export.trainer.data import Encoded
 from diablo_export.trainer.grid import State, set_state
+from diablo_export.trainer.model import text_config
 
 _AT_ONCE = 1 << 25  # logits of one step, over all sequences: 128 MB in float32
 _MOST = 64  # sequences at once: their cache stays small
@@ -45,7 +46,7 @@ def sample_text(
         advance: is called with the tokens done.
     """
     device = next(network.parameters()).device
-    config: Any = network.config
+    config = text_config(network)
     vocabulary = int(config.vocab_size)
     generator = torch.Generator(device).manual_seed(seed)
     first = torch.tensor(_ordinary(tokenizer, vocabulary), device=device)
@@ -82,8 +83,8 @@ def telling_text(network: nn.Module, tokenizer: Any, count: int, length: int, *,
         length: tokens in each.
         seed: as `sample_text`'s.
     """
-    device, config = next(network.parameters()).device, network.config
-    vocabulary = int(config.vocab_size)  # type: ignore[union-attr, arg-type]
+    device, config = next(network.parameters()).device, text_config(network)
+    vocabulary = int(config.vocab_size)
     generator = torch.Generator(device).manual_seed(seed)
     first = torch.tensor(_ordinary(tokenizer, vocabulary), device=device)
     together = max(1, min(_MOST, _AT_ONCE // (vocabulary * WRITING)))

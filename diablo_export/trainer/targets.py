@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Sequence
+from typing import Any
 
 from torch import nn
 
@@ -34,7 +35,7 @@ def choose_targets(
     Raises:
         InputError: a name that matches nothing, with what exists, or a layer whose weight is tied to another module.
     """
-    linear = [name for name, module in model.named_modules() if takes_blocks(module) and name not in exclude]
+    linear = [name for name in _read_by_text(model) if name not in exclude]
     inside = [name for name in linear if re.search(r"\.\d+\.", name)]  # the blocks are numbered
     if not wanted:
         leaves = {name.rpartition(".")[2] for name in inside}
@@ -51,6 +52,16 @@ def choose_targets(
         chosen.update(found)
     _refuse_tied(model, chosen)
     return [name for name in linear if name in chosen]
+
+
+def _read_by_text(model: Any) -> list[str]:
+    """Paths of the linear layers that text comes to: where there are images too, the language model's and the head."""
+    linear = [name for name, module in model.named_modules() if takes_blocks(module)]
+    if not hasattr(getattr(model, "config", None), "vision_config"):
+        return linear
+    language, head = model.get_decoder(), model.get_output_embeddings()
+    inside = next((name for name, module in model.named_modules() if module is language), "")
+    return [name for name in linear if name.startswith(inside) or model.get_submodule(name) is head]
 
 
 def short_names(model: nn.Module, targets: Sequence[str]) -> list[str]:

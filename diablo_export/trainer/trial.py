@@ -19,7 +19,7 @@ from diablo_export.trainer.data import Encoded
 from diablo_export.trainer.folding import fold_blocks
 from diablo_export.trainer.layer import diablo_layers
 from diablo_export.trainer.loop import Step, learning_rate, train_loop, warm_up
-from diablo_export.trainer.model import checkpoint_activations, head_parameters, load_with_fresh
+from diablo_export.trainer.model import checkpoint_activations, head_parameters, load_with_fresh, text_config
 from diablo_export.trainer.objective import Objective
 from diablo_export.trainer.options import use_bfloat16
 from diablo_export.trainer.prepare import open_base
@@ -50,7 +50,7 @@ class Ground:
         network, _, fresh = load_with_fresh(
             self.model, self.task, dtype=self.dtype, device=self.place, labels=self.labels
         )
-        network.config.use_cache = False
+        text_config(network).use_cache = False
         head = [] if self.labels is None else head_parameters(network, fresh)
         for name in head:
             network.get_parameter(name).requires_grad_(True)
