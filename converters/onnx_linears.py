@@ -19,7 +19,7 @@ import onnx_ir as ir
 from diablo_export.blockdiag import Array
 from diablo_export.errors import ExportError
 
-Layout = Literal["MatMul", "Gemm", "MatMulNBits", "DequantizeLinear"]
+Layout = Literal["MatMul", "Gemm", "MatMulNBits", "DequantizeLinear", "Attention"]
 Index = npt.NDArray[np.int64]
 _INTEGERS = {getattr(ir.DataType, name) for name in ("INT2", "UINT2", "INT4", "UINT4", "INT8", "UINT8")}
 
@@ -133,6 +133,20 @@ def linears(model: ir.Model) -> list[Linear]:
 def linears_of(graph: ir.Graph) -> list[Linear]:
     """Every linear layer of one graph, but of those inside of its nodes; as `linears`."""
     return list(_linears(graph))
+
+
+def attentions(model: ir.Model) -> list[Linear]:
+    """What onnxruntime's optimizer fuses into Attention nodes: q, k and v side by side in one weight (in, 3 · out).
+
+    Such a node gives no layer's output, so that its weight can be merged into, and nothing else be done with it.
+    """
+    found = []
+    for node in model.graph:
+        weight = node.inputs[1] if (node.op_type, node.domain) == ("Attention", "com.microsoft") else None
+        if weight is not None and weight.const_value is not None:
+            inputs, outputs = (int(size) for size in weight.const_value.shape.numpy())
+            found.append(Linear(node, "Attention", weight, inputs, outputs, transposed=True))
+    return found
 
 
 def kind(layers: Sequence[Linear]) -> dict[str, str]:

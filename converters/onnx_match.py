@@ -18,7 +18,7 @@ import onnx_ir as ir
 
 from diablo_export.adapter import AdaptedModule
 from diablo_export.converters.onnx_aside import in_branches, same_values, unread
-from diablo_export.converters.onnx_linears import Linear, linears
+from diablo_export.converters.onnx_linears import Linear, attentions, linears
 from diablo_export.converters.onnx_names import may_be_one, of_path, parts_of, paths, same, scope
 from diablo_export.converters.onnx_nodes import MODULE, ROWS
 from diablo_export.errors import MatchError
@@ -71,14 +71,19 @@ class Match:
         return entry | {"parts": parts}
 
 
-def match(model: ir.Model, modules: Mapping[str, AdaptedModule]) -> dict[str, Match]:
+def match(model: ir.Model, modules: Mapping[str, AdaptedModule], fused: bool = False) -> dict[str, Match]:
     """Find every module in the graph.
+
+    Args:
+        model: the graph.
+        modules: what is looked for, by name.
+        fused: also in Attention nodes, whose weight a merge can change.
 
     Raises:
         MatchError: lists each module that was not found, and why.
         ExportError: weights in a layout that cannot be read.
     """
-    layers = linears(model)
+    layers = linears(model) + (attentions(model) if fused else [])
     found: dict[str, Match] = {}
     faults: list[str] = []
     for module in modules.values():

@@ -49,7 +49,7 @@ def merged_copy(
         AdapterError: base plus blocks is more than a weight's dtype holds.
     """
     model = source.graph
-    found = match(model, adapter.modules)
+    found = match(model, adapter.modules, fused=True)
     refuse(source.file, found.values())
     read, written = onnx_file.copy(source, folder, data=False), {}
     held = Held()

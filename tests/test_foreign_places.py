@@ -11,7 +11,7 @@ import pytest
 from onnx.parser import parse_model
 
 from diablo_export.fingerprint import sample
-from diablo_export.measure.foreign_places import End, Found, Wanted, ends, find, hidden_bias
+from diablo_export.measure.foreign_places import End, Found, Wanted, ends, find
 from diablo_export.measure.places import Graph
 from diablo_export.quantization import quantize
 
@@ -138,4 +138,4 @@ def test_a_run_of_a_split_value_is_followed(tmp_path: Path) -> None:
 def test_a_bias_that_another_operator_adds_is_seen(reader: str, inside: str | None, tmp_path: Path) -> None:
     text = f"g (float[1, t, 16] x) => (float[1, t, 16] z) {{ y = MatMul(x, w)\n z = {reader} }}"
     here = graph(tmp_path / "a.onnx", text, w=W[0], g=W[0][0])
-    assert hidden_bias(here, Found(here.proto.graph.node[0], (0, 16))) == inside
+    assert here.hidden_bias(here.proto.graph.node[0]) == inside

@@ -132,7 +132,7 @@ def _watch(
     }
     found, reasons = foreign_places.find(file, wanted)
     for name, place in list(found.items()):
-        inside = foreign_places.hidden_bias(file, place) if getattr(linear[name], "bias", None) is not None else None
+        inside = file.hidden_bias(place.node) if getattr(linear[name], "bias", None) is not None else None
         if inside is not None:
             reasons[name] = f"its bias is added inside {inside}, so that its output is no value of the graph"
             del found[name]

@@ -19,14 +19,11 @@ import onnx
 from diablo_export.blockdiag import Array
 from diablo_export.fingerprint import SAME_WEIGHT, positions
 from diablo_export.measure.coded import coded
-from diablo_export.measure.places import LINEAR, Graph
+from diablo_export.measure.places import FLOATS, LINEAR, PASSED, STEPS, Graph
 
-_PASSED = ("Cast", "Identity", "Dropout", "Reshape")  # nodes that leave the numbers of a module alone
-_STEPS = ("Add", "Sub", "Mul", "Div")  # nodes by which biases, scales and adapters come in
 # what LoRA, DoRA and their like are made of; anything else, and the operand is another part of the network
-_MOVED = (*_PASSED, "Transpose", "Unsqueeze", "Squeeze", "Expand")  # their other inputs are sizes
-_OF_ADAPTERS = (*_MOVED, *_STEPS, *LINEAR, "DequantizeLinear")
-_FLOATS = (onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16)
+_MOVED = (*PASSED, "Transpose", "Unsqueeze", "Squeeze", "Expand")  # their other inputs are sizes
+_OF_ADAPTERS = (*_MOVED, *STEPS, *LINEAR, "DequantizeLinear")
 _PRODUCTS = ("none", "float", "coded")
 _MOST = 12  # values that may be one module's output
 _FAR = 40  # nodes to look back over for what an operand is made of
@@ -187,24 +184,12 @@ def ends(graph: Graph, found: Found) -> list[End]:
     return listed[:_MOST]
 
 
-def hidden_bias(graph: Graph, found: Found) -> str | None:
-    """The operator that adds a bias to the node's output inside itself, so that the sum is no value of the graph."""
-    width = graph.width(found.node)
-    for reader in graph.readers.get(found.node.output[0], []):
-        stored = [graph.stored[name] for name in reader.input if name in graph.stored]
-        vectors = [one for one in stored if len(one.dims) == 1 and one.dims[0] >= width and one.data_type in _FLOATS]
-        norms = (1 if "Simplified" in reader.op_type else 2) if "LayerNorm" in reader.op_type else 0
-        if len(vectors) > norms and reader.op_type not in (*_PASSED, *_STEPS, *LINEAR):
-            return str(reader.op_type)
-    return None
-
-
 def _steps(graph: Graph, node: onnx.NodeProto, end: End, own: set[str]) -> Iterator[End]:
     """Where a value goes next while it may still be the module's."""
     for reader in graph.readers.get(end.y, []):
-        if reader.op_type in _PASSED and reader.input[0] == end.y:
+        if reader.op_type in PASSED and reader.input[0] == end.y:
             yield End(reader.output[0], end.start, end.stop, end.products)
-        elif reader.op_type in _STEPS:
+        elif reader.op_type in STEPS:
             made = _made_of(graph, [name for name in reader.input if name != end.y], _roots(graph, node) | own)
             if made is not None:
                 both = max(end.products, made, key=_PRODUCTS.index)
@@ -221,7 +206,7 @@ def _steps(graph: Graph, node: onnx.NodeProto, end: End, own: set[str]) -> Itera
 def _roots(graph: Graph, node: onnx.NodeProto) -> set[str]:
     """The module's input, and what it was before it was cast or reshaped."""
     names = [node.input[0]]
-    while (source := graph.maker(names[-1])) is not None and source.op_type in _PASSED:
+    while (source := graph.maker(names[-1])) is not None and source.op_type in PASSED:
         names.append(source.input[0])
     return set(names)
 
@@ -272,5 +257,5 @@ def _adapters(graph: Graph) -> set[str]:
     return {
         value.name
         for value in graph.proto.graph.input
-        if value.type.tensor_type.elem_type in _FLOATS and len(value.type.tensor_type.shape.dim) == 2
+        if value.type.tensor_type.elem_type in FLOATS and len(value.type.tensor_type.shape.dim) == 2
     }

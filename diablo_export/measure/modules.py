@@ -65,6 +65,8 @@ def look(
     """
     linear = linear_layers(model)
     with_adapter, without = _export(out, manifest, model, name, adapter, linear, rebuilt, threads)
+    if isinstance(with_adapter, OnnxTaps) and not with_adapter.places:
+        return Findings([], None)  # all of them inside other operators
     watched = list(with_adapter.places if isinstance(with_adapter, OnnxTaps) else linear)
     merged = {} if sources.is_branch(manifest) else sources.merged_part(manifest, adapter).modules
     return compare(

@@ -19,6 +19,9 @@ from diablo_export.measure.exported_base import read_tensor
 
 _MODULE, _ROWS = "diablo.module", "diablo.rows"  # node metadata that this program's exporters leave
 LINEAR = ("MatMul", "Gemm", "MatMulNBits")
+PASSED = ("Cast", "Identity", "Dropout", "Reshape")  # nodes that leave the numbers of a module alone
+STEPS = ("Add", "Sub", "Mul", "Div")  # nodes by which biases, scales and adapters come in
+FLOATS = (onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16)
 _JOIN = "diablo_join"  # how the Concat is called that puts the outputs of several nodes together
 
 
@@ -71,7 +74,7 @@ class Graph:
         self.widths = dict(self._all_widths())
 
     def places(self, modules: Iterable[Mapping[str, Any]], biased: Mapping[str, bool]) -> dict[str, Place]:
-        """Every module of `biased` that can be found: by the manifest's entries, or by the marks on nodes.
+        """Every module of `biased` whose output can be found: by the manifest's entries, or by the marks on nodes.
 
         Args:
             modules: the manifest's entries of adapted modules.
@@ -89,11 +92,24 @@ class Graph:
                 shares[name] = [(node, None) for node in nodes]
         found = {}
         for name, share in shares.items():
-            if name in biased and all(node.op_type in LINEAR and self.width(node) for node, _ in share):
+            if name not in biased or (biased[name] and any(self.hidden_bias(node) for node, _ in share)):
+                continue
+            if all(node.op_type in LINEAR and self.width(node) for node, _ in share):
                 parts = tuple(self._part(name, node, rows, biased[name]) for node, rows in share)
                 if len({node.input[0] for node, _ in share}) == 1:
                     found[name] = Place(name, share[0][0].input[0], parts)
         return found
+
+    def hidden_bias(self, node: onnx.NodeProto) -> str | None:
+        """The operator that adds a bias to the node's output inside itself: the sum is no value of the graph."""
+        for reader in self.readers.get(node.output[0], []):
+            stored = [self.stored[name] for name in reader.input if name in self.stored]
+            wide = [one for one in stored if len(one.dims) == 1 and one.dims[0] >= self.width(node)]
+            vectors = [one for one in wide if one.data_type in FLOATS]
+            norms = (1 if "Simplified" in reader.op_type else 2) if "LayerNorm" in reader.op_type else 0
+            if len(vectors) > norms and reader.op_type not in (*PASSED, *STEPS, *LINEAR):
+                return str(reader.op_type)
+        return None
 
     @property
     def rounded_table(self) -> str | None:
