@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from diablo_export.console import log
+from diablo_export.converters.sizes import COPIES
 from diablo_export.trainer.data import Encoded
 from diablo_export.trainer.distillation import logits
 from diablo_export.trainer.model import text_config
@@ -33,6 +35,19 @@ class Steps:
     steps: int
     batch_tokens: int
     seconds: float
+
+
+def place(network: nn.Module, copies: float = COPIES) -> str:
+    """Where a network is trained: on the GPU, where that has room for so many copies of its weights."""
+    if not torch.cuda.is_available():
+        return "cpu"
+    needs = copies * sum(values.nbytes for values in (*network.parameters(), *network.buffers()))
+    free = torch.cuda.mem_get_info()[0]
+    if needs <= free:
+        return "cuda"
+    said = "the GPU has %.1f GB free, and training takes about %.1f GB: it is done on the processor, which takes longer"
+    log.warning(said, free / 1e9, needs / 1e9)
+    return "cpu"
 
 
 def seconds_per_token(network: nn.Module, items: Sequence[Encoded], pad: int) -> float:

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import onnx_ir as ir
-import torch
 
 from diablo_export.adapter import Adapter
 from diablo_export.checkpoint import Checkpoint
@@ -66,8 +65,7 @@ def grid_merge(
     graph = ir.load(file)
     found = match(graph, adapter.modules)
     refuse(file, found.values())
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    made = grid_network(graph, folder, adapter, found, reference, device)
+    made = grid_network(graph, folder, adapter, found, reference, device=None)
     bench = Bench(made, adapter, folder, reference, calibration, max_seconds, seed, float_base)
     tried: list[Tried] = []
     for one in bench.tries(method, min_survival):

@@ -19,6 +19,7 @@ from diablo_export.adapter import TASKS, AdaptedModule, Adapter
 from diablo_export.blockdiag import Array, add_to_weight
 from diablo_export.checkpoint import Checkpoint
 from diablo_export.console import log
+from diablo_export.converters.budget import place
 from diablo_export.converters.onnx_groups import quantized, read
 from diablo_export.converters.onnx_match import Match, match
 from diablo_export.errors import MatchError
@@ -53,7 +54,7 @@ def grid_network(
     adapter: Adapter,
     found: dict[str, Match],
     reference: str | Path,
-    device: str | torch.device = "cpu",
+    device: str | None = "cpu",
 ) -> GridNetwork:
     """Load the reference and give it the weights of the graph.
 
@@ -63,7 +64,7 @@ def grid_network(
         adapter: its blocks become the branch, its saved head replaces the model's.
         found: where its modules lie in the graph.
         reference: Hugging Face folder or id of the float model.
-        device: where the network goes.
+        device: where the network goes; None: a GPU with room for it, else the processor.
 
     Raises:
         CheckpointError: the reference cannot be loaded.
@@ -76,7 +77,7 @@ def grid_network(
     grids, bare = lay(network, "", graph, folder, adapter, found)
     if bare:
         log.debug("layers that the graph does not show as linear ones: %s", ", ".join(bare))
-    return GridNetwork(network.to(device), tokenizer, grids, found)
+    return GridNetwork(network.to(device or place(network)), tokenizer, grids, found)
 
 
 def lay(

@@ -54,20 +54,22 @@ def padding(checkpoint: Checkpoint, saved: Iterable[str]) -> dict[str, int]:
     """The entry of config.json that a decoder which classifies knows padding by: it reads the last token that is none.
 
     As `trainer.model` has it: the tokenizer's, else the one of config.json, else the token that ends a text. None where
-    no tokenizer.json says which id that is: config.json is to be believed. Nothing changes where the head, saved or in
+    no file says which id that is: config.json is to be believed. Nothing changes where the head, saved or in
     the checkpoint, is no decoder's: RoBERTa counts its positions from that entry.
     """
     if not any(name.startswith(_DECODERS_HEAD) for name in (*saved, *checkpoint.tensors)):
         return {}
     named: int | None = checkpoint.config.get("pad_token_id")
-    settings, content = (
+    settings, content, vocabulary = (
         read_json(file) if (file := checkpoint.folder / name).exists() else {}
-        for name in ("tokenizer_config.json", "tokenizer.json")
+        for name in ("tokenizer_config.json", "tokenizer.json", "vocab.json")
     )
-    ids = _token_ids(content)
+    added = {token["content"]: int(index) for index, token in (settings.get("added_tokens_decoder") or {}).items()}
+    all_ids = _token_ids(content) or vocabulary
+    ids = all_ids | added
     own = [settings.get(key) for key in ("pad_token", "eos_token", "unk_token")]
     pad, *others = [ids.get(token["content"] if isinstance(token, dict) else token) for token in own]
-    usable = named if named in ids.values() else None
+    usable = named if named in ids.values() or (ids and not all_ids and (named or 0) >= 0) else None
     found = next((one for one in (pad, usable, *others) if one is not None), None)
     return {} if found is None else {"pad_token_id": found}
 

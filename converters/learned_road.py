@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import onnx_ir as ir
-import torch
 from torch import nn
 
 from diablo_export.console import log, progress
@@ -22,6 +21,7 @@ from diablo_export.converters.grid_network import matched
 from diablo_export.converters.onnx_file import MODEL
 from diablo_export.converters.onnx_groups import quantized, read, scale_type, write
 from diablo_export.converters.onnx_match import Match
+from diablo_export.converters.sizes import COPIES
 from diablo_export.errors import ExportError
 from diablo_export.trainer.data import Encoded
 from diablo_export.trainer.layer import diablo_layers, is_linear
@@ -67,7 +67,7 @@ def learned_road(
     graph, network = ir.load(folder / MODEL), _merged(tuned)
     found = _found(network, graph)
     layers = round_linear(network, {name: read(one, folder) for name, one in found.items()})
-    network.to("cuda" if torch.cuda.is_available() else "cpu")
+    network.to(budget.place(network, TRAINED_COPIES if whole else COPIES))
     size = max(1, min(_TOKENS, budget.batch_tokens(network)) // max(len(item.ids) for item in items))
     took = budget.seconds_per_token(network, items[:size], pad) * sum(len(item.ids) for item in items[:size])
     affordable = seconds / (took * _PASSES * (2 if whole else 1))

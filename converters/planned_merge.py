@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import onnx_ir as ir
-import torch
 
 from diablo_export.adapter import Adapter
 from diablo_export.base_grid import described
@@ -88,8 +87,7 @@ def planned_merge(
     graph = ir.load(file)
     found = match(graph, adapter.modules)
     refuse(file, found.values())
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    made = grid_network(graph, folder, adapter, found, reference, device)
+    made = grid_network(graph, folder, adapter, found, reference, device=None)
     own = Plan(base_mark(adapter), adapter_mark(adapter), _grid_in_words(made.grids), method, {})
     allowed = {name: _allowed(made.grids.get(name), rebuild) for name in adapter.modules}
     given = None if plan == AUTO else read_plan(plan)

@@ -13,7 +13,7 @@ from diablo_export.errors import InputError
 from diablo_export.quantization import check_layout
 
 _FLOAT_BYTES = {"fp32": 4, "fp16": 2}
-_COPIES = 2.5  # of the weights in float32 while merging: network, touched layers' grids, what is being loaded
+COPIES = 2.5  # of the weights in float32 while merging: network, touched layers' grids, what is being loaded
 
 _HIDDEN = 2**28  # numbers of hidden states that go from layer to layer, and what a step computes on the way
 
@@ -59,7 +59,7 @@ def memory_fault(checkpoint: Checkpoint, layerwise: bool = False, copies: float 
 
     As many as a merge needs, where `copies` does not say.
     """
-    numbers = sum(math.prod(info.shape) for info in checkpoint) * (copies or _COPIES)
+    numbers = sum(math.prod(info.shape) for info in checkpoint) * (copies or COPIES)
     if layerwise:
         numbers = _outside_and_largest(checkpoint) + _HIDDEN
     needs = 4 * numbers
@@ -84,4 +84,4 @@ def _outside_and_largest(checkpoint: Checkpoint) -> float:
             outside += math.prod(info.shape)
         else:
             layers[layer.group()] += math.prod(info.shape)
-    return outside + 2 * _COPIES * max(layers.values(), default=0)
+    return outside + 2 * COPIES * max(layers.values(), default=0)

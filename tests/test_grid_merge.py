@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 import pytest
+import torch
 from click.testing import Result
 from safetensors.numpy import load_file, save_file
 
@@ -287,3 +288,15 @@ def test_asymmetric_and_half_precision(tiny_model: Get, tiny_adapter: Get, tmp_p
             *arguments, tmp_path / str(number), quantize="int4", method="calibrated", min_survival=0.1, **options
         )
         assert manifest["survival"]["runtime_cosine"] > 0.98
+
+
+@pytest.mark.parametrize(("room", "where"), [(1.0, "cpu"), (10.0, "cuda")])
+def test_a_network_that_does_not_fit_the_gpu_stays_on_the_processor(
+    room: float, where: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    network = torch.nn.Linear(100, 100)
+    size = sum(parameter.nbytes for parameter in network.parameters())
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (int(room * size), 1 << 40))
+    assert budget.place(network) == where
+    assert ("it is done on the processor" in caplog.text) == (where == "cpu")

@@ -83,9 +83,11 @@ def test_layers_that_a_step_leaves_out_are_saved_and_resumed(
 
 
 def test_resume_without_a_checkpoint_starts_at_the_beginning(
-    tiny_model: Callable[[str], Path], text: Path, tmp_path: Path, uninterrupted: Path
+    tiny_model: Callable[[str], Path], text: Path, tmp_path: Path, uninterrupted: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    train(tiny_model("gpt2"), text, tmp_path / "a", resume=True, **RUN)
+    with caplog.at_level("INFO", "diablo_export"):
+        train(tiny_model("gpt2"), text, tmp_path / "a", resume=True, **RUN)
+    assert "a.training holds no checkpoint to resume from: beginning at the first step" in caplog.text
     assert same_weights(tmp_path / "a", uninterrupted)
     with pytest.raises(InputError, match="this run is finished already, there is nothing to resume"):
         train(tiny_model("gpt2"), text, tmp_path / "a", resume=True, **RUN)

@@ -194,6 +194,8 @@ def train(
     options |= {"num_blocks": learner.num_blocks, "steps": steps, "warmup_steps": warmup}
     settings = _settings(options, learner, lesson, grid, given, autocast)
     start, records = 0, list[dict[str, Any]]()
+    if resume and not going_on:
+        log.info("%s holds no checkpoint to resume from: beginning at the first step", work)
     if going_on:
         start, records = load_state(work / CHECKPOINT, learner.parameters, optimizer, settings)
         log.info("continuing after step %d of %d", start, steps)
