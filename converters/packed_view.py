@@ -18,6 +18,7 @@ import numpy as np
 
 from diablo_export.blockdiag import Array
 from diablo_export.checkpoint import Checkpoint, TensorInfo
+from diablo_export.converters.hf_folder import OTHER_WEIGHTS
 from diablo_export.converters.onnx_weights import Source
 from diablo_export.packed.grid import PackedGrid
 from diablo_export.packed.modules import Stored, all_stored, refuse_transposed, refuse_unreadable
@@ -83,7 +84,7 @@ def stored_codes(source: Source) -> Quantized | None:
 def _plain_folder(checkpoint: Checkpoint, config: dict[str, object]) -> Path:
     folder = Path(tempfile.mkdtemp(prefix="diablo-export-"))
     for file in checkpoint.folder.iterdir():
-        if file.is_file() and file.suffix != ".safetensors" and file.name != "config.json":
+        if file.is_file() and not file.name.endswith(OTHER_WEIGHTS) and file.name != "config.json":
             shutil.copyfile(file, folder / file.name)
     (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
     return folder

@@ -20,6 +20,7 @@ from diablo_export.blockdiag import add_to_weight
 from diablo_export.checkpoint import Checkpoint
 from diablo_export.converters.export import export
 from diablo_export.converters.merge import merge
+from diablo_export.converters.packed_view import float_view
 from diablo_export.errors import AdapterError, CheckpointError, ExportError, InputError
 from diablo_export.measure.parity import parity
 from diablo_export.packed.grid import PackedGrid
@@ -208,6 +209,15 @@ def test_what_a_model_lacks_is_said_of_its_own_folder(quantized: Get, tiny_adapt
     save_file(tensors, broken / "model.safetensors", {"format": "pt"})
     with pytest.raises(CheckpointError, match=r"/broken: has no tensor for the parameter model\.norm\.weight"):
         export(broken, tiny_adapter("llama"), tmp_path / "out")
+
+
+def test_the_view_of_floats_copies_no_weights(quantized: Get, tmp_path: Path) -> None:
+    base = shutil.copytree(quantized("awq"), tmp_path / "base")
+    for name in ("pytorch_model.bin", "model.gguf", "model.safetensors.index.json"):
+        (base / name).write_text("{}")
+    view = float_view(Checkpoint.open(base))
+    names = {"config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"}
+    assert {file.name for file in view.folder.iterdir()} == names
 
 
 def test_gpt2_is_merged_into_and_no_base(tiny_model: Get, tiny_adapter: Get, text: Path, tmp_path: Path) -> None:
