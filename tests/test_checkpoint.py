@@ -167,3 +167,41 @@ def test_an_index_of_another_kind(index: object, tmp_path: Path) -> None:
     (tmp_path / checkpoint.INDEX).write_text(json.dumps(index))
     with pytest.raises(CheckpointError, match=r"index\.json: its weight_map is no object of tensor names and files"):
         Checkpoint.open(tmp_path)
+
+
+def test_an_index_that_lists_what_no_shard_holds(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    write(tmp_path / "one.safetensors", {"a": np.ones(2, np.float32)})
+    listed = {"weight_map": {"a": "one.safetensors", "b": "one.safetensors"}}
+    (tmp_path / checkpoint.INDEX).write_text(json.dumps(listed))
+    with pytest.raises(CheckpointError, match=r"index\.json: lists tensors that no shard holds: b"):
+        Checkpoint.open(tmp_path)
+
+
+def model(folder: Path, **tensors: np.ndarray) -> Checkpoint:
+    """A checkpoint of these tensors; __ in their names is a dot."""
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    write(folder / checkpoint.SINGLE, {name.replace("__", "."): value for name, value in tensors.items()})
+    return Checkpoint.open(folder)
+
+
+def test_what_two_tensors_could_be_is_neither(tmp_path: Path) -> None:
+    ones = np.ones((2, 2), np.float32)
+    two = model(tmp_path / "two", a__x__weight=ones, b__x__weight=ones, a__wte__weight=ones, b__wte__weight=ones)
+    assert two.find("x.weight") is None and two.weight_of("lm_head") is None
+    one = model(tmp_path / "one", a__x__weight=ones, a__wte__weight=ones)
+    assert one.find("x.weight") is one.tensors["a.x.weight"]
+    assert one.weight_of("lm_head") is one.tensors["a.wte.weight"]
+
+
+def test_a_head_of_other_values_than_the_embeddings_is_its_own(tmp_path: Path) -> None:
+    table = np.arange(6, dtype=np.float32).reshape(3, 2)
+    assert model(tmp_path / "own", wte__weight=table, lm_head__weight=table + 1).has_own_head()
+    assert not model(tmp_path / "same", wte__weight=table, lm_head__weight=table).has_own_head()
+    assert not model(tmp_path / "none", wte__weight=table).has_own_head()
+
+
+@pytest.mark.parametrize("length", range(1, 9))
+def test_tensors_begin_at_multiples_of_eight(length: int) -> None:
+    assert len(checkpoint.header_bytes({"n" * length: ("F32", (2,))})) % 8 == 0
