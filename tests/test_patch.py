@@ -91,6 +91,23 @@ def test_reports_that_were_made_since_do_not_stay(base: Path, update: Path) -> N
     assert not list(base.glob("certificate*"))
 
 
+def test_a_report_that_both_sides_have_must_be_of_one_of_them(made: Path, base: Path, tmp_path: Path) -> None:
+    merged = Path(shutil.copytree(made / "merged", tmp_path / "merged"))
+    (merged / "parity.json").write_text('{"of": "the merge"}')
+    patch.create(made / "base", merged, tmp_path / "update.patch")
+    (base / "parity.json").write_text('{"of": "another"}')
+    refused(base, tmp_path / "update.patch", r"parity\.json: 17 bytes.*, 2 bytes with SHA-256 \S+ is wanted")
+
+
+def test_permissions_stay(base: Path, update: Path) -> None:
+    for path in (base, *(path for path in base.rglob("*") if path.is_file())):
+        path.chmod(0o750 if path.is_dir() else 0o640)
+    written = patch.apply(base, update)["written"]
+    assert base.stat().st_mode & 0o777 == 0o750
+    modes = {name: (base / name).stat().st_mode & 0o777 for name in written if (base / name).exists()}
+    assert modes["model.onnx.data"] == 0o640, modes
+
+
 def test_into_another_folder(made: Path, base: Path, update: Path, tmp_path: Path) -> None:
     before = contents(base)
     patch.apply(base, update, output=tmp_path / "new")

@@ -107,6 +107,17 @@ def test_a_device_that_computes_something_else_fails(merge: Path, tmp_path: Path
     assert exports.failed(report) == {"drift@adapter", "distance@adapter"}
 
 
+@pytest.mark.parametrize("at", [0, -1])
+def test_of_several_texts_the_worst_counts(merge: Path, at: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, cases, _ = read(merge)
+    assert len(cases) > 1
+    drifts = [0.0] * len(cases)
+    drifts[at] = 1e9
+    figures = iter([figure for drift in drifts for figure in (drift, 0.0)])  # of each text: drift, then distance
+    monkeypatch.setattr(golden, "divergence", lambda reference, found: next(figures))
+    assert exports.failed(verify(merge)) == {"drift@adapter"}
+
+
 def test_a_device_that_refuses_the_model_or_leaves_the_adapter_out_fails(
     branch: Path, merge: Path, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
