@@ -251,6 +251,8 @@ def test_tensors_that_do_not_fit_together(
     [
         ("gptq", "scales", lambda value: value * np.float16(np.inf), "of its 192 scales, 192 are NaN or infinite"),
         ("nf4", "weight.absmax", lambda value: value * np.nan, "of its 96 scales, 96 are NaN or infinite"),
+        ("nf4", "weight.quant_map", lambda value: value[:8], r"quant_map is no table of 16 numbers \(shape \(8,\)\)"),
+        ("nf4", "weight.quant_map", lambda value: value * np.nan, "quant_map is no table of 16 numbers"),
         ("awq", "qzeros", lambda value: value.view(np.int16), "qzeros holds integers of int16, where int32 can be"),
         (
             "gptq",

@@ -35,6 +35,7 @@ KEPT = ("weight.quant_map", "weight.nested_absmax", "weight.nested_quant_map", *
 _RATIOS = np.linspace(0.8, 1.1, 7, dtype=np.float32)  # of the scale that just holds a group's largest weight
 _FITS = 2  # alternations of codes and scale
 _AT_ONCE = 1 << 21  # weights per step
+_WORTHS = 16  # of a code of 4 bits
 
 Bools = npt.NDArray[np.bool_]
 
@@ -171,13 +172,17 @@ def unpacked(tensors: Mapping[str, Array], config: Mapping[str, Any]) -> LookedU
     """The codes, scales and table of one module.
 
     Raises:
-        CheckpointError: not as many scales as groups, or scales that are no numbers.
+        CheckpointError: not as many scales as groups, or scales or a table that are no numbers.
     """
     state = _state(tensors)
     outputs, inputs = (int(size) for size in state["shape"])
     size, count = int(state["blocksize"]), outputs * inputs
     codes = unpack(_swapped(tensors["weight"].reshape(-1).view(np.uint8)), 4, count)
     table = tensors["weight.quant_map"]
+    if table.shape != (_WORTHS,) or not np.isfinite(table).all():
+        raise CheckpointError(
+            f"its quant_map is no table of {_WORTHS} numbers (shape {table.shape}); copy the model again"
+        )
     codes = np.pad(codes, (0, -count % size), constant_values=np.abs(table).argmin()).reshape(-1, size)  # worth 0
     absmax = Scales(tensors["weight.absmax"])
     if absmax.stored.shape != (len(codes),):
