@@ -259,7 +259,7 @@ def test_a_device_that_is_too_small(
         slow = merge(*arguments, quantize="int4", min_survival=0.999, max_seconds=0.01)
     assert "not distilled: 40 steps of 64 tokens would take about" in caplog.text
     assert list(rows(slow)) == ["rtn", "refit", "calibrated"]
-    monkeypatch.setattr("diablo_export.converters.sizes._COPIES", 1e12)
+    monkeypatch.setattr("diablo_export.converters.sizes.COPIES", 1e12)
     with pytest.raises(InputError, match=r"--method auto: the model in torch takes about .* GB of memory"):
         merge(*arguments, quantize="int4", method="auto", overwrite=True)
     with caplog.at_level(logging.WARNING, logger="diablo_export"):
