@@ -37,6 +37,16 @@ def test_quiet_prints_nothing_when_all_is_well(out: Path, run: Run) -> None:
     assert (result.exit_code, result.stdout) == (0, "")
 
 
+@pytest.mark.parametrize("package", ["torch", "transformers", "accelerate"])
+def test_a_package_that_is_missing_is_no_failed_check(
+    package: str, out: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, package, None)
+    result = run("parity", out, *SMALL)
+    assert result.exit_code == 2 and not isinstance(result.exception, ImportError)
+    assert f"needs the Python package '{package}'" in result.stderr and 'diablo-export[train]"' in result.stderr
+
+
 def test_a_dropped_adapter_exits_1_with_the_checks_named(
     tiny_model: Get, tiny_adapter: Get, run: Run, tmp_path: Path
 ) -> None:

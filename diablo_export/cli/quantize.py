@@ -59,7 +59,8 @@ def command(as_json: bool, **options: Any) -> None:
       diablo-export train --model base2 --data train.jsonl --output adapter
       diablo-export export --model base2 --adapter adapter --output branch
     """
-    require("torch", "train")
+    for package in ("torch", "transformers", "accelerate"):
+        require(package, "train")
     from diablo_export.converters.quantize import quantize
 
     manifest = quantize(**options)

@@ -92,7 +92,7 @@ def command(as_json: bool, **options: Any) -> None:
       diablo-export train --model M --data train.jsonl --eval-fraction 0.1 \\
         --num-blocks 32 --lr 1e-3 --epochs 3 --output adapter
     """  # fmt: skip
-    for package in ("torch", "transformers", "matplotlib"):
+    for package in ("torch", "transformers", "accelerate", "matplotlib"):
         require(package, "train")
     from diablo_export.trainer.train import train
 

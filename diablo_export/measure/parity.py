@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from diablo_export.errors import InputError
+from diablo_export.errors import InputError, require
 from diablo_export.manifest import read_manifest
 from diablo_export.measure import certificate as certificates
 from diablo_export.measure import foreign_sources, held, report, sources
@@ -86,7 +86,9 @@ def parity(
     kind |= {"exported_base": bool(manifest.get("exported_base", True)), "same_base": manifest.get("format") == "hf"}
     defaults = checking.defaults(sources.precision(out, manifest), block_dtype=sources.block_dtype(manifest), **kind)
     kept = held.from_toml(limits, sources.precision(out, manifest)) if limits is not None else {}
-    from diablo_export.measure import foreign  # torch: only once the input is known good
+    for package in ("torch", "transformers", "accelerate"):  # only once the input is known good
+        require(package, "train")
+    from diablo_export.measure import foreign
     from diablo_export.measure.one_adapter import measure, using_threads
 
     counts: dict[str, float] = {"files": len(hashes["changed"]), "sources": len(hashes["sources_changed"])}
