@@ -161,7 +161,8 @@ def _export_decoder(model: Any) -> Any:
     layers = getattr(getattr(output, "past_key_values", None), "layers", [])
     if not layers or not all(hasattr(layer, "keys") for layer in layers):
         raise NotImplementedError("what it keeps from token to token is no cache of keys and values")
-    shapes = [layer.keys.shape for layer in layers]  # (1, key-value heads, 1, head size)
+    # (1, key-value heads, 1, head size); the last layers of Gemma 3n and 4 read the keys of others and keep none
+    shapes = [layer.keys.shape for layer in layers if layer.keys is not None]
     count = len(shapes)
 
     def forward(input_ids: Any, attention_mask: Any, position_ids: Any, past: Any) -> Any:
@@ -174,7 +175,7 @@ def _export_decoder(model: Any) -> Any:
                 past_key_values=cache,
                 use_cache=True,
             )
-        return output.logits, [x for layer in output.past_key_values.layers for x in (layer.keys, layer.values)]
+        return output.logits, [x for layer in output.past_key_values.layers[:count] for x in (layer.keys, layer.values)]
 
     model.forward = forward
     past = [

@@ -24,7 +24,7 @@ from tests.onnx_runs import LOGITS, in_torch, runner
 from tests.test_onnx_match import without_branches
 
 Get = Callable[..., Path]
-ROADS = {name: "torch" if name in ("gpt2", "gpt-neox", "gpt-neo", "bert") else "genai" for name in tiny.ARCHITECTURES}
+ROADS = {name: "torch" if name in tiny.BY_TORCH else "genai" for name in tiny.ARCHITECTURES}
 
 
 def plain(folder: Path, to: Path) -> Path:

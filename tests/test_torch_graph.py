@@ -219,6 +219,16 @@ def test_rotary_embeddings_that_the_other_road_gets_wrong(tmp_path: Path, rope: 
     np.testing.assert_allclose(got, wanted, rtol=0, atol=CLOSE)
 
 
+def test_layers_that_read_the_keys_of_others(tiny_model: Callable[[str], Path], tmp_path: Path) -> None:
+    build_graph(tiny_model("gemma4"), tmp_path)
+    session = graphs.open_session(tmp_path)
+    caches = {value.name: value.shape[3] for value in session.get_inputs() if value.name.startswith("past")}
+    kinds = [("0.key", 16), ("0.value", 16), ("1.key", 32), ("1.value", 32)]
+    assert caches == {f"past_key_values.{kind}": size for kind, size in kinds}
+    wanted = graphs.logits_of(graphs.hugging_face(tiny_model("gemma4")), graphs.IDS)
+    np.testing.assert_allclose(graphs.in_steps(session, graphs.IDS, 7), wanted, rtol=0, atol=CLOSE)
+
+
 @pytest.mark.slow
 def test_half_precision(tiny_model: Callable[[str], Path], tmp_path: Path) -> None:
     build_graph(tiny_model("gpt2"), tmp_path, precision="fp16")

@@ -29,6 +29,18 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "mistral": ("MistralConfig", {"sliding_window": None}),
     "gemma2": ("Gemma2Config", {"query_pre_attn_scalar": 16, "sliding_window": 128}),
     "gemma3": ("Gemma3TextConfig", {"query_pre_attn_scalar": 16, "sliding_window": 128}),
+    "gemma4": (
+        "Gemma4TextConfig",
+        {
+            "layer_types": ["sliding_attention", "full_attention"] * 2,
+            "num_hidden_layers": 4,
+            "num_kv_shared_layers": 2,  # the last two read the keys of the first two
+            "global_head_dim": 32,
+            "sliding_window": 5,
+            "hidden_size_per_layer_input": 16,
+            "vocab_size_per_layer_input": 320,
+        },
+    ),
     "phi3": ("Phi3Config", {"tie_word_embeddings": False}),
     "gpt2": ("GPT2Config", {}),
     "gpt-neox": ("GPTNeoXConfig", {}),
@@ -56,6 +68,9 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "lfm2": ("Lfm2Config", {"layer_types": ["conv", "full_attention"], "block_auto_adjust_ff_dim": False}),
     "bert": ("BertConfig", {}),
 }
+
+
+BY_TORCH = ("bert", "gemma4", "gpt2", "gpt-neo", "gpt-neox")  # onnxruntime-genai's builder takes all the others
 
 
 def make_model(architecture: str, folder: Path, seed: int = 0, **changes: Any) -> Path:
