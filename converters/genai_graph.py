@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx_ir as ir
 
 from diablo_export.converters.hf_skeleton import skeleton
@@ -40,6 +41,7 @@ ARCHITECTURES = (
     "PhiForCausalLM",
     "Qwen2ForCausalLM",
     "Qwen3ForCausalLM",
+    "Qwen3_5ForCausalLM",
     "SmolLM3ForCausalLM",
 )
 # rotary embeddings whose tables in the builder are Hugging Face's; for others (linear, dynamic, yarn) it makes
@@ -55,6 +57,7 @@ _TAKEN_FOR: dict[str, dict[str, Any]] = {
     "Lfm2ForCausalLM": {"conv_bias": False},
     "PhiForCausalLM": {"qk_layernorm": False},
 }
+_L2_EPSILON = 1e-6  # in transformers' code, not in config.json
 _HEAD_SIZE_STEP = 16  # GroupQueryAttention on CPU refuses other head sizes, and only when it runs
 
 
@@ -152,7 +155,7 @@ def layout(weights: Weights, folder: Path, *, precision: str = "fp32", share_emb
     }
     share = str(bool(tied) and share_embeddings).lower()
     options = ["fuse_qkv=false", "windowed_kv_cache=false", "hf_token=false", f"shared_embeddings={share}"]
-    options.append("fuse_qk_norm_gqa=false")
+    options += ["fuse_qk_norm_gqa=false", "exclude_mtp=true"]
     # the builder lays fp16 out for CUDA with the same GroupQueryAttention; its fp16 graphs for CPU fail when decoding
     provider = "cuda" if precision == "fp16" else "cpu"
     source, target = str(weights.checkpoint.folder), str(folder)
@@ -166,6 +169,7 @@ def layout(weights: Weights, folder: Path, *, precision: str = "fp32", share_emb
                 f"{source}: onnxruntime-genai's builder refuses it: {type(error).__name__}: {error}"
             ) from error
     graph = finished[0]
+    _keep_epsilon(graph.graph)
     graph.graph.sort()
     _name_cache_dims(graph, weights.checkpoint.config)
     return Layout(graph, _origins(made, placeholders, graph), tied)
@@ -173,6 +177,8 @@ def layout(weights: Weights, folder: Path, *, precision: str = "fp32", share_emb
 
 def _adjust(config: Any) -> None:
     """Say in the builder's words what transformers 5 says in its own."""
+    if config.architectures == ["Qwen3_5ForCausalLM"]:
+        config.architectures = ["Qwen3_5ForConditionalGeneration"]
     rope = getattr(config, "rope_parameters", None) or {}
     if "full_attention" in rope:  # Gemma 3: one set of parameters per kind of layer
         config.rope_local_base_freq = rope["sliding_attention"]["rope_theta"]
@@ -214,6 +220,19 @@ def _placeholder_model(weights: Weights) -> tuple[Any, dict[int, tuple[str, Any]
         if parameter.ndim >= 2:
             placeholders[_storage(replaced)] = (name, replaced)  # kept: an address must not be used twice
     return model.eval(), placeholders, tied
+
+
+def _keep_epsilon(graph: ir.Graph) -> None:
+    """Qwen3.5's keys and queries, x / √(Σx² + 1e-6): the builder leaves the epsilon out, which short vectors feel."""
+    for node in [node for node in graph if node.op_type == "LpNormalization"]:
+        x = node.inputs[0]  # (batch, tokens, heads, head size)
+        assert x is not None and x.dtype is not None and x.shape is not None and isinstance(x.shape[-1], int)
+        size = x.shape[-1]
+        scale = ir.val(f"{node.name}/scale", const_value=ir.tensor(np.full(size, size**-0.5, x.dtype.numpy())))
+        graph.register_initializer(scale)
+        attributes = {"axis": -1, "epsilon": _L2_EPSILON / size, "stash_type": 1}
+        norm = ir.node("SimplifiedLayerNormalization", [x, scale], attributes, name=node.name)
+        ir.convenience.replace_nodes_and_values(graph, node, [node], [norm], node.outputs, norm.outputs)
 
 
 def _name_cache_dims(model: ir.Model, config: dict[str, Any]) -> None:

@@ -32,9 +32,11 @@ def feeds(
         elif entry.name == "attention_mask":
             made[entry.name] = mask
         elif entry.name == "position_ids":
-            made[entry.name] = np.maximum(mask.cumsum(1) - 1, 0)[:, -ids.shape[1] :]
+            positions = np.maximum(mask.cumsum(1) - 1, 0)[:, -ids.shape[1] :]
+            made[entry.name] = positions if len(entry.shape) == 2 else np.stack([positions] * 3)
         else:
-            kept = entry.shape[1:] if entry.name.endswith(".conv") else (entry.shape[1], 0, entry.shape[3])
+            state = entry.name.endswith((".conv", ".recurrent"))
+            kept = entry.shape[1:] if state else (entry.shape[1], 0, entry.shape[3])
             shape = (len(ids), *kept)
             made[entry.name] = np.zeros(shape, _DTYPES[entry.type]) if past is None else past[entry.name]
     return made
@@ -51,7 +53,7 @@ def in_steps(session: ort.InferenceSession, ids: Any, prefill: int) -> Logits:
     logits = [result["logits"]]
     for step in range(prefill, ids.shape[1]):
         past = {
-            name.replace("present.", "past." if name.endswith(".conv") else "past_key_values."): value
+            name.replace("present.", "past_key_values." if name.endswith((".key", ".value")) else "past."): value
             for name, value in result.items()
         }
         result = run(session, ids[:, step : step + 1], np.ones_like(ids[:, : step + 1]), past)

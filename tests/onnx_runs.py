@@ -39,10 +39,11 @@ def feeds(opened: Any, ids: Array = IDS) -> dict[str, Array]:
         if value.name == "input_ids":
             made[value.name] = ids
         elif value.name == "position_ids":
-            made[value.name] = np.arange(ids.shape[1], dtype=np.int64)[None]
+            positions = np.arange(ids.shape[1], dtype=np.int64)[None]
+            made[value.name] = positions if len(value.shape) == 2 else np.stack([positions] * 3)
         elif value.name == "token_type_ids":
             made[value.name] = np.zeros_like(ids)
-        elif value.name.endswith(".conv"):  # what a convolution keeps: (batch, channels, taps - 1)
+        elif value.name.endswith((".conv", ".recurrent")):  # states of one size
             made[value.name] = np.zeros((1, *value.shape[1:]), np.float32)
         elif value.name.startswith("past"):
             kind = np.float16 if "float16" in value.type else np.float32

@@ -105,6 +105,17 @@ def test_real_model(real_data: Path, tmp_path: Path) -> None:
     check_same(model, tmp_path / "out")
 
 
+def test_short_keys_of_linear_attention(tiny_model: Callable[[str], Path], tmp_path: Path) -> None:
+    """Keys of the size of the epsilon below their norm, which the builder leaves out."""
+    model = tmp_path / "model"
+    shutil.copytree(tiny_model("qwen3_5"), model)
+    tensors = load_file(model / SINGLE)
+    tensors["model.layers.0.linear_attn.conv1d.weight"] *= 0.01
+    save_file(tensors, model / SINGLE, {"format": "pt"})
+    build(model, tmp_path / "out")
+    check_same(model, tmp_path / "out")
+
+
 @pytest.mark.parametrize("quantize_to", ["none", "int8", "int4"])
 @pytest.mark.parametrize("name", ["llama-tied", "phi3", "qwen3"])
 def test_blocks_are_merged_on_the_way(
@@ -249,7 +260,15 @@ def test_16_bit_embedding_of_a_quantized_model_stays_16_bits(tmp_path: Path) -> 
 
 @pytest.mark.parametrize(
     ("name", "quantize_to"),
-    [("qwen2", "none"), ("qwen2", "int4"), ("granite", "none"), ("lfm2", "none"), ("phi", "none"), ("smollm3", "none")],
+    [
+        ("qwen2", "none"),
+        ("qwen2", "int4"),
+        ("granite", "none"),
+        ("lfm2", "none"),
+        ("phi", "none"),
+        ("qwen3_5", "none"),
+        ("smollm3", "none"),
+    ],
 )
 def test_folder_runs_in_onnxruntime_genai(
     tiny_model: Callable[[str], Path], tmp_path: Path, name: str, quantize_to: str

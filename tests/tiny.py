@@ -26,6 +26,24 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama-tied": ("LlamaConfig", {"tie_word_embeddings": True}),
     "qwen2": ("Qwen2Config", {"tie_word_embeddings": True}),
     "qwen3": ("Qwen3Config", {"tie_word_embeddings": True}),
+    "qwen3_5": (
+        "Qwen3_5TextConfig",
+        {
+            "layer_types": ["linear_attention", "full_attention"],
+            "linear_num_key_heads": 2,
+            "linear_num_value_heads": 4,
+            "linear_key_head_dim": 16,
+            "linear_value_head_dim": 16,
+            "head_dim": 64,  # a quarter of it turns, in steps of 16
+            "rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": 1e4,
+                "partial_rotary_factor": 0.25,
+                "mrope_section": [3, 3, 2],
+                "mrope_interleaved": True,
+            },
+        },
+    ),
     "mistral": ("MistralConfig", {"sliding_window": None}),
     "gemma2": ("Gemma2Config", {"query_pre_attn_scalar": 16, "sliding_window": 128}),
     "gemma3": ("Gemma3TextConfig", {"query_pre_attn_scalar": 16, "sliding_window": 128}),
@@ -142,6 +160,8 @@ def make_adapter(
             continue
         leaf = name.rpartition(".")[2]
         if targets and leaf not in targets:
+            continue
+        if min(info.shape) < num_blocks:
             continue
         weight = info.read().T if stored_transposed(checkpoint.config) else info.read()
         shape = BlockShape.for_linear(weight.shape[1], weight.shape[0], num_blocks)

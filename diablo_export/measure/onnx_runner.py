@@ -27,7 +27,9 @@ from diablo_export.measure.prompts import Ids
 if TYPE_CHECKING:
     import onnxruntime
 
-_CACHE = re.compile(r"^(past|present)\D*(\d+)\.(key|value|conv)$")  # past_key_values.3.key, present.3.key, past.0.conv
+_CACHE = re.compile(
+    r"^(past|present)\D*(\d+)\.(key|value|conv|recurrent)$"
+)  # past_key_values.3.key, present.3.key, past.0.conv
 _DTYPES: dict[str, Any] = {
     "tensor(float)": np.float32,
     "tensor(float16)": np.float16,
@@ -154,7 +156,9 @@ class OnnxRunner:
         swapped = self.adapter.names if self.adapter else frozenset[str]()
         for value in self.session.get_inputs():
             if value.name in known:
-                feeds[value.name] = known[value.name].astype(_DTYPES[value.type])
+                fed = known[value.name].astype(_DTYPES[value.type])
+                # of text, a position along each axis of a picture is the same
+                feeds[value.name] = fed if len(value.shape) == 2 else np.tile(fed, (value.shape[0], 1, 1))
             elif value.name in self.fixed or value.name in swapped:
                 continue
             elif value.name.endswith(BLOCKS_SUFFIX):  # required blocks: empty ones are the base
@@ -178,7 +182,7 @@ class OnnxRunner:
                 continue
             if value.type not in _DTYPES:
                 raise ExportError(f"{value.name} is a {value.type}; caches of {', '.join(_DTYPES)} can be run here")
-            if len(value.shape) == 3:  # a convolution's last inputs [batch, channels, taps - 1]; zeros come before all
+            if not value.name.endswith((".key", ".value")):  # the state of a convolution or of linear attention
                 cache[value.name] = np.zeros((rows, *value.shape[1:]), _DTYPES[value.type])
                 continue
             _, heads, _, size = value.shape  # [batch, heads, past, head size]

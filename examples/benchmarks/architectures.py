@@ -40,6 +40,10 @@ SIZES: dict[str, Any] = {
 }  # fmt: skip
 FOUR = {"num_hidden_layers": 4}
 PATTERN = {**FOUR, "sliding_window_pattern": 2}
+SHARED = {  # the last two layers read the keys of the first two
+    **FOUR, "layer_types": ["sliding_attention", "full_attention"] * 2, "num_kv_shared_layers": 2,
+    "hidden_size_per_layer_input": 16, "vocab_size_per_layer_input": 1024,
+}  # fmt: skip
 GPT = {"n_embd": 64, "n_layer": 2, "n_head": 4}
 DECODERS: dict[str, dict[str, Any]] = {
     "apertus": {}, "arcee": {}, "biogpt": {}, "bitnet": {}, "bloom": {"n_layer": 2},
@@ -47,6 +51,10 @@ DECODERS: dict[str, dict[str, Any]] = {
     "cohere": {}, "cohere2": PATTERN, "ctrl": {**GPT, "dff": 96}, "diffllama": {}, "doge": {}, "ernie4_5": {},
     "exaone4": PATTERN, "falcon": {}, "falcon_h1": {}, "gemma": {}, "gemma2": {"query_pre_attn_scalar": 16},
     "gemma3_text": {**PATTERN, "query_pre_attn_scalar": 16}, "glm": {}, "glm4": {}, "gpt2": GPT,
+    "gemma3n_text": {
+        **SHARED, "laurel_rank": 8, "activation_sparsity_pattern": [0.0] * 4, "intermediate_size": [96] * 4,
+    },
+    "gemma4_text": {**SHARED, "global_head_dim": 32},
     "gpt_bigcode": {**GPT, "n_inner": 96},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]], "num_layers": 2, "window_size": 8}, "gpt_neox": {},
     "gptj": {**GPT, "rotary_dim": 8}, "gpt_oss": {"num_local_experts": 4}, "granite": {},
@@ -58,7 +66,15 @@ DECODERS: dict[str, dict[str, Any]] = {
     "persimmon": {}, "phi": {}, "phi3": {"tie_word_embeddings": False},
     "qwen2": {"use_sliding_window": True, "max_window_layers": 1},
     "qwen2_moe": {"num_experts": 4, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 32},
-    "qwen3": {"use_sliding_window": True, "max_window_layers": 1}, "rwkv": {}, "seed_oss": {}, "smollm3": {},
+    "qwen3": {"use_sliding_window": True, "max_window_layers": 1},
+    "qwen3_5_text": {
+        "layer_types": ["linear_attention", "full_attention"], "linear_num_key_heads": 2, "linear_num_value_heads": 4,
+        "linear_key_head_dim": 16, "linear_value_head_dim": 16, "head_dim": 64,
+        "rope_parameters": {
+            "rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.25, "mrope_section": [3, 3, 2],
+            "mrope_interleaved": True,
+        },
+    }, "rwkv": {}, "seed_oss": {}, "smollm3": {},
     "stablelm": {}, "starcoder2": {}, "vaultgemma": {},
     "xglm": {"d_model": 64, "ffn_dim": 96, "num_layers": 2, "attention_heads": 4},
 }  # fmt: skip
