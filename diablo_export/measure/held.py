@@ -69,6 +69,8 @@ def baseline(file: str | Path) -> dict[str, Any]:
     try:
         report: dict[str, Any] = json.loads(Path(file).read_text(encoding="utf-8"))
         known = isinstance(report["checks"], list) and "kl" in report
+    except FileNotFoundError as error:
+        raise InputError(f"--baseline {file}: no such file; leave it out until there is a parity.json") from error
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{file}: cannot be read as a parity.json ({error!r})") from error
     if not known:
