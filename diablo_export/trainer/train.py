@@ -201,8 +201,8 @@ def train(
         log.info("continuing after step %d of %d", start, steps)
     size = sum(parameter.numel() for parameter in trained)
     log.info(
-        "training %s parameters in %d modules on %s: %s items, %d steps of %d", f"{size:,}", len(learner.marks),
-        place.type, f"{len(lesson.items):,}", steps, batch_size * grad_accumulation,
+        "training %s parameters in %d modules on %s: %s items, %d step%s of %d", f"{size:,}", len(learner.marks),
+        place.type, f"{len(lesson.items):,}", steps, "s" * (steps != 1), batch_size * grad_accumulation,
     )  # fmt: skip
 
     run = functools.partial(
