@@ -10,6 +10,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
+import transformers
 
 from diablo_export.adapter import Adapter
 from diablo_export.blockdiag import Array
@@ -277,3 +278,18 @@ def test_a_model_without_keys_and_values_is_refused(tmp_path: Path) -> None:
     tiny.make_tokenizer(tmp_path / "model")
     with pytest.raises(ExportError, match=r"no cache of keys and values. merge --format hf can take it; or export it"):
         build_graph(tmp_path / "model", tmp_path)
+
+
+@pytest.mark.parametrize("layout", [{"num_kv_heads": 2, "new_decoder_architecture": True}, {"multi_query": True}])
+def test_falcon_whose_keys_are_taken_by_lists_of_indices(layout: dict[str, Any], tmp_path: Path) -> None:
+    sizes: dict[str, Any] = {"vocab_size": 320, "hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
+    torch.manual_seed(0)
+    network = transformers.FalconForCausalLM(transformers.FalconConfig(**sizes, **layout)).eval()
+    network.save_pretrained(tmp_path / "base")
+    tiny.make_tokenizer(tmp_path / "base")
+    (tmp_path / "out").mkdir()
+    build_graph(tmp_path / "base", tmp_path / "out")
+    ids = np.array([[5, 6, 7, 8]])
+    found = graphs.in_steps(graphs.open_session(tmp_path / "out"), ids, 2)
+    expected = graphs.logits_of(network, ids)
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)  # float32 sums in another order
