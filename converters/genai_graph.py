@@ -42,6 +42,7 @@ ARCHITECTURES = (
     "Qwen2ForCausalLM",
     "Qwen3ForCausalLM",
     "Qwen3_5ForCausalLM",
+    "Qwen3_5ForConditionalGeneration",  # its text model
     "SmolLM3ForCausalLM",
 )
 # rotary embeddings whose tables in the builder are Hugging Face's; for others (linear, dynamic, yarn) it makes
@@ -67,6 +68,7 @@ def refusal(config: dict[str, Any], task: str = "causal-lm") -> str | None:
         return f"onnxruntime-genai's builder makes decoders, and the task is {task}"
     if _architecture(config) not in ARCHITECTURES:
         return f"{_architecture(config)} is none of the {len(ARCHITECTURES)} taken to onnxruntime-genai's builder"
+    config = {**config, **(config.get("text_config") or {})}
     if head_size(config) % _HEAD_SIZE_STEP:
         return (
             f"the head size is {head_size(config)}; onnxruntime-genai's graphs use GroupQueryAttention, which needs a "
@@ -106,6 +108,7 @@ def _rope_types(config: dict[str, Any]) -> set[str]:
 
 def head_size(config: dict[str, Any]) -> int:
     """Width of one attention head."""
+    config = {**config, **(config.get("text_config") or {})}
     return int(config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"])
 
 
@@ -184,9 +187,10 @@ def _adjust(config: Any) -> None:
         config.rope_local_base_freq = rope["sliding_attention"]["rope_theta"]
         config.rope_parameters = rope = dict(rope["full_attention"])
         config.rope_theta = rope["rope_theta"]
-    if not hasattr(config, "rms_norm_eps"):  # the builder reads this name alone, else it takes 1e-6
-        named = (getattr(config, name, None) for name in ("layer_norm_eps", "norm_eps"))
-        config.rms_norm_eps = next(eps for eps in named if eps is not None)
+    text = config.get_text_config()
+    if not hasattr(text, "rms_norm_eps"):  # the builder reads this name alone, else it takes 1e-6
+        named = (getattr(text, name, None) for name in ("layer_norm_eps", "norm_eps"))
+        text.rms_norm_eps = next(eps for eps in named if eps is not None)
     if getattr(config, "layer_types", None) is None and getattr(config, "sliding_window", None):
         # without this list the builder takes every layer of Mistral and Phi-3 for a full one, and says nothing
         config.layer_types = ["sliding_attention"] * config.num_hidden_layers
@@ -204,7 +208,9 @@ def _placeholder_model(weights: Weights) -> tuple[Any, dict[int, tuple[str, Any]
     """
     import torch
 
-    model = skeleton(weights.checkpoint.folder, dtype=torch.float32)
+    config = weights.checkpoint.config
+    kind = "AutoModelForImageTextToText" if "vision_config" in config else "AutoModelForCausalLM"
+    model = skeleton(weights.checkpoint.folder, kind, dtype=torch.float32)
     first: dict[int, str] = {}
     tied: dict[str, str] = {}
     placeholders: dict[int, tuple[str, Any]] = {}
