@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
+from diablo_export.checkpoint import decoder_class
 from diablo_export.converters.hf_skeleton import skeleton
 from diablo_export.converters.onnx_nodes import Layout, Origin, Weights
 from diablo_export.errors import ExportError, require
@@ -208,9 +209,8 @@ def _placeholder_model(weights: Weights) -> tuple[Any, dict[int, tuple[str, Any]
     """
     import torch
 
-    config = weights.checkpoint.config
-    kind = "AutoModelForImageTextToText" if "vision_config" in config else "AutoModelForCausalLM"
-    model = skeleton(weights.checkpoint.folder, kind, dtype=torch.float32)
+    checkpoint = weights.checkpoint
+    model = skeleton(checkpoint.folder, decoder_class(checkpoint.config), dtype=torch.float32)
     first: dict[int, str] = {}
     tied: dict[str, str] = {}
     placeholders: dict[int, tuple[str, Any]] = {}

@@ -18,7 +18,7 @@ from typing import Any
 
 from diablo_export.adapter import AdaptedModule, Adapter, refuse_base, stored_transposed, weight_fault
 from diablo_export.blockdiag import Array
-from diablo_export.checkpoint import DTYPES, EMBEDDINGS, HEAD, Checkpoint, TensorInfo, header_bytes
+from diablo_export.checkpoint import DTYPES, EMBEDDINGS, HEAD, Checkpoint, TensorInfo, decoder_class, header_bytes
 from diablo_export.console import log, progress
 from diablo_export.converters.hf_folder import copy_others, write_config, write_index
 from diablo_export.converters.hf_packed import PackedModule, WrongBaseError, packed_modules
@@ -213,7 +213,7 @@ def _embeddings_beside(checkpoint: Checkpoint, head: TensorInfo) -> list[Part]:
     """The input embeddings as they were, where `head` is an output head that the checkpoint stores for both."""
     if not head.name.endswith(HEAD) or any(info.name.endswith(EMBEDDINGS) for info in checkpoint):
         return []
-    model = skeleton(checkpoint.folder)
+    model = skeleton(checkpoint.folder, decoder_class(checkpoint.config))
     embeddings = model.get_input_embeddings()
     name = next(f"{path}.weight" for path, module in model.named_modules() if module is embeddings)
     return [] if checkpoint.find(name) else [Part(name, head.dtype, head.shape, head)]

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 
-def skeleton(folder: Path, kind: str = "AutoModelForCausalLM", **more: Any) -> Any:
+def skeleton(folder: Path, kind: str, **more: Any) -> Any:
     """The model that the auto class `kind` makes of the folder's config.json.
 
     Args:

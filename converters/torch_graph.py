@@ -18,6 +18,7 @@ from typing import Any
 import onnx_ir as ir
 
 from diablo_export.adapter import head_classes
+from diablo_export.checkpoint import decoder_class
 from diablo_export.converters.hf_folder import padding
 from diablo_export.converters.onnx_names import SCOPES
 from diablo_export.converters.onnx_nodes import Layout, Origin, Weights
@@ -101,9 +102,7 @@ def _empty_model(config: Any, task: str, precision: str, share: bool) -> tuple[A
     import transformers
     from accelerate import init_empty_weights
 
-    auto: Any = transformers.AutoModelForCausalLM
-    if hasattr(config, "vision_config"):  # of text and images: the graph is that of text
-        auto = transformers.AutoModelForImageTextToText
+    auto: Any = getattr(transformers, decoder_class(config.to_dict()))
     if task == "text-classification":
         auto = transformers.AutoModelForSequenceClassification
     with init_empty_weights(include_buffers=False):

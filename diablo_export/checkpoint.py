@@ -56,6 +56,11 @@ DTYPES: Mapping[str, np.dtype[Any]] = {
 DTYPE_NAMES: Mapping[np.dtype[Any], str] = {dtype: name for name, dtype in DTYPES.items()}
 
 
+def decoder_class(config: Mapping[str, Any]) -> str:
+    """transformers' auto class for a decoder with this config.json; a model of text and images is loaded whole."""
+    return "AutoModelForImageTextToText" if "vision_config" in config else "AutoModelForCausalLM"
+
+
 @dataclass(frozen=True)
 class TensorInfo:
     """Where one tensor lies: its file, its dtype and shape, and its byte range in that file."""

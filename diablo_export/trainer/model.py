@@ -15,7 +15,7 @@ import transformers
 from torch import Tensor, nn
 
 from diablo_export.adapter import TASKS, Adapter, refuse_base
-from diablo_export.checkpoint import Checkpoint
+from diablo_export.checkpoint import Checkpoint, decoder_class
 from diablo_export.errors import AdapterError, CheckpointError, InputError
 from diablo_export.packed.modules import check_base, refuse_unreadable
 from diablo_export.trainer.layer import DiabloLinear, features, takes_blocks
@@ -23,10 +23,6 @@ from diablo_export.trainer.packed_base import is_packed, load_packed
 from diablo_export.trainer.quantized import round_base
 
 _FAULTS = (OSError, ValueError, KeyError, TypeError, RuntimeError, ImportError)  # of transformers, on bad folders
-_AUTO = {
-    "causal-lm": transformers.AutoModelForCausalLM,
-    "text-classification": transformers.AutoModelForSequenceClassification,
-}
 _DTYPES = {
     "float32": torch.float32,
     "bfloat16": torch.bfloat16,
@@ -105,10 +101,8 @@ def load_with_fresh(
 
 
 def _auto(checkpoint: Checkpoint, task: str) -> Any:
-    """The auto class that loads it; a model of text and images is loaded whole."""
-    if task == "causal-lm" and "vision_config" in checkpoint.config:
-        return transformers.AutoModelForImageTextToText
-    return _AUTO[task]
+    classifier = "AutoModelForSequenceClassification"
+    return getattr(transformers, decoder_class(checkpoint.config) if task == "causal-lm" else classifier)
 
 
 def load_empty(model: str | Path, task: str, *, labels: list[str] | None = None) -> tuple[Any, Any]:
@@ -267,8 +261,8 @@ def head_parameters(model: nn.Module, fresh: list[str]) -> list[str]:
 
 
 def _check_loadable(checkpoint: Checkpoint, task: str, dtype: str) -> None:
-    if task not in _AUTO:
-        raise InputError(f"task is {task!r}; it must be {' or '.join(_AUTO)}")
+    if task not in TASKS:
+        raise InputError(f"task is {task!r}; it must be {' or '.join(TASKS)}")
     if dtype not in _DTYPES:
         raise InputError(f"dtype is {dtype!r}; it must be one of {', '.join(_DTYPES)}")
     refuse_unreadable(checkpoint)
