@@ -119,7 +119,7 @@ def test_what_is_measured_as_rtn_is_what_rounding_gives(tiny_model: Get, tiny_ad
 def test_what_misses_stays_and_is_marked(run: Run, tiny_model: Get, tiny_adapter: Get, tmp_path: Path) -> None:
     out = tmp_path / "out"
     arguments = ("merge", "-m", tiny_model("llama"), "-a", tiny_adapter("llama"), "--quantize", "int4", "-o", out)
-    result = run(*arguments, "--min-survival", 0.999)
+    result = run(*arguments, "--min-survival", 0.999, "--max-seconds", 3600)
     assert result.exit_code == 1
     assert "the fine-tune does not survive as asked: gain" in result.stderr
     assert "(asked: within 0.001 of 1)" in result.stderr and "(asked: 0.999)" in result.stderr
