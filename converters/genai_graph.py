@@ -13,14 +13,14 @@ import io
 import json
 import math
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 
-from diablo_export.checkpoint import decoder_class
+from diablo_export.checkpoint import decoder_class, text_settings
 from diablo_export.converters.hf_skeleton import skeleton
 from diablo_export.converters.onnx_nodes import Layout, Origin, Weights
 from diablo_export.errors import ExportError, require
@@ -69,7 +69,7 @@ def refusal(config: dict[str, Any], task: str = "causal-lm") -> str | None:
         return f"onnxruntime-genai's builder makes decoders, and the task is {task}"
     if _architecture(config) not in ARCHITECTURES:
         return f"{_architecture(config)} is none of the {len(ARCHITECTURES)} taken to onnxruntime-genai's builder"
-    config = {**config, **(config.get("text_config") or {})}
+    config = text_settings(config)
     if head_size(config) % _HEAD_SIZE_STEP:
         return (
             f"the head size is {head_size(config)}; onnxruntime-genai's graphs use GroupQueryAttention, which needs a "
@@ -109,7 +109,6 @@ def _rope_types(config: dict[str, Any]) -> set[str]:
 
 def head_size(config: dict[str, Any]) -> int:
     """Width of one attention head."""
-    config = {**config, **(config.get("text_config") or {})}
     return int(config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"])
 
 
@@ -131,28 +130,13 @@ def layout(weights: Weights, folder: Path, *, precision: str = "fp32", share_emb
     model, placeholders, tied = _placeholder_model(weights)
     made: dict[str, Any] = {}  # initializer name → the tensor it was made of
     finished: list[ir.Model] = []
-    make_initializer, make_model, make_rope = base.make_initializer, base.make_model, base.make_attention_qk_rope
+    make_initializer = base.make_initializer
 
     def record(self: Any, tensor: Any, /, name: str, **how: Any) -> None:
         made[name] = tensor
         make_initializer(self, tensor, name, **how)
 
-    def make_exact(self: Any, path: str) -> None:
-        root = math.sqrt(self.hidden_size)
-        if self.embed_attrs["scale"] == round(root, 2):  # Gemma's, which the builder rounds to two decimals
-            self.embed_attrs["scale"] = root
-        make_model(self, path)
-
-    def rope_where_wanted(self: Any, layer_id: int, **how: Any) -> tuple[str, str]:
-        # the builder turns the layers of SmolLM3 that should not be turned by nodes of their own
-        wanted = getattr(self, "no_rope_layers", None) or {layer_id: 1}
-        return make_rope(self, layer_id, **how) if wanted[layer_id] else ("", "")
-
-    patches = {
-        "make_model": make_exact,
-        # the builder takes every linear layer as wide as the vocabulary for the head
-        "has_lm_head": lambda self, module: module is model.get_output_embeddings(),
-        "make_attention_qk_rope": rope_where_wanted,
+    patches = _mends(base, model) | {
         "load_weights": lambda self, path: model,
         "make_initializer": record,
         "save_model": lambda self, path: finished.append(self.model),
@@ -175,8 +159,30 @@ def layout(weights: Weights, folder: Path, *, precision: str = "fp32", share_emb
     graph = finished[0]
     _keep_epsilon(graph.graph)
     graph.graph.sort()
-    _name_cache_dims(graph, weights.checkpoint.config)
+    _name_cache_dims(graph, text_settings(weights.checkpoint.config))
     return Layout(graph, _origins(made, placeholders, graph), tied)
+
+
+def _mends(base: Any, model: Any) -> dict[str, Callable[..., Any]]:
+    """Methods of the builder in place of those that stray from Hugging Face."""
+    make_model, make_rope = base.make_model, base.make_attention_qk_rope
+
+    def make_exact(self: Any, path: str) -> None:
+        root = math.sqrt(self.hidden_size)
+        if self.embed_attrs["scale"] == round(root, 2):  # Gemma's, which the builder rounds to two decimals
+            self.embed_attrs["scale"] = root
+        make_model(self, path)
+
+    def rope_where_wanted(self: Any, layer_id: int, **how: Any) -> tuple[str, str]:
+        # the builder turns the layers of SmolLM3 that should not be turned by nodes of their own
+        wanted = getattr(self, "no_rope_layers", None) or {layer_id: 1}
+        return make_rope(self, layer_id, **how) if wanted[layer_id] else ("", "")
+
+    def is_head(self: Any, module: Any) -> bool:
+        # the builder takes every linear layer as wide as the vocabulary for the head
+        return module is model.get_output_embeddings()
+
+    return {"make_model": make_exact, "make_attention_qk_rope": rope_where_wanted, "has_lm_head": is_head}
 
 
 def _adjust(config: Any) -> None:

@@ -69,6 +69,7 @@ def padding(checkpoint: Checkpoint, saved: Iterable[str]) -> dict[str, int]:
     ids = all_ids | added
     own = [settings.get(key) for key in ("pad_token", "eos_token", "unk_token")]
     pad, *others = [ids.get(token["content"] if isinstance(token, dict) else token) for token in own]
+    # where a file says of added tokens alone, any id that config.json names may be a token's
     usable = named if named in ids.values() or (ids and not all_ids and (named or 0) >= 0) else None
     found = next((one for one in (pad, usable, *others) if one is not None), None)
     return {} if found is None else {"pad_token_id": found}

@@ -5,6 +5,7 @@ Both roads end here. A road hands over the graph and, for each initializer that 
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -22,7 +23,6 @@ from diablo_export.console import log, progress
 from diablo_export.converters.onnx_file import MODEL as MODEL
 from diablo_export.converters.onnx_weights import Job, Source, float_job, quantized_job, write
 from diablo_export.converters.packed_view import stored_codes
-from diablo_export.converters.rounding import gain_in
 from diablo_export.errors import CheckpointError, MatchError
 from diablo_export.quantization import Float32, Quantized
 
@@ -119,7 +119,7 @@ def finish(
     modules: dict[str, list[dict[str, Any]]] = {}
     jobs: dict[str, Job] = {}
     shared: dict[str, None] = {}
-    gains: dict[str, dict[str, float]] = {}  # of modules that float16 takes blocks from
+    gains: dict[str, dict[str, float]] = defaultdict(dict)  # of modules that float16 takes blocks from
     for node in nodes:
         found = linear_weight(node, named)
         if found is None:
@@ -146,10 +146,9 @@ def finish(
         else:
             shared |= {} if quantize == "none" or alone else {origin.module: None}
             entry = _plain(node, weight, origin)
+            if source.blocks is not None and weight.dtype == ir.DataType.FLOAT16:
+                source = replace(source, kept=gains[origin.module])
             job = float_job(weight, source, origin.transposed)
-            if source.blocks is not None and weight.dtype == ir.DataType.FLOAT16 and origin.module not in gains:
-                whole = replace(source, blocks=None, rows=None).read()
-                gains[origin.module] = {"weight_gain": gain_in(np.float16, whole, source.blocks)}
         modules.setdefault(origin.module, []).append(entry | {"rows": list(origin.rows) if origin.rows else None})
         jobs[weight.name or ""] = job
     if shared:
@@ -163,7 +162,7 @@ def finish(
     ordered = [*jobs.values(), *_constants(layout, jobs)]
     digest = _write(layout.model, ordered, folder)
     entries = {name: parts[0] if len(parts) == 1 else {"parts": parts} for name, parts in modules.items()}
-    return {name: entry | gains.get(name, {}) for name, entry in entries.items()}, digest
+    return {name: entry | gains[name] for name, entry in entries.items()}, digest
 
 
 def _stored_codes(source: Source, weight: Float32) -> Quantized:

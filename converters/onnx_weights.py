@@ -22,6 +22,7 @@ import onnx_ir as ir
 
 from diablo_export.blockdiag import Array, add_to_weight
 from diablo_export.checkpoint import DTYPE_NAMES, TensorInfo
+from diablo_export.converters.rounding import gain_in
 from diablo_export.errors import AdapterError, CheckpointError
 from diablo_export.quantization import Float32, Quantized, quantize
 
@@ -42,6 +43,7 @@ class Source:
     conv1d: bool = False  # the checkpoint stores it (in_features, out_features), as GPT-2 does
     blocks: Array | None = None  # (num_blocks, block_size_in, block_size_out), added on the way
     rows: tuple[int, int] | None = None  # only these output rows; None: all
+    kept: dict[str, float] | None = None  # reading puts in it what float16 leaves of the blocks, as a manifest says it
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -61,6 +63,8 @@ class Source:
         wanted = slice(first + (start or 0), last if stop is None else first + stop)
         if self.blocks is not None:
             weight = self._whole()
+            if self.kept is not None and not self.kept:
+                self.kept["weight_gain"] = gain_in(np.float16, weight, self.blocks)
             return add_to_weight(weight.astype(np.float32), self.blocks)[wanted]
         if isinstance(self.stored, TensorInfo) and not self.conv1d and self.shape:
             return _rows(self.stored, wanted).read()

@@ -56,6 +56,11 @@ DTYPES: Mapping[str, np.dtype[Any]] = {
 DTYPE_NAMES: Mapping[np.dtype[Any], str] = {dtype: name for name, dtype in DTYPES.items()}
 
 
+def text_settings(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The entries of a config.json with those of the part that reads text, which a model of images has by itself."""
+    return {**config, **(config.get("text_config") or {})}
+
+
 def decoder_class(config: Mapping[str, Any]) -> str:
     """transformers' auto class for a decoder with this config.json; a model of text and images is loaded whole."""
     return "AutoModelForImageTextToText" if "vision_config" in config else "AutoModelForCausalLM"

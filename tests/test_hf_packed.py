@@ -217,6 +217,17 @@ def test_other_formats_are_refused_with_the_reason(
         hf_merge(model, Adapter.load(tiny_adapter("llama")), tmp_path)
 
 
+def broken(model: Path, tensor: str, change: Callable[[Array], Array | None], folder: Path) -> Path:
+    """A copy of a model of which one tensor of one layer is changed, or gone."""
+    shutil.copytree(model, folder)
+    tensors, name = load_file(folder / "model.safetensors"), f"model.layers.0.mlp.up_proj.{tensor}"
+    changed = change(tensors.pop(name))
+    if changed is not None:
+        tensors[name] = np.ascontiguousarray(changed)
+    save_file(tensors, folder / "model.safetensors")
+    return folder
+
+
 @pytest.mark.parametrize(
     ("name", "tensor", "change"),
     [
@@ -235,12 +246,7 @@ def test_other_formats_are_refused_with_the_reason(
 def test_tensors_that_do_not_fit_together(
     name: str, tensor: str, change: Callable[[Array], Array | None], quantized: Get, tiny_adapter: Get, tmp_path: Path
 ) -> None:
-    model = shutil.copytree(quantized(name), tmp_path / "model")
-    tensors, broken = load_file(model / "model.safetensors"), f"model.layers.0.mlp.up_proj.{tensor}"
-    changed = change(tensors.pop(broken))
-    if changed is not None:
-        tensors[broken] = np.ascontiguousarray(changed)
-    save_file(tensors, model / "model.safetensors")
+    model = broken(quantized(name), tensor, change, tmp_path / "model")
     with pytest.raises(InputError, match=r"layers\.0\.mlp\.up_proj: (.*do not fit together|inputs of the groups)"):
         merge(model, tiny_adapter("llama"), tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -267,12 +273,7 @@ def test_values_that_make_no_weight(
     name: str, tensor: str, change: Callable[[Array], Array | None], why: str, quantized: Get, tiny_adapter: Get,
     tmp_path: Path,
 ) -> None:  # fmt: skip
-    model = shutil.copytree(quantized(name), tmp_path / "model")
-    tensors, broken = load_file(model / "model.safetensors"), f"model.layers.0.mlp.up_proj.{tensor}"
-    changed = change(tensors.pop(broken))
-    if changed is not None:
-        tensors[broken] = np.ascontiguousarray(changed)
-    save_file(tensors, model / "model.safetensors")
+    model = broken(quantized(name), tensor, change, tmp_path / "model")
     with pytest.raises(CheckpointError, match=rf"layers\.0\.mlp\.up_proj: .*{why}"):
         merge(model, tiny_adapter("llama"), tmp_path / "out")
     assert not (tmp_path / "out").exists()

@@ -21,6 +21,7 @@ import numpy as np
 
 from diablo_export import runtime
 from diablo_export.adapter import Adapter
+from diablo_export.checkpoint import text_settings
 from diablo_export.errors import InputError, require
 from diablo_export.manifest import read_manifest
 from diablo_export.measure.exported import states
@@ -85,8 +86,7 @@ class OnnxLM(TemplateLM):  # type: ignore[misc]
         super().__init__()
         self.runner = _open(folder, name)
         self.tokenizer: Any = AutoTokenizer.from_pretrained(folder)
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        config |= config.get("text_config") or {}  # of a model of images, too
+        config = text_settings(json.loads((folder / "config.json").read_text(encoding="utf-8")))
         self.max_length = int(config.get("max_position_embeddings") or config.get("n_positions") or _LENGTH)
 
     @property

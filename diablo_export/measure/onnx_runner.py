@@ -27,9 +27,8 @@ from diablo_export.measure.prompts import Ids
 if TYPE_CHECKING:
     import onnxruntime
 
-_CACHE = re.compile(
-    r"^(past|present)\D*(\d+)\.(key|value|conv|recurrent)$"
-)  # past_key_values.3.key, present.3.key, past.0.conv
+# past_key_values.3.key, present.3.key, past.0.conv
+_CACHE = re.compile(r"^(past|present)\D*(\d+)\.(key|value|conv|recurrent)$")
 _DTYPES: dict[str, Any] = {
     "tensor(float)": np.float32,
     "tensor(float16)": np.float16,

@@ -13,6 +13,7 @@ import numpy as np
 
 from diablo_export import runtime
 from diablo_export.blockdiag import Array
+from diablo_export.checkpoint import text_settings
 from diablo_export.errors import ExportError, InputError, require
 from diablo_export.measure.onnx_runner import OnnxRunner, cache_shape
 from diablo_export.opschema import BLOCKS_SUFFIX, SCALES_SUFFIX
@@ -197,4 +198,4 @@ def _config(folder: Path) -> dict[str, Any]:
         config: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
-    return {**config, **config.get("text_config", {})}
+    return text_settings(config)
