@@ -201,9 +201,8 @@ def test_a_classifying_decoder_knows_padding_by_its_tokenizer(
     assert json.loads((tmp_path / "config.json").read_text())["pad_token_id"] == expected
     graph = torch_graph._config(Weights(checkpoint, None, saved), "text-classification")
     assert graph.pad_token_id == expected
-    (
-        base / "tokenizer.json"
-    ).unlink()  # as older tokenizers are saved: GPT-2's whole vocabulary, or Llama's added tokens
+    # as older tokenizers are saved: GPT-2's whole vocabulary, or Llama's added tokens
+    (base / "tokenizer.json").unlink()
     (base / "vocab.json").write_text(json.dumps({"<pad>": 0, "<s>": 1, "</s>": 2, "seven": 7}))
     assert padding(checkpoint, saved) == {"pad_token_id": expected}
     (base / "vocab.json").unlink()
