@@ -13,17 +13,20 @@ from diablo_export.adapter import Adapter
 from diablo_export.algorithms import LEARNED
 from diablo_export.blockdiag import Array
 from diablo_export.checkpoint import Checkpoint
+from diablo_export.fingerprint import sample
 from diablo_export.measure import exported, sources
 from diablo_export.measure.exported_base import rebuild
+from diablo_export.measure.foreign_places import Wanted, find
 from diablo_export.measure.given_base import given_base
 from diablo_export.measure.onnx_runner import OnnxRunner, cache_shape
-from diablo_export.measure.places import Graph
+from diablo_export.measure.places import Graph, Place
 from diablo_export.measure.prompts import Sample
 from diablo_export.measure.stored import Fitted
 from diablo_export.measure.taps import OnnxTaps, TorchTaps, open_session
 from diablo_export.measure.twins import Findings, compare
-from diablo_export.trainer.layer import DiabloLinear, takes_blocks
+from diablo_export.trainer.layer import DiabloLinear, is_linear, takes_blocks
 from diablo_export.trainer.model import load_base
+from diablo_export.trainer.packed_layer import oriented
 
 # Decibels that the worst row of an input must reach. Float32 norms and attention are measured at 95 and more; a rotary
 # table that is off by one position gives 5 to 40. Float16 rounds by 66 dB, and a residual stream is some hundred sums.
@@ -103,6 +106,8 @@ def _export(
     graph, shape, entries = Graph(out / "model.onnx"), cache_shape(out), list(manifest["modules"])
     biased = {module: getattr(layer, "bias", None) is not None for module, layer in linear.items()}
     places = graph.places(entries, biased)
+    unmarked = linear if manifest.get("exporter") == "given" and manifest.get("quantize") != "none" else {}
+    places |= _unadapted(graph, unmarked, places)
     if sources.is_branch(manifest):
         session = open_session(graph, places, threads)
         on, off, _ = exported.states(manifest, session, out, name, shape)
@@ -111,6 +116,7 @@ def _export(
     if given is not None:
         before = Graph(given)  # it has no branches, so its values may have other names
         there = before.places(entries, biased)
+        there |= _unadapted(before, unmarked, there)
         pairs = ((graph, places), (before, there))
         on, off = (OnnxRunner(open_session(*pair, threads), cache_shape=shape) for pair in pairs)
         return OnnxTaps(graph, on, places), OnnxTaps(before, off, there)
@@ -119,6 +125,22 @@ def _export(
     sessions = (open_session(graph, places, threads, values) for values in (None, rebuilt))
     on, off = (OnnxRunner(session, cache_shape=shape) for session in sessions)
     return OnnxTaps(graph, on, places), OnnxTaps(graph, off, places)
+
+
+def _unadapted(graph: Graph, linear: Mapping[str, nn.Module], places: Mapping[str, Place]) -> dict[str, Place]:
+    """The layers without blocks of a model that somebody else quantized, found by their values.
+
+    No node is marked there, and torch's float ones in their place would be blamed on the layer behind them.
+    """
+    left = {name: layer for name, layer in linear.items() if name not in places and is_linear(layer)}
+    wanted = {}
+    for name, layer in left.items():
+        weight = oriented(layer)
+        wanted[name] = Wanted(len(weight), weight.shape[1], (sample(weight),))
+    found, _ = find(graph, wanted)
+    entries = [{"name": name, "node": one.node.name, "rows": one.rows} for name, one in found.items()]
+    biased = {name: getattr(layer, "bias", None) is not None for name, layer in left.items()}
+    return graph.places(entries, biased)
 
 
 def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
