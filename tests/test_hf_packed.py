@@ -347,13 +347,13 @@ def test_the_command(run: Callable[..., Result], quantized: Get, tiny_adapter: G
 
 
 LIBRARIES = {
-    "gptq": "gptqmodel", "awq": "gptqmodel", "compressed-tensors": "compressed_tensors", "bitsandbytes": "bitsandbytes",
+    "gptq": "gptqmodel", "awq": "gptqmodel", "compressed-tensors": "compressed_tensors",
 }  # fmt: skip
-LOADED = ["gptq", "gptq-act-order", "gptq-asym", "awq", "compressed-tensors", "compressed-tensors-8-bits", "nf4"]
+LOADED = ["gptq", "gptq-act-order", "gptq-asym", "awq", "compressed-tensors", "compressed-tensors-8-bits"]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [*LOADED, "nf4-double"])
+@pytest.mark.parametrize("name", LOADED)
 def test_their_own_libraries_load_what_was_merged(
     name: str, quantized: Get, tiny_model: Get, tiny_adapter: Get, tmp_path: Path
 ) -> None:
@@ -375,6 +375,25 @@ def test_their_own_libraries_load_what_was_merged(
     tolerance = 0.05 if name.startswith(("gptq", "awq")) else 1e-4
     torch.testing.assert_close(found, wanted, rtol=0, atol=tolerance)
     assert (found - base).abs().max() > 1
+
+
+@pytest.mark.parametrize("name", ["nf4", "nf4-double"])
+def test_bitsandbytes_own_reader(name: str, quantized: Get, tiny_adapter: Get, tmp_path: Path) -> None:
+    functional = pytest.importorskip("bitsandbytes.functional")
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    adapter = Adapter.load(tiny_adapter("llama"))
+    hf_merge(quantized(name), adapter, tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    for module in adapter.modules:
+        weight = model.get_submodule(module).weight
+        shape, state = weight.quant_state.shape, weight.quant_state
+        # Flat: on a CPU bitsandbytes 0.50 misreads rows that end within a group, also of what it quantized itself.
+        state.shape = torch.Size([shape.numel()])
+        found = functional.dequantize_4bit(weight.data, state).reshape(shape).numpy()
+        # the same products of float32, fused with the sum of double quantization or not
+        np.testing.assert_allclose(found, dense(tmp_path, name, module), rtol=2**-22, atol=0)
 
 
 def test_compressed_tensors_own_reader_of_zero_points(quantized: Get, tiny_adapter: Get, tmp_path: Path) -> None:
