@@ -81,9 +81,17 @@ def given_text(
 
 
 def written_text(
-    network: nn.Module, tokenizer: Any, *, length: int, classifier: bool, judged: int, fitted: int, seed: int = 0
+    network: nn.Module,
+    tokenizer: Any,
+    *,
+    length: int,
+    classifier: bool,
+    judged: int,
+    fitted: int,
+    seed: int = 0,
+    writer: str = "the tuned model",
 ) -> Text:
-    """Text without data: what the tuned model writes (int4 base + branch), or sentences of random tokens.
+    """Text without data: what the model writes, such as int4 base + branch, or sentences of random tokens.
 
     Args:
         network: base and branch in `GridLinear` layers, or the tuned model alone.
@@ -93,13 +101,14 @@ def written_text(
         judged: sequences to measure on.
         fitted: sequences to fit to.
         seed: of every draw.
+        writer: what the network is called.
     """
     if classifier:
         return random_text(tokenizer, length=length, judged=judged, fitted=fitted, seed=seed)
     # where base and branch lie in one network, it can tell what the one says and the other does not
     write = telling_text if grid_layers(network) else sample_text
     items = write(network, tokenizer, judged + fitted, length, seed=seed)
-    origin = f"{len(items)} sequences of {length} tokens, sampled from the tuned model"
+    origin = f"{len(items)} sequences of {length} tokens, sampled from {writer}"
     return Text(list(items[:judged]), list(items[judged:]), origin)
 
 

@@ -42,8 +42,8 @@ def check_values(
         faults.append(f"max_seconds is {max_seconds}; it must be above 0")
     if plan is not None and method == LAYERWISE:
         faults.append("--plan runs the whole model, and --method layerwise never does; leave one of them out")
-    if calibration is not None and plan is None and method in ("rtn", "refit"):
-        faults.append(f"--calibration is not looked at by --method {method}; leave one of them out")
+    if calibration is not None and plan is None and method == "rtn":
+        faults.append("--calibration is not looked at by --method rtn; leave one of them out")
     if method in ALGORITHMS and plan is not None:
         faults.append(f"--method {method} quantizes all weights in one way, and takes no --plan; leave one of them out")
     if plan is not None and str(plan) != "auto" and method is not None:

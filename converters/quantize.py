@@ -130,7 +130,7 @@ def _text(
     how["fitted"] = fitted * (_SHORT if classifier else 1)
     if calibration is not None:
         return given_text(calibration, tokenizer, **how)
-    return written_text(network, tokenizer, seed=seed, **how)
+    return written_text(network, tokenizer, seed=seed, writer="the model", **how)
 
 
 def _loss(objective: Objective, text: Text, task: str) -> float | None:

@@ -116,6 +116,22 @@ def test_what_is_measured_as_rtn_is_what_rounding_gives(tiny_model: Get, tiny_ad
     assert (tmp_path / "rtn/model.onnx.data").read_bytes() == (other / "model.onnx.data").read_bytes()
 
 
+def test_what_to_give_is_what_is_not_given_yet(
+    run: Run, tiny_model: Get, tiny_adapter: Get, genai_graph: Callable[..., Path], tmp_path: Path
+) -> None:
+    tight = ("-a", tiny_adapter("llama"), "--method", "refit", "--min-survival", 0.9999)
+    made = ("--quantize", "int4", "--group-size", 16, "--asymmetric")
+    result = run("merge", "-m", tiny_model("llama"), *tight, *made, "-o", tmp_path / "made")
+    assert result.exit_code == 1
+    text = "--calibration with text of the fine-tune's kind"
+    assert f"Give --method auto, {text}, --plan auto, --quantize int8, a lower --min-survival, or" in result.stderr
+    given, data = genai_graph("llama", "int4"), tmp_path / "text.txt"
+    data.write_text("the cat sat on the mat\n\n" * 40)
+    result = run("merge", "-m", given, *tight, "--calibration", data, "-o", tmp_path / "given")
+    assert result.exit_code == 1, result.stderr
+    assert "Give --method auto, --plan auto, a lower --min-survival, or keep the blocks" in result.stderr
+
+
 def test_what_misses_stays_and_is_marked(run: Run, tiny_model: Get, tiny_adapter: Get, tmp_path: Path) -> None:
     out = tmp_path / "out"
     arguments = ("merge", "-m", tiny_model("llama"), "-a", tiny_adapter("llama"), "--quantize", "int4", "-o", out)

@@ -140,7 +140,7 @@ def test_the_command_says_what_is_left(
     assert re.search(r"14 of 14 layers in int4, symmetric groups of 32, calibrated on \d+ \+ \d+ seq", result.output)
     assert "loss on text held back" in result.output and "next: diablo-export train" in result.output
     without = run("quantize", "--model", tiny_model("llama"), "--output", tmp_path / "r", "--method", "refit", "--json")
-    assert re.search("sampled from the tuned model", json.loads(without.stdout)["text"])
+    assert re.search("sampled from the model", json.loads(without.stdout)["text"])
     again = run("quantize", "--model", tmp_path / "q", "--output", tmp_path / "p")
     assert again.exit_code == 2 and "is quantized already; give the float model" in again.output
     assert not (tmp_path / "p").exists()

@@ -8,9 +8,8 @@ from pathlib import Path
 import click
 
 from diablo_export.cli.options import (
-    asymmetric_option,
     base_option,
-    group_size_option,
+    grid_options,
     json_option,
     output_option,
     overwrite_option,
@@ -29,8 +28,7 @@ from diablo_export.cli.summary import print_next, print_summary
 )  # fmt: skip
 @output_option
 @quantize_option
-@group_size_option
-@asymmetric_option
+@grid_options("as trained, else ")
 @precision_option
 @click.option(
     "--block-dtype", type=click.Choice(["fp32", "fp16", "int8"]),

@@ -13,9 +13,8 @@ import click
 from diablo_export.algorithms import ALGORITHMS
 from diablo_export.cli.options import (
     adapter_option,
-    asymmetric_option,
     base_option,
-    group_size_option,
+    grid_options,
     json_option,
     output_option,
     overwrite_option,
@@ -27,6 +26,7 @@ from diablo_export.cli.options import (
 from diablo_export.cli.summary import print_next, print_summary
 from diablo_export.console import log
 from diablo_export.errors import CheckFailed
+from diablo_export.quantization import BITS, GROUP_SIZES
 
 _THOROUGH = ("auto", "distilled", "layerwise", "learned")  # methods beside which auto would keep no more
 _WEAK = 0.01  # mean KL to the base in nats: hardly an answer is another one
@@ -41,8 +41,7 @@ _HALF = 0.5  # of the blocks' squares that rounding leaves in a weight, and of t
 @click.option(
     "--format", type=click.Choice(["onnx", "hf"]), help="What to write.  [default: onnx when quantizing, hf otherwise]"
 )
-@group_size_option
-@asymmetric_option
+@grid_options("as trained, else ")
 @precision_option
 @click.option(
     "--method", type=click.Choice(["auto", "rtn", "refit", "calibrated", "distilled", "layerwise", *ALGORITHMS]),
@@ -52,8 +51,8 @@ _HALF = 0.5  # of the blocks' squares that rounding leaves in a weight, and of t
 )  # fmt: skip
 @click.option(
     "--calibration", type=click.Path(path_type=Path), metavar="DATA",
-    help="Text to calibrate and measure on, as for train; labels are not looked at.  [default: text that the tuned "
-    "model writes]",
+    help="Text to calibrate and measure on, as for train; labels say the accuracy alone.  [default: text that the "
+    "tuned model writes]",
 )  # fmt: skip
 @click.option(
     "--reference", metavar="M",
@@ -109,7 +108,7 @@ def command(model: str, adapter: Path, output: Path, as_json: bool, **options: A
         print_survival(manifest)
     survival = manifest.get("survival")
     if survival is not None and not survival["passed"]:
-        raise CheckFailed(_missed(survival, output, calibrated=bool(options["calibration"])))
+        raise CheckFailed(_missed(manifest, output, calibrated=bool(options["calibration"])))
     if survival is None:
         _check_rounding(manifest["modules"], output)
     if not as_json:
@@ -162,7 +161,8 @@ def _print_plan(plan: Mapping[str, Any]) -> None:
     )
 
 
-def _missed(survival: Mapping[str, Any], output: Path, calibrated: bool) -> str:
+def _missed(manifest: Mapping[str, Any], output: Path, calibrated: bool) -> str:
+    survival = manifest["survival"]
     plan = survival.get("plan")
     best = plan or next(row for row in survival["tried"] if row["method"] == survival["method"])
     least = survival["min_survival"]
@@ -172,14 +172,26 @@ def _missed(survival: Mapping[str, Any], output: Path, calibrated: bool) -> str:
     )
     if plan is not None:
         return f"{said} with the plan that comes nearest, {plan['file']}. {_more_room(plan)}"
-    ways = "" if survival["asked"] in _THOROUGH else "--method auto, "
-    ways += "" if calibrated else "--calibration with text of the fine-tune's kind, "
+    ways = [] if survival["asked"] in _THOROUGH else ["--method auto"]
+    ways += [] if calibrated else ["--calibration with text of the fine-tune's kind"]
+    ways += [] if survival["method"] in (*ALGORITHMS, "layerwise") else ["--plan auto"]
+    ways += [] if manifest["exporter"] == "given" else _finer(manifest["modules"])
     weak = f". The fine-tune is weak (KL {best['base_kl']:.2g} to its base): train it longer, or at a higher --lr"
     weak = weak if best["base_kl"] < _WEAK else ""
     return (
-        f"{said} with {best['method']}. Give {ways}a smaller --group-size, --asymmetric or --quantize int8, "
-        f"lower --min-survival, or keep the blocks as a branch: diablo-export export{weak}"
+        f"{said} with {best['method']}. Give {', '.join(ways)}{', ' * bool(ways)}a lower --min-survival, or keep the "
+        f"blocks as a branch: diablo-export export{weak}"
     )
+
+
+def _finer(modules: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The options that give these weights a finer grid than they have."""
+    grids = [part for entry in modules for part in entry.get("parts") or [entry] if part.get("bits")]
+    return [
+        *["a smaller --group-size"] * any(grid["group_size"] > min(GROUP_SIZES) for grid in grids),
+        *["--asymmetric"] * any(grid["symmetric"] for grid in grids),
+        *["--quantize int8"] * any(grid["bits"] < max(BITS) for grid in grids),
+    ]
 
 
 def _more_room(plan: Mapping[str, Any]) -> str:

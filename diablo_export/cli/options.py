@@ -28,21 +28,29 @@ quantize_option = click.option(
     "--quantize", type=click.Choice(["none", "int8", "int4", "int2"]), default="none", show_default=True,
     help="Grid of the weights of the model's linear layers.",
 )  # fmt: skip
-asymmetric_option = click.option(
-    "--asymmetric/--symmetric", default=None,
-    help="A zero point for each group, when quantizing: nearer to the weights, a little larger. Default: as trained, "
-    "else for classifiers.",
-)  # fmt: skip
-group_size_option = click.option(
-    "--group-size", type=int, metavar="16|32|64|128|256",
-    help="Input positions that share a scale, when quantizing. Default: as trained, else 32; for classifiers 16.",
-)  # fmt: skip
 precision_option = click.option(
     "--precision", type=click.Choice(["fp32", "fp16"]), default="fp32", show_default=True,
     help="Of what an ONNX model holds unquantized.",
 )  # fmt: skip
 overwrite_option = click.option("--overwrite", is_flag=True, help="Replace the output if it exists.")
 json_option = click.option("--json", "as_json", is_flag=True, help="Print the report as JSON on standard output.")
+
+
+def grid_options(trained: str = "") -> Callable[[F], F]:
+    """--group-size and --asymmetric; `trained` is what their defaults heed before the task."""
+
+    def add(function: F) -> F:
+        function = click.option(
+            "--asymmetric/--symmetric", default=None,
+            help="A zero point for each group, when quantizing: nearer to the weights, a little larger. Default: "
+            f"{trained}for classifiers.",
+        )(function)  # fmt: skip
+        return click.option(
+            "--group-size", type=int, metavar="16|32|64|128|256",
+            help=f"Input positions that share a scale, when quantizing. Default: {trained}32; for classifiers 16.",
+        )(function)  # fmt: skip
+
+    return add
 
 
 _UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9}

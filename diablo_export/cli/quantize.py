@@ -12,8 +12,7 @@ from typing import Any
 import click
 
 from diablo_export.cli.options import (
-    asymmetric_option,
-    group_size_option,
+    grid_options,
     json_option,
     model_option,
     output_option,
@@ -29,8 +28,7 @@ from diablo_export.errors import require
 @model_option
 @output_option
 @click.option("--bits", type=click.Choice(["8", "4", "2"]), default="4", callback=lambda ctx, option, bits: int(bits))
-@group_size_option
-@asymmetric_option
+@grid_options()
 @click.option(
     "--method", type=click.Choice(["calibrated", "gptq", "refit", "rtn"]), default="calibrated",
     help="How codes are chosen: by the error of each layer's output on the text (calibrated, better; gptq, several "

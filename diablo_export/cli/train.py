@@ -10,8 +10,7 @@ from typing import Any
 import click
 
 from diablo_export.cli.options import (
-    asymmetric_option,
-    group_size_option,
+    grid_options,
     json_option,
     model_option,
     output_option,
@@ -54,8 +53,7 @@ _FILE = click.Path(path_type=Path)
     "--base-quantize", type=click.Choice(["none", "int8", "int4", "int2"]), default="none",
     help="Train beside the very weights that export and merge --quantize ship.",
 )  # fmt: skip
-@group_size_option
-@asymmetric_option
+@grid_options()
 @click.option(
     "--on-grid", is_flag=True,
     help="Let the blocks move the codes of the quantized base: merging them into it is then exact.",
