@@ -57,14 +57,16 @@ MIN_IR_VERSION = 8  # the first with functions in a model
 # kernel, which leaves its output uninitialised where the inner size is 0 and divides by zero where X has no rows.
 # Padding and cropping by nothing are two copies, at most 2 % of a layer of 1024 × 1024; a second If to skip them
 # costs more than that on one token.
+# Shape, not Size: of float16 onnxruntime has none on a CPU, casts all blocks for it, and up to 1.29 crashed on that.
 # Blocks of X's own type go through CastLike at no cost: onnxruntime takes it out of the graph.
 _BODY = """
 <domain: "ai.diablo", opset_import: ["" : {opset}]>
 {name} ({inputs}) => (Y)
 {{
-  x_size = Size (X)
-  d_size = Size (D)
-  work = Mul (x_size, d_size)
+  x_sizes = Shape (X)
+  d_sizes = Shape (D)
+  sizes = Concat <axis: int = 0> (x_sizes, d_sizes)
+  work = ReduceProd <keepdims: int = 0> (sizes)
   no_work = Constant <value_int: int = 0> ()
   nothing_to_do = Equal (work, no_work)
   Y = If (nothing_to_do) <

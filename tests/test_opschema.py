@@ -72,6 +72,16 @@ def values(
     return made[0], made[1], made[2]
 
 
+@pytest.mark.parametrize(("dtype", "stored"), [(FLOAT, HALF), (HALF, HALF)])
+def test_whether_there_are_blocks_is_asked_without_casting_them(dtype: int, stored: int, tmp_path: Path) -> None:
+    """Size of float16 has no kernel on a CPU: a Cast of all blocks fed it, and onnxruntime up to 1.29 crashed."""
+    options = onnxruntime.SessionOptions()
+    options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
+    onnxruntime.InferenceSession(one_node((2,), 16, 32, dtype=dtype, stored=stored), options)
+    nodes = onnx.load(tmp_path / "optimized.onnx").graph.node
+    assert {node.op_type for node in nodes if {"X", "D"} & {*node.input}} == {"Shape"}
+
+
 @pytest.mark.parametrize(("lead", "k", "n", "num_blocks"), CASES)
 def test_body_agrees_with_numpy_everywhere(lead: tuple[int, ...], k: int, n: int, num_blocks: int) -> None:
     model = one_node(lead, k, n)

@@ -148,7 +148,8 @@ def placed(profile: Path, device: str) -> list[str]:
     """Kinds of nodes that ran elsewhere, but for those that only handle shapes."""
     wanted = "CUDAExecutionProvider" if device == "cuda" else "CPUExecutionProvider"
     nodes = [event["args"] for event in json.loads(profile.read_text()) if event.get("cat") == "Node"]
-    shapes = {"Shape", "Gather", "Unsqueeze", "Concat", "Squeeze", "Constant", "Size", "Mul", "Sub", "Equal", "Cast"}
+    sizes = {"Shape", "Size", "Mul", "Sub", "ReduceProd", "Equal"}
+    shapes = sizes | {"Gather", "Unsqueeze", "Concat", "Squeeze", "Constant", "Cast"}
     ran = {n["op_name"] for n in nodes if n.get("provider") and n["provider"] != wanted and n.get("op_name")}
     return sorted(ran - shapes)
 
