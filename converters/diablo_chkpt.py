@@ -7,9 +7,8 @@ is checked against the base that is given. Code in the file is never run: torch 
 
 from __future__ import annotations
 
-import os
+import io
 import re
-import tempfile
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -24,7 +23,7 @@ from diablo_export.checkpoint import DTYPE_NAMES, DTYPES, Checkpoint, TensorInfo
 from diablo_export.console import log
 from diablo_export.errors import AdapterError, InputError, OutputError, require
 from diablo_export.fingerprint import fingerprint
-from diablo_export.output import keep_inputs, new_folder
+from diablo_export.output import keep_inputs, new_file, new_folder
 from diablo_export.packed.modules import check_base, refuse_unreadable, stored
 
 BLOCKS = ".block_A"
@@ -199,13 +198,10 @@ def _to_file(adapter: Adapter, checkpoint: Checkpoint, output: Path, overwrite: 
         .reshape(value.shape)
         for name, value in arrays.items()
     }
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{output.name}.partial-", dir=output.parent) as folder:
-            torch.save(tensors, Path(folder) / "new")
-            os.replace(Path(folder) / "new", output)
-    except OSError as error:
-        raise OutputError(f"{output}: cannot be written: {error.strerror}; choose another --output") from error
+    with new_file(output, overwrite) as file:
+        content = io.BytesIO()  # of a disk that is full torch.save says something else
+        torch.save(tensors, content)
+        file.write_bytes(content.getbuffer())
     strange = [(name, "the paper's code reads no such head") for name in adapter.saved if not name.startswith(HEAD)]
     for name, why in strange:
         log.warning("%s is in the file, but %s", name, why)

@@ -117,4 +117,16 @@ def copy_others(checkpoint: Checkpoint, folder: Path) -> None:
             log.info("not copied, they hold weights of the base: %s", ", ".join(sorted(others)))
         return skip + others
 
-    shutil.copytree(checkpoint.folder, folder, ignore=unwanted, dirs_exist_ok=True)
+    failed: list[OSError] = []
+
+    def copy(source: str, target: str) -> None:
+        try:
+            shutil.copy2(source, target)
+        except OSError as error:
+            failed.append(error)
+            raise
+
+    try:
+        shutil.copytree(checkpoint.folder, folder, ignore=unwanted, dirs_exist_ok=True, copy_function=copy)
+    except shutil.Error as error:  # which has texts alone: whether the disk is full is in the first of ours
+        raise failed[0] if failed else CheckpointError(f"{checkpoint.folder}: not copied whole: {error}") from error

@@ -178,7 +178,7 @@ def _check_parent(target: Path) -> None:
 
 
 def _megabytes(size: int) -> str:
-    return f"{size / 1e6:,.0f} MB"
+    return f"{size / 1e6:,.0f} MB" if size >= 1e7 else f"{size / 1e6:.3g} MB"
 
 
 def _umask() -> int:

@@ -186,6 +186,8 @@ def test_too_little_room_is_said_before_the_work(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(output.shutil, "disk_usage", lambda path: usage(10, 5, 5_000_000))
     with pytest.raises(OutputError, match="about 6 MB will be written, 5 MB are free"):
         output.check_output(tmp_path / "out", needs=6_000_000)
+    with pytest.raises(OutputError, match=r"about 5\.01 MB will be written, 5 MB are free"):
+        output.check_output(tmp_path / "out", needs=5_010_000)
 
 
 def test_a_file_in_the_way(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ import numpy as np
 
 from diablo_export.blockdiag import Array
 from diablo_export.errors import InputError
+from diablo_export.output import new_file
 
 ENDINGS = (".png", ".svg")
 _WORST = 0.5  # cosine at the dark end: less is no better
@@ -60,7 +61,8 @@ def draw(rows: Sequence[Mapping[str, Any]], file: str | Path, title: str) -> Non
     if layers != [""]:
         figure.supxlabel("layer", fontsize=9)
     figure.suptitle(title, fontsize=11, color="#666666", parse_math=False)
-    figure.savefig(file, dpi=150)
+    with new_file(file, overwrite=True) as work:
+        figure.savefig(work, dpi=150, format=Path(file).suffix[1:].lower())
 
 
 def rows(survival: Mapping[str, Any]) -> list[Mapping[str, Any]]:

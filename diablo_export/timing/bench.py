@@ -14,6 +14,7 @@ from diablo_export.console import progress
 from diablo_export.errors import ExportError, InputError, require
 from diablo_export.manifest import read_manifest, versions
 from diablo_export.measure.sources import is_branch, is_classifier, is_onnx
+from diablo_export.output import new_file
 from diablo_export.timing import sessions
 from diablo_export.timing.report import draw
 from diablo_export.timing.rounds import Times, interleave, once, ratio, summary, turn_length
@@ -100,7 +101,8 @@ def bench(
         "environment": _environment(threads, provider),
     }
     if json is not None:
-        Path(json).write_text(json_format.dumps(report, indent=1) + "\n", encoding="utf-8")
+        with new_file(json, overwrite=True) as file:
+            file.write_text(json_format.dumps(report, indent=1) + "\n", encoding="utf-8")
     if png is not None:
         draw(report, Path(png))
     return report

@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from diablo_export.output import new_file
+
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
@@ -97,4 +99,5 @@ def draw(report: dict[str, Any], file: Path) -> None:
     many = "onnxruntime's own number of threads" if threads is None else f"{threads} thread{'s' * (threads > 1)}"
     figure.suptitle(f"{Path(report['model']).name}, adapter {report['adapter']}, {many}", fontsize=11,
                     color=_GREY, parse_math=False)  # fmt: skip
-    figure.savefig(file, dpi=DPI, format="png")
+    with new_file(file, overwrite=True) as work:
+        figure.savefig(work, dpi=DPI, format="png")
