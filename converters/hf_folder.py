@@ -108,25 +108,20 @@ def copy_others(checkpoint: Checkpoint, folder: Path) -> None:
         )
     written = {"config.json", INDEX, *checkpoint.metadata, MANIFEST, *REPORTS}
 
-    def unwanted(directory: str, names: list[str]) -> list[str]:
-        skip = [name for name in names if name.startswith(".")]
-        if Path(directory) == checkpoint.folder:
-            skip += [name for name in names if name in written]
-        others = [name for name in names if name.endswith(OTHER_WEIGHTS) and name not in skip]
-        if others:
-            log.info("not copied, they hold weights of the base: %s", ", ".join(sorted(others)))
-        return skip + others
+    others: list[str] = []
 
-    failed: list[OSError] = []
+    def copy(source: Path, target: Path) -> None:
+        target.mkdir(exist_ok=True)
+        for path in source.iterdir():
+            if path.name.startswith(".") or (source == checkpoint.folder and path.name in written):
+                continue
+            if path.name.endswith(OTHER_WEIGHTS):
+                others.append(path.name)
+            elif path.is_dir():
+                copy(path, target / path.name)
+            else:  # without its mode: of a folder that nobody may write to, the output is ours all the same
+                shutil.copyfile(path, target / path.name)
 
-    def copy(source: str, target: str) -> None:
-        try:
-            shutil.copy2(source, target)
-        except OSError as error:
-            failed.append(error)
-            raise
-
-    try:
-        shutil.copytree(checkpoint.folder, folder, ignore=unwanted, dirs_exist_ok=True, copy_function=copy)
-    except shutil.Error as error:  # which has texts alone: whether the disk is full is in the first of ours
-        raise failed[0] if failed else CheckpointError(f"{checkpoint.folder}: not copied whole: {error}") from error
+    copy(checkpoint.folder, folder)
+    if others:
+        log.info("not copied, they hold weights of the base: %s", ", ".join(sorted(others)))

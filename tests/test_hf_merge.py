@@ -122,6 +122,20 @@ def test_result_hashes_the_weight_files_and_the_rest_is_copied(
 
 
 @pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16])
+def test_of_a_base_that_nobody_may_write_to(tiny_model: Folder, tiny_adapter: Folder, tmp_path: Path) -> None:
+    base = shutil.copytree(tiny_model("llama"), tmp_path / "base")
+    (base / "more").mkdir()
+    (base / "more" / "template.jinja").touch()
+    folders = [base / "more", base]
+    for folder in folders:
+        folder.chmod(0o555)
+    merge(base, Adapter.load(tiny_adapter("llama")), tmp_path / "out")
+    for folder in folders:
+        folder.chmod(0o755)
+    assert all(path.stat().st_mode & 0o200 for path in (tmp_path / "out", *(tmp_path / "out").rglob("*")))
+    assert (tmp_path / "out/more/template.jinja").is_file()
+
+
 def test_half_precision_is_rounded_once(dtype: Any, tiny_model: Folder, tiny_adapter: Folder, tmp_path: Path) -> None:
     base = rewrite(tiny_model("llama"), tmp_path / "base", lambda name, value: (name, value.astype(dtype)))
     adapter = remark(Adapter.load(tiny_adapter("llama")), base)
