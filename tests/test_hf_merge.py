@@ -121,7 +121,6 @@ def test_result_hashes_the_weight_files_and_the_rest_is_copied(
     assert (tmp_path / "out" / "config.json").read_bytes() == (base / "config.json").read_bytes()
 
 
-@pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16])
 def test_of_a_base_that_nobody_may_write_to(tiny_model: Folder, tiny_adapter: Folder, tmp_path: Path) -> None:
     base = shutil.copytree(tiny_model("llama"), tmp_path / "base")
     (base / "more").mkdir()
@@ -136,6 +135,7 @@ def test_of_a_base_that_nobody_may_write_to(tiny_model: Folder, tiny_adapter: Fo
     assert (tmp_path / "out/more/template.jinja").is_file()
 
 
+@pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16])
 def test_half_precision_is_rounded_once(dtype: Any, tiny_model: Folder, tiny_adapter: Folder, tmp_path: Path) -> None:
     base = rewrite(tiny_model("llama"), tmp_path / "base", lambda name, value: (name, value.astype(dtype)))
     adapter = remark(Adapter.load(tiny_adapter("llama")), base)
