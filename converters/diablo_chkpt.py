@@ -21,7 +21,7 @@ from diablo_export.adapter import AdaptedModule, Adapter, stored_transposed
 from diablo_export.blockdiag import Array, BlockShape, shape_of
 from diablo_export.checkpoint import DTYPE_NAMES, DTYPES, Checkpoint, TensorInfo
 from diablo_export.console import log
-from diablo_export.errors import AdapterError, InputError, OutputError, require
+from diablo_export.errors import AdapterError, InputError, OutputError, indented, require
 from diablo_export.fingerprint import fingerprint
 from diablo_export.output import keep_inputs, new_file, new_folder
 from diablo_export.packed.modules import check_base, refuse_unreadable, stored
@@ -91,9 +91,7 @@ def read_chkpt(file: Path, checkpoint: Checkpoint, base: str) -> tuple[Adapter, 
     if not any(name.endswith(BLOCKS) for name in entries):
         faults.append(f"no entry ends in {BLOCKS}; it holds {', '.join(list(entries)[:5]) or 'nothing'}")
     if faults:
-        listed = "\n".join(f"  {fault}" for fault in faults[:20])
-        more = f"\n  … and {len(faults) - 20} more" if len(faults) > 20 else ""
-        raise AdapterError(f"{file} is no adapter for {checkpoint.folder}:\n{listed}{more}")
+        raise AdapterError(f"{file} is no adapter for {checkpoint.folder}:\n{indented(faults, 20)}")
     for name, why in skipped:
         log.info("left out %s: %s", name, why)
     # padding can only lower a module's count, so the largest is nearest to what was asked for

@@ -15,7 +15,7 @@ import onnx_ir as ir
 from diablo_export import opschema
 from diablo_export.converters.onnx_join import join
 from diablo_export.converters.onnx_linears import attribute
-from diablo_export.errors import ExportError
+from diablo_export.errors import ExportError, indented
 
 _TYPES = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)  # what the kernel multiplies in
 _DEFAULTS = {"bits": 4, "accuracy_level": 0}  # MatMulNBits' own
@@ -41,7 +41,7 @@ def fuse_file(source: str | Path, target: str | Path) -> dict[str, str]:
     model = ir.load(source)
     done = fuse(model)
     if "fused" not in done.values():
-        reasons = "\n".join(f"  {name}: {why}" for name, why in done.items()) or "  there are no branches"
+        reasons = indented(f"{name}: {why}" for name, why in done.items()) or "  there are no branches"
         raise ExportError(f"{source}: nothing to fuse:\n{reasons}")
     joined = join(model)
     ir.save(model, target)

@@ -14,7 +14,7 @@ import onnx_ir as ir
 from diablo_export.blockdiag import Array
 from diablo_export.converters.onnx_linears import Linear, linears
 from diablo_export.converters.onnx_names import named, parts_of, paths
-from diablo_export.errors import ExportError
+from diablo_export.errors import ExportError, indented
 
 
 def feed_parameters(model: ir.Model, saved: Mapping[str, Array]) -> dict[str, ir.DataType]:
@@ -37,9 +37,8 @@ def feed_parameters(model: ir.Model, saved: Mapping[str, Array]) -> dict[str, ir
         model.graph.inputs.append(initializer)
     if faults:
         raise ExportError(
-            "what the adapter saves beside its blocks does not fit the graph:\n"
-            + "\n".join(f"  {fault}" for fault in faults)
-            + "\nGive the Hugging Face folder of the base: its export gets a head of the adapter's size"
+            f"what the adapter saves beside its blocks does not fit the graph:\n{indented(faults)}\n"
+            "Give the Hugging Face folder of the base: its export gets a head of the adapter's size"
         )
     model.graph.sort()
     return {name: model.graph.initializers[name].dtype or ir.DataType.FLOAT for name in saved}

@@ -21,7 +21,7 @@ from diablo_export.converters.onnx_aside import in_branches, same_values, unread
 from diablo_export.converters.onnx_linears import Linear, attentions, linears
 from diablo_export.converters.onnx_names import may_be_one, of_path, parts_of, paths, same, scope
 from diablo_export.converters.onnx_nodes import MODULE, ROWS
-from diablo_export.errors import MatchError
+from diablo_export.errors import MatchError, indented
 from diablo_export.fingerprint import SAME_WEIGHT, positions
 
 # leaf of a fused layer → the layers it fuses, in output order
@@ -95,11 +95,10 @@ def match(model: ir.Model, modules: Mapping[str, AdaptedModule], fused: bool = F
     faults += _clashes(found.values())
     faults += _inside(found.values(), in_branches(model.graph))
     if faults:
-        shown = "\n".join(f"  {fault}" for fault in faults)
         others = unread(model.graph, {layer.node for layer in layers})
         raise MatchError(
             f"{len(faults)} of the {len(modules)} adapted modules could not be tied to the graph "
-            f"({len(layers)} linear nodes):\n{shown}\n"
+            f"({len(layers)} linear nodes):\n{indented(faults)}\n"
             + (f"The graph has weights that are not read here: {others}; export it without these.\n" if others else "")
             + "Give the ONNX model of the very base that the adapter was trained on, or its Hugging Face folder"
         )

@@ -23,7 +23,7 @@ from diablo_export.converters.onnx_linears import Linear
 from diablo_export.converters.onnx_match import Match, match
 from diablo_export.converters.onnx_stored import Held, keep, writable
 from diablo_export.converters.rounding import Kept, lossy, warn_of_rounding
-from diablo_export.errors import AdapterError, ExportError
+from diablo_export.errors import AdapterError, ExportError, indented
 from diablo_export.requantize import nearest, rounded, whole_steps
 
 
@@ -59,9 +59,8 @@ def refuse(file: Path, found: Iterable[Match]) -> None:
     faults += [f"{one.module.name}: {linear.name} is this module as well" for one in found for linear in one.again]
     if faults:
         raise ExportError(
-            f"{file.name} holds weights that blocks cannot be merged into:\n"
-            + "\n".join(f"  {fault}" for fault in dict.fromkeys(faults))
-            + "\nGive the Hugging Face folder of the base, or keep the blocks as a branch: diablo-export export"
+            f"{file.name} holds weights that blocks cannot be merged into:\n{indented(dict.fromkeys(faults))}\n"
+            "Give the Hugging Face folder of the base, or keep the blocks as a branch: diablo-export export"
         )
 
 

@@ -23,7 +23,7 @@ from diablo_export.console import log, progress
 from diablo_export.converters.onnx_file import MODEL as MODEL
 from diablo_export.converters.onnx_weights import Job, Source, float_job, quantized_job, write
 from diablo_export.converters.packed_view import stored_codes
-from diablo_export.errors import CheckpointError, MatchError
+from diablo_export.errors import CheckpointError, MatchError, indented
 from diablo_export.quantization import Float32, Quantized
 
 MODULE = "diablo.module"  # node metadata: the Hugging Face module path(s) that the node computes
@@ -184,7 +184,7 @@ def linear_weight(node: ir.Node, named: Mapping[ir.Value, Origin]) -> tuple[ir.V
 def _check_all_merged(merged: Adapter | None, modules: Mapping[str, Any]) -> None:
     lost = [name for name in (merged.modules if merged else ()) if name not in modules]
     if lost:
-        shown = "\n".join(f"  {name}: no linear node of the graph is this module" for name in lost[:20])
+        shown = indented((f"{name}: no linear node of the graph is this module" for name in lost), 20)
         raise MatchError(
             f"{len(lost)} of the adapter's modules cannot be merged into this graph:\n{shown}\n"
             f"the graph has {', '.join(list(modules)[:4])}, …; `diablo-export inspect` lists them all"

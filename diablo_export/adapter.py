@@ -20,7 +20,7 @@ import numpy as np
 from diablo_export.base_grid import BaseGrid
 from diablo_export.blockdiag import Array, BlockShape, shape_of
 from diablo_export.checkpoint import DTYPE_NAMES, HEAD, Checkpoint, read_header, read_json, write_safetensors
-from diablo_export.errors import AdapterError, CheckpointError, InputError
+from diablo_export.errors import AdapterError, CheckpointError, InputError, indented
 from diablo_export.fingerprint import Fingerprint
 
 CONFIG = "adapter_config.json"
@@ -190,12 +190,10 @@ def refuse_base(adapter: Adapter, base: str, faults: Iterable[str]) -> None:
     """Raise one AdapterError for all `faults`; nothing when there are none."""
     faults = list(faults)
     if faults:
-        shown = "\n".join(f"  {fault}" for fault in faults[:20])
-        more = f"\n  … and {len(faults) - 20} more" if len(faults) > 20 else ""
         raise AdapterError(
             f"the adapter {adapter.path or ''} does not belong to the model {base} "
             f"({len(faults)} of {len(adapter.modules)} modules do not fit; it was trained on "
-            f"{adapter.base_model or 'an unnamed base'}):\n{shown}{more}"
+            f"{adapter.base_model or 'an unnamed base'}):\n{indented(faults, 20)}"
         )
 
 
@@ -249,7 +247,7 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Array]]:
 
 def _refuse(folder: Path, faults: list[str]) -> None:
     if faults:
-        raise AdapterError(f"{folder}: this adapter cannot be used:\n" + "\n".join(f"  {f}" for f in faults))
+        raise AdapterError(f"{folder}: this adapter cannot be used:\n{indented(faults)}")
 
 
 def _config_faults(config: dict[str, Any]) -> list[str]:

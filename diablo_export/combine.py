@@ -20,7 +20,7 @@ from diablo_export.block_storage import (
 )
 from diablo_export.blockdiag import Array
 from diablo_export.console import log
-from diablo_export.errors import InputError
+from diablo_export.errors import InputError, indented
 from diablo_export.swap import SwapAdapter, load_adapter, write_adapter
 
 Values = dict[str, Array]
@@ -57,7 +57,7 @@ def combine(parts: Sequence[SwapAdapter | tuple[SwapAdapter, float]]) -> SwapAda
         except InputError as error:
             faults.append(f"{name}: {error}")
     if faults:
-        raise InputError(f"{_title(pairs)}:\n" + "\n".join(f"  {fault}" for fault in faults))
+        raise InputError(f"{_title(pairs)}:\n{indented(faults)}")
     bases = {adapter.base for adapter, _ in pairs}
     return _in_memory(_title(pairs), made, bases.pop() if len(bases) == 1 else None)
 

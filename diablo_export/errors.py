@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import importlib
 import logging
+from collections.abc import Iterable, Sequence
 from types import ModuleType
 
 
@@ -64,6 +65,17 @@ class DependencyError(InputError):
 
 class CheckFailed(DiabloError):
     """A parity or survival check failed; the output stays, marked failed."""
+
+
+def shortened(items: Sequence[str], most: int = 20) -> list[str]:
+    """The first of many, and how many more there are."""
+    return [*items[:most], *([f"… and {len(items) - most} more"] if len(items) > most else [])]
+
+
+def indented(items: Iterable[str], most: int | None = None) -> str:
+    """A line for each item of a message; only the first `most` of them where that is said."""
+    found = list(items)
+    return "\n".join(f"  {item}" for item in (found if most is None else shortened(found, most)))
 
 
 def require(module: str, extra: str) -> ModuleType:

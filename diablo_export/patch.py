@@ -20,7 +20,7 @@ from typing import IO, Any
 
 from diablo_export.console import log, progress
 from diablo_export.difference import Advance, Content, content, write_difference, write_other
-from diablo_export.errors import DiabloError, InputError, OutputError, PatchError
+from diablo_export.errors import DiabloError, InputError, OutputError, PatchError, indented
 from diablo_export.output import MANIFEST, REPORTS, new_file, new_folder, real
 from diablo_export.patch_header import HEADER, Entry, Side, faults_said, lines, new_header, read, summary
 
@@ -195,12 +195,11 @@ def _waiting(folder: Path, patch: Path, entries: Sequence[Entry], source: Side, 
                 continue
             waiting[number] = entry
             if found != entry.side(source) and not _may_be_any(entry):
-                faults.append(f"  {entry.name}: {_said(found)}, {_said(entry.side(source))} is wanted")
+                faults.append(f"{entry.name}: {_said(found)}, {_said(entry.side(source))} is wanted")
     if faults:
         raise PatchError(
             f"{folder}: is not the model that {patch} {'was made for' if source == 'before' else 'gives'}:\n"
-            + "\n".join(faults)
-            + "\nGive that model; if another patch was applied to it, revert that one first"
+            f"{indented(faults)}\nGive that model; if another patch was applied to it, revert that one first"
         )
     return waiting
 

@@ -21,7 +21,7 @@ import numpy as np
 from diablo_export.blockdiag import Array
 from diablo_export.combine import combine as combine
 from diablo_export.console import log
-from diablo_export.errors import ExportError, InputError, require
+from diablo_export.errors import ExportError, InputError, indented, require
 from diablo_export.swap import SwapAdapter as SwapAdapter
 from diablo_export.swap import bind as bind
 from diablo_export.swap import check_adapter as check_adapter
@@ -264,4 +264,4 @@ def _check_values(path: Path, stored: Mapping[str, onnx.TensorProto], values: Ma
         if shape != value.shape or dtype != value.dtype:
             faults.append(f"{name}: given {value.dtype} {value.shape}, the model's is {dtype} {shape}")
     if faults:
-        raise InputError(f"{path}: initializers that cannot be replaced:\n" + "\n".join(f"  {f}" for f in faults))
+        raise InputError(f"{path}: initializers that cannot be replaced:\n{indented(faults)}")

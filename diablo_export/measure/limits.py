@@ -13,7 +13,7 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from diablo_export.errors import InputError
+from diablo_export.errors import InputError, indented
 
 PRECISIONS = ("fp32", "fp16", "bf16", "int8", "int4", "int2")
 _BASELINE = "baseline."  # these are held to the baseline and to nothing else
@@ -214,7 +214,7 @@ def parse(texts: Iterable[str]) -> dict[str, float]:
             raise InputError(f"--limit {text}: write NAME=VALUE with a number, such as kl.mean=0.05") from error
         if name not in FIGURES or name.startswith(_BASELINE) or math.isnan(limits[name]):
             listed = {figure: entry for figure, entry in FIGURES.items() if not figure.startswith(_BASELINE)}
-            known = "\n".join(f"  {figure} {sign} …   {what}" for figure, (sign, what) in listed.items())
+            known = indented(f"{figure} {sign} …   {what}" for figure, (sign, what) in listed.items())
             raise InputError(f"--limit {text}: no such figure, or no number; figures that can be limited are:\n{known}")
     return limits
 

@@ -11,7 +11,7 @@ from diablo_export.adapter import PREFIX, SUFFIX, ordered_classes
 from diablo_export.base_grid import BaseGrid
 from diablo_export.blockdiag import Array
 from diablo_export.console import log
-from diablo_export.errors import AdapterError
+from diablo_export.errors import AdapterError, indented
 from diablo_export.fingerprint import Fingerprint
 from diablo_export.peft.config import DiabloConfig
 from diablo_export.peft.layer import DiabloLayer, linear_sizes, plain_name
@@ -42,9 +42,8 @@ def check_base(model: nn.Module, config: DiabloConfig) -> None:
         )
     if faults:
         raise AdapterError(
-            f"the adapter does not belong to this model (it was trained on "
-            f"{config.base_model_name_or_path or 'an unnamed base'}):\n"
-            + "\n".join(f"  {line}" for line in shortened(faults))
+            "the adapter does not belong to this model (it was trained on "
+            f"{config.base_model_name_or_path or 'an unnamed base'}):\n{indented(faults, _SHOWN)}"
         )
     if config.base_quantization:
         log.warning(
@@ -66,14 +65,8 @@ def check_tensors(tensors: Iterable[str], config: DiabloConfig) -> None:
     faults += [f"{name}: has blocks, and adapter_config.json does not list it" for name in sorted(found - listed)]
     if faults:
         raise AdapterError(
-            "the adapter cannot be used; save it again where it was trained:\n"
-            + "\n".join(f"  {fault}" for fault in shortened(faults))
+            f"the adapter cannot be used; save it again where it was trained:\n{indented(faults, _SHOWN)}"
         )
-
-
-def shortened(faults: list[str]) -> list[str]:
-    """The first of many, and how many more there are."""
-    return faults[:_SHOWN] + ([f"… and {len(faults) - _SHOWN} more"] if len(faults) > _SHOWN else [])
 
 
 def class_names(model: nn.Module) -> list[str]:

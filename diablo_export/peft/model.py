@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from diablo_export.adapter import SUFFIX
 from diablo_export.blockdiag import BlockShape
-from diablo_export.errors import InputError
+from diablo_export.errors import InputError, shortened
 from diablo_export.peft.base import check_base, check_tensors
 from diablo_export.peft.config import DiabloConfig, DiabloPeftError
 from diablo_export.peft.layer import BASE, DiabloLayer, is_mergeable, linear_sizes, plain_name, refusal
@@ -94,7 +94,7 @@ class DiabloModel(BaseTuner):
             if isinstance(layer, DiabloLayer) and not is_mergeable(layer.base_layer)
         }
         if packed:
-            raise DiabloPeftError(refusal(_shown([f"{name}: {kind}" for name, kind in packed.items()])))
+            raise DiabloPeftError(refusal(shortened([f"{name}: {kind}" for name, kind in packed.items()])))
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
@@ -207,7 +207,7 @@ def _check_targets(model: nn.Module, config: DiabloConfig) -> None:
             except DiabloPeftError as error:
                 faults.append(str(error))
     if faults:
-        raise DiabloPeftError("these target modules cannot take blocks:\n" + "\n".join(_shown(faults)))
+        raise DiabloPeftError("these target modules cannot take blocks:\n" + "\n".join(shortened(faults)))
 
 
 def _shape(module: nn.Module, config: DiabloConfig, name: str) -> BlockShape:
@@ -235,7 +235,3 @@ def _give_names(
     module: nn.Module, args: Any, kwargs: dict[str, Any], adapter_names: list[str]
 ) -> tuple[Any, dict[str, Any]]:
     return args, {**kwargs, "adapter_names": adapter_names}
-
-
-def _shown(items: list[str], most: int = 20) -> list[str]:
-    return [*items[:most], f"… and {len(items) - most} more"] if len(items) > most else items

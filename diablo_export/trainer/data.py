@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from diablo_export.errors import DataError
+from diablo_export.errors import DataError, indented
 
 IGNORED = -100  # torch's cross entropy skips this target
 FORMS = '{"text"}, {"prompt", "completion"}, {"messages"} or {"text", "label"}'
@@ -104,9 +104,8 @@ def _json_lines(path: Path, content: str) -> list[Example]:
         except ValueError as error:
             faults.append(f"line {number}: {error}")
     if faults:
-        more = f"\n  … and {len(faults) - _SHOWN} more" if len(faults) > _SHOWN else ""
-        listed = "\n".join(f"  {fault}" for fault in faults[:_SHOWN])
-        raise DataError(f"{path}: bad lines; each must be a JSON object like {FORMS}:\n{listed}{more}")
+        listed = indented(faults, _SHOWN)
+        raise DataError(f"{path}: bad lines; each must be a JSON object like {FORMS}:\n{listed}")
     return examples
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from diablo_export.checkpoint import read_header, read_json, write_safetensors
-from diablo_export.errors import CheckpointError, InputError
+from diablo_export.errors import CheckpointError, InputError, indented
 from diablo_export.output import new_folder
 from diablo_export.trainer.processes import placed_like, whole
 
@@ -126,10 +126,9 @@ def check_settings(folder: Path, stored: dict[str, Any], given: dict[str, Any]) 
         if stored.get(name) != given.get(name)
     ]
     if different:
-        listed = "\n".join(f"  {line}" for line in different)
         raise InputError(
             f"{folder}: the unfinished run was started with other settings, so it cannot go on to the same weights:\n"
-            f"{listed}\nResume with the same settings, or start anew with --overwrite"
+            f"{indented(different)}\nResume with the same settings, or start anew with --overwrite"
         )
 
 

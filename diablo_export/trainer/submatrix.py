@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from diablo_export.errors import InputError
+from diablo_export.errors import InputError, indented
 from diablo_export.trainer.layer import features
 from diablo_export.trainer.model import replace_module
 
@@ -169,7 +169,6 @@ def grid_sizes(model: nn.Module, targets: Sequence[str], num_blocks: int) -> dic
     if odd:
         raise InputError(
             f"num_blocks is {num_blocks}, which does not divide the sizes of {len(odd)} of {len(sizes)} target "
-            "modules; methods other than diablo, lora, dora and full need a divisor:\n"
-            + "\n".join(f"  {line}" for line in odd[:10])
+            "modules; methods other than diablo, lora, dora and full need a divisor:\n" + indented(odd, 10)
         )
     return sizes

@@ -10,7 +10,7 @@ from torch import nn
 
 from diablo_export.blockdiag import BlockShape
 from diablo_export.console import log
-from diablo_export.errors import InputError
+from diablo_export.errors import InputError, indented
 from diablo_export.trainer.layer import features, takes_blocks
 from diablo_export.trainer.model import wrap
 
@@ -85,7 +85,7 @@ def wrap_targets(model: nn.Module, targets: Sequence[str], num_blocks: int) -> N
         limit = min(min(pair) for pair in sizes.values())
         raise InputError(
             f"num_blocks is {num_blocks}, which {len(tight)} of {len(targets)} target modules cannot be cut into; "
-            f"the largest that fits all is {limit}:\n{_lines(tight)}"
+            f"the largest that fits all is {limit}:\n{indented(tight, _SHOWN)}"
         )
     shapes = {name: BlockShape.for_linear(*pair, num_blocks) for name, pair in sizes.items()}
     open_ends = [
@@ -96,7 +96,7 @@ def wrap_targets(model: nn.Module, targets: Sequence[str], num_blocks: int) -> N
     if open_ends:
         log.warning(
             "%d blocks do not reach every output of these modules; a num_blocks that divides their sizes would:\n%s",
-            num_blocks, _lines(open_ends),
+            num_blocks, indented(open_ends, _SHOWN),
         )  # fmt: skip
     for name in targets:
         wrap(model, name, num_blocks=num_blocks)
@@ -132,9 +132,4 @@ def _listing(paths: Sequence[str]) -> str:
     for path in paths:
         folded = re.sub(r"\.\d+\.", ".*.", path)
         counts[folded] = counts.get(folded, 0) + 1
-    return _lines([f"{path} ({count})" if count > 1 else path for path, count in counts.items()])
-
-
-def _lines(items: Sequence[str]) -> str:
-    more = [f"… and {len(items) - _SHOWN} more"] if len(items) > _SHOWN else []
-    return "\n".join(f"  {item}" for item in [*items[:_SHOWN], *more])
+    return indented((f"{path} ({count})" if count > 1 else path for path, count in counts.items()), _SHOWN)
