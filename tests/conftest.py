@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -18,40 +19,23 @@ from tests import packed, tiny
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """tiny_model("llama") is the folder of a tiny random Llama; names are in tests/tiny.py. Do not change its files."""
-    made: dict[str, Path] = {}
-
-    def get(architecture: str) -> Path:
-        if architecture not in made:
-            made[architecture] = tiny.make_model(architecture, tmp_path_factory.mktemp(architecture) / "model")
-        return made[architecture]
-
-    return get
+    return functools.cache(lambda name: tiny.make_model(name, tmp_path_factory.mktemp(name) / "model"))
 
 
 @pytest.fixture(scope="session")
 def tiny_adapter(tiny_model: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """tiny_adapter("llama") is the folder of a random adapter (4 blocks, every layer) for tiny_model("llama")."""
-    made: dict[str, Path] = {}
-
-    def get(architecture: str) -> Path:
-        if architecture not in made:
-            folder = tmp_path_factory.mktemp(architecture) / "adapter"
-            made[architecture] = tiny.make_adapter(tiny_model(architecture), folder)
-        return made[architecture]
-
-    return get
+    return functools.cache(lambda name: tiny.make_adapter(tiny_model(name), tmp_path_factory.mktemp(name) / "adapter"))
 
 
 @pytest.fixture(scope="session")
 def quantized(tiny_model: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """quantized("awq"): the tiny Llama in this format of tests/packed.py."""
-    made: dict[str, Path] = {}
 
+    @functools.cache
     def get(name: str) -> Path:
-        if name not in made:
-            config, quantize, _, _ = packed.FORMATS[name]
-            made[name] = packed.make(tiny_model("llama"), tmp_path_factory.mktemp(name) / "model", config, quantize)
-        return made[name]
+        config, quantize, _, _ = packed.FORMATS[name]
+        return packed.make(tiny_model("llama"), tmp_path_factory.mktemp(name) / "model", config, quantize)
 
     return get
 
@@ -59,27 +43,19 @@ def quantized(tiny_model: Callable[[str], Path], tmp_path_factory: pytest.TempPa
 @pytest.fixture(scope="session")
 def other_adapter(tiny_model: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """other_adapter("llama"): another adapter for the same model, of 8 blocks, on its last layer, another head."""
-    made: dict[str, Path] = {}
-
-    def get(architecture: str) -> Path:
-        if architecture not in made:
-            folder = tmp_path_factory.mktemp(architecture) / "other"
-            made[architecture] = tiny.make_other_adapter(tiny_model(architecture), folder)
-        return made[architecture]
-
-    return get
+    return functools.cache(
+        lambda name: tiny.make_other_adapter(tiny_model(name), tmp_path_factory.mktemp(name) / "other")
+    )
 
 
 @pytest.fixture(scope="session")
 def genai_graph(tiny_model: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """genai_graph("llama", "int4") is the model.onnx of onnxruntime-genai's own builder, q, k and v in one weight."""
-    made: dict[tuple[str, str], Path] = {}
 
+    @functools.cache
     def get(architecture: str, precision: str) -> Path:
-        if (architecture, precision) not in made:
-            folder = tmp_path_factory.mktemp(f"{architecture}-{precision}")
-            made[architecture, precision] = tiny.build_with_genai(tiny_model(architecture), folder, precision)
-        return made[architecture, precision]
+        folder = tmp_path_factory.mktemp(f"{architecture}-{precision}")
+        return tiny.build_with_genai(tiny_model(architecture), folder, precision)
 
     return get
 
@@ -103,22 +79,18 @@ def built(
     tiny_model: Callable[[str], Path], peft_adapters: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[..., Path]:
     """built("lora") is what the builder makes of the tiny Llama and this adapter; built() of the base."""
-    made: dict[tuple[str | None, str], Path] = {}
 
-    def get(adapter: str | None = None, precision: str = "fp32") -> Path:
-        if (adapter, precision) not in made:
-            from tests import foreign
+    @functools.cache
+    def make(adapter: str | None, precision: str) -> Path:
+        from tests import foreign
 
-            options = [f"adapter_path={peft_adapters[adapter]}"] if adapter else []
-            folder = tmp_path_factory.mktemp("built") / f"{adapter}-{precision}"
-            # its float16 for the CPU fails there when it decodes; the one for CUDA runs on a CPU, too
-            provider = "cuda" if precision == "fp16" else "cpu"
-            made[adapter, precision] = foreign.build(
-                tiny_model("llama"), folder, precision, *options, provider=provider
-            )
-        return made[adapter, precision]
+        options = [f"adapter_path={peft_adapters[adapter]}"] if adapter else []
+        folder = tmp_path_factory.mktemp("built") / f"{adapter}-{precision}"
+        # its float16 for the CPU fails there when it decodes; the one for CUDA runs on a CPU, too
+        provider = "cuda" if precision == "fp16" else "cpu"
+        return foreign.build(tiny_model("llama"), folder, precision, *options, provider=provider)
 
-    return get
+    return lambda adapter=None, precision="fp32": make(adapter, precision)  # the same, however it is asked for
 
 
 @pytest.fixture(scope="session")
@@ -129,19 +101,18 @@ def exported(
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Callable[..., Path]:
     """exported("llama", "int4"): the branch export of a tiny model with its adapters a and b. Do not change it."""
-    made: dict[tuple[str, str, str, str | None], Path] = {}
+
+    @functools.cache
+    def make(architecture: str, quantize: str, for_: str, block_dtype: str | None) -> Path:
+        from diablo_export.converters.export import export
+
+        folder = tmp_path_factory.mktemp(f"{architecture}-{quantize}-{for_}-{block_dtype}") / "branch"
+        adapters = {"a": tiny_adapter(architecture), "b": other_adapter(architecture)}
+        export(tiny_model(architecture), adapters, folder, quantize=quantize, for_=for_, block_dtype=block_dtype)
+        return folder
 
     def get(architecture: str, quantize: str = "none", for_: str = "ort", block_dtype: str | None = None) -> Path:
-        key = architecture, quantize, for_, block_dtype
-        if key not in made:
-            from diablo_export.converters.export import export
-
-            folder = tmp_path_factory.mktemp("-".join(map(str, key))) / "branch"
-            adapters = {"a": tiny_adapter(architecture), "b": other_adapter(architecture)}
-            model = tiny_model(architecture)
-            export(model, adapters, folder, quantize=quantize, for_=for_, block_dtype=block_dtype)
-            made[key] = folder
-        return made[key]
+        return make(architecture, quantize, for_, block_dtype)  # the same, however it is asked for
 
     return get
 

@@ -6,6 +6,7 @@ are announced anew after each fault, so that nothing but the comparison can find
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -189,15 +190,13 @@ def test_the_table_in_the_docs_is_this_one() -> None:
 @pytest.fixture(scope="module")
 def bases(tiny_model: Get, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Path, Path]]:
     """(base, adapter): a real model where there is one, else a tiny llama; a tiny qwen2, for its biases."""
-    made: dict[str, tuple[Path, Path]] = {}
 
+    @functools.cache
     def get(architecture: str) -> tuple[Path, Path]:
-        if architecture not in made:
-            real = Path(os.environ.get("DIABLO_EXPORT_TEST_DATA", "/nowhere")) / "tinystories656k-hf"
-            base = real if architecture == "llama" and real.is_dir() else tiny_model(architecture)
-            folder = tmp_path_factory.mktemp("faults") / "adapter"
-            made[architecture] = base, tiny.make_adapter(base, folder, scale=0.05)
-        return made[architecture]
+        real = Path(os.environ.get("DIABLO_EXPORT_TEST_DATA", "/nowhere")) / "tinystories656k-hf"
+        base = real if architecture == "llama" and real.is_dir() else tiny_model(architecture)
+        folder = tmp_path_factory.mktemp("faults") / "adapter"
+        return base, tiny.make_adapter(base, folder, scale=0.05)
 
     return get
 
@@ -205,16 +204,14 @@ def bases(tiny_model: Get, tmp_path_factory: pytest.TempPathFactory) -> Callable
 @pytest.fixture(scope="module")
 def sound(bases: Callable[[str], tuple[Path, Path]], tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """The export before a fault is planted, by its name in FAULTS."""
-    made: dict[str, Path] = {}
 
+    @functools.cache
     def get(kind: str) -> Path:
-        if kind not in made:
-            architecture, kind_alone = ("qwen2", kind[6:]) if kind.startswith("qwen2 ") else ("llama", kind)
-            base, adapter = bases(architecture)
-            make, options = KINDS[kind_alone]
-            given: Any = adapter if make is exports.merged else {"a": adapter}
-            made[kind] = make(base, given, tmp_path_factory.mktemp("sound") / "out", **options)
-        return made[kind]
+        architecture, kind_alone = ("qwen2", kind[6:]) if kind.startswith("qwen2 ") else ("llama", kind)
+        base, adapter = bases(architecture)
+        make, options = KINDS[kind_alone]
+        given: Any = adapter if make is exports.merged else {"a": adapter}
+        return make(base, given, tmp_path_factory.mktemp("sound") / "out", **options)
 
     return get
 

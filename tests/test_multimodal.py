@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -45,38 +46,36 @@ LAYERS = {"Gemma4": 32, "Qwen3_5": 15}  # linear ones of their language models; 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    made: dict[str, Path] = {}
 
+    @functools.cache
     def make(kind: str) -> Path:
-        if kind not in made:
-            text, vision = KINDS[kind]
-            config = getattr(transformers, f"{kind}Config")(text_config=text, vision_config=vision)
-            torch.manual_seed(0)
-            network = getattr(transformers, f"{kind}ForConditionalGeneration")(config)
-            with torch.no_grad():
-                for parameter in network.parameters():
-                    if parameter.ndim >= 2:
-                        parameter.normal_(0, 0.15)
-            made[kind] = tmp_path_factory.mktemp(kind) / "model"
-            network.save_pretrained(made[kind])
-            tiny.make_tokenizer(made[kind])
-        return made[kind]
+        text, vision = KINDS[kind]
+        config = getattr(transformers, f"{kind}Config")(text_config=text, vision_config=vision)
+        torch.manual_seed(0)
+        network = getattr(transformers, f"{kind}ForConditionalGeneration")(config)
+        with torch.no_grad():
+            for parameter in network.parameters():
+                if parameter.ndim >= 2:
+                    parameter.normal_(0, 0.15)
+        place = tmp_path_factory.mktemp(kind) / "model"
+        network.save_pretrained(place)
+        tiny.make_tokenizer(place)
+        return place
 
     return make
 
 
 @pytest.fixture(scope="module")
 def adapter(model: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    made: dict[str, Path] = {}
 
+    @functools.cache
     def make(kind: str) -> Path:
-        if kind not in made:
-            folder = tmp_path_factory.mktemp(f"{kind}-adapter")
-            (folder / "text.jsonl").write_text(json.dumps({"text": "the cat sat on the mat and the dog sat. " * 6}))
-            made[kind] = folder / "adapter"
-            how: dict[str, Any] = {"num_blocks": 4, "max_steps": 3, "max_length": 8, "batch_size": 1, "lr": 0.02}
-            train(model(kind), folder / "text.jsonl", made[kind], target_modules="all-linear", **how)
-        return made[kind]
+        folder = tmp_path_factory.mktemp(f"{kind}-adapter")
+        (folder / "text.jsonl").write_text(json.dumps({"text": "the cat sat on the mat and the dog sat. " * 6}))
+        place = folder / "adapter"
+        how: dict[str, Any] = {"num_blocks": 4, "max_steps": 3, "max_length": 8, "batch_size": 1, "lr": 0.02}
+        train(model(kind), folder / "text.jsonl", place, target_modules="all-linear", **how)
+        return place
 
     return make
 

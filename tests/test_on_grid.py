@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -46,17 +47,15 @@ def little_text(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="module")
 def trained(tiny_model: Get, texts: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """trained("llama") is an adapter that was trained on the grid of the tiny model."""
-    made: dict[str, Path] = {}
 
+    @functools.cache
     def get(architecture: str) -> Path:
-        if architecture not in made:
-            folder = tmp_path_factory.mktemp(architecture) / "adapter"
-            classify = architecture == "bert"
-            how = {**RUN, "lr": 0.05, "task": "text-classification" if classify else "causal-lm"}
-            data = texts / ("labels.jsonl" if classify else "text.jsonl")
-            train(tiny_model(architecture), data, folder, base_quantize="int4", on_grid=True, **how)
-            made[architecture] = folder
-        return made[architecture]
+        folder = tmp_path_factory.mktemp(architecture) / "adapter"
+        classify = architecture == "bert"
+        how = {**RUN, "lr": 0.05, "task": "text-classification" if classify else "causal-lm"}
+        data = texts / ("labels.jsonl" if classify else "text.jsonl")
+        train(tiny_model(architecture), data, folder, base_quantize="int4", on_grid=True, **how)
+        return folder
 
     return get
 
