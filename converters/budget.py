@@ -14,7 +14,7 @@ from diablo_export.console import log
 from diablo_export.converters.sizes import COPIES
 from diablo_export.trainer.data import Encoded
 from diablo_export.trainer.distillation import logits
-from diablo_export.trainer.model import text_config
+from diablo_export.trainer.model import vocabulary_size
 
 STEPS, BATCH_TOKENS = 150, 1024  # of a distillation where nothing is scarce
 _LEAST_STEPS, _LEAST_TOKENS = 40, 512  # less than that does not pay
@@ -63,8 +63,7 @@ def seconds_per_token(network: nn.Module, items: Sequence[Encoded], pad: int) ->
 
 def batch_tokens(network: Any) -> int:
     """Tokens in a batch: as many as make logits of 256 MB at most."""
-    vocabulary = int(getattr(text_config(network), "vocab_size", 1) or 1)
-    return max(128, min(BATCH_TOKENS, _LOGITS // vocabulary))
+    return max(128, min(BATCH_TOKENS, _LOGITS // vocabulary_size(network)))
 
 
 def affordable(per_token: float, seconds: float, most_tokens: int) -> Steps | None:

@@ -30,14 +30,7 @@ from diablo_export.converters.onnx_linears import kind, linears
 from diablo_export.converters.onnx_match import Match, match
 from diablo_export.converters.onnx_nodes import MODEL
 from diablo_export.converters.sizes import check_options, onnx_bytes
-from diablo_export.converters.trained_grid import (
-    grids,
-    numbers,
-    output_grid,
-    warn_of_another,
-    warn_of_nothing,
-    warn_of_unmarked,
-)
+from diablo_export.converters.trained_grid import grids, numbers, output_grid, warn_of, warn_of_another
 from diablo_export.errors import AdapterError, InputError, MatchError
 from diablo_export.manifest import adapter_entry, write_manifest
 from diablo_export.output import check_output, keep_inputs, new_folder
@@ -192,8 +185,7 @@ def load_adapters(given: Given) -> dict[str, Adapter]:
         raise InputError(f"adapter name {twice[0]!r} was given twice; name them apart with --adapter NAME=FOLDER")
     adapters = {name: Adapter.load(folder) for name, folder in pairs}
     for one in adapters.values():
-        warn_of_nothing(one)
-        warn_of_unmarked(one)
+        warn_of(one)
     return adapters
 
 

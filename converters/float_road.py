@@ -18,7 +18,7 @@ import onnx_ir as ir
 import torch
 from torch import nn
 
-from diablo_export.adapter import TASKS, AdaptedModule, Adapter
+from diablo_export.adapter import AdaptedModule, Adapter, base_weight
 from diablo_export.algorithms import LEARNED, Algorithm
 from diablo_export.blockdiag import Array, add_to_weight
 from diablo_export.checkpoint import Checkpoint
@@ -34,7 +34,6 @@ from diablo_export.converters.onnx_match import match
 from diablo_export.converters.sizes import memory_fault
 from diablo_export.errors import InputError
 from diablo_export.fingerprint import ValuesDigest, fingerprint
-from diablo_export.measure.exported_base import base_weight
 from diablo_export.measure.metrics import Comparison
 from diablo_export.measure.survival import Judge, of_outputs
 from diablo_export.measure.torch_runner import context_length
@@ -43,7 +42,7 @@ from diablo_export.trainer.data import Encoded
 from diablo_export.trainer.distillation import logits
 from diablo_export.trainer.grid import grid_layers
 from diablo_export.trainer.layer import set_enabled
-from diablo_export.trainer.model import load_tuned, text_config
+from diablo_export.trainer.model import load_tuned, vocabulary_size
 from diablo_export.trainer.moments import InputMoments, input_moments
 
 _LENGTH = 128  # tokens of a sequence
@@ -166,11 +165,11 @@ class _Tuned:
 
     def _text(self, calibration: str | Path | None, seconds: float, seed: int) -> Text:
         length = min(_LENGTH, context_length(self.network))
-        vocabulary = int(getattr(text_config(self.network), "vocab_size", 1))
+        vocabulary = vocabulary_size(self.network)
         item = Encoded(np.arange(length, dtype=np.int32) % min(vocabulary, 100), np.ones(length, np.bool_))
         per_token = budget.seconds_per_token(self.network, [item], self.pad)
         sequences = seconds * _TEXT_SHARE / (per_token * length * _PASSES)
-        classifier = self.adapter.task_type == TASKS["text-classification"]
+        classifier = self.adapter.classifies
         many = _SHORT if classifier else 1
         judged = many * int(max(2, min(_JUDGED, sequences / 4, _LOGITS / (vocabulary * length))))
         how: dict[str, Any] = {"length": length, "classifier": classifier, "judged": judged}
@@ -239,5 +238,4 @@ def _entry(module: AdaptedModule, built: Graph, method: str, kept: _Kept) -> dic
     grid = kept.made.grids.get(name)
     if grid is None:
         return entry
-    values = grid.values().reshape(module.out_features, -1)[:, : module.in_features]
-    return {**entry, "values_xxh3": ValuesDigest().add(values).hex()}
+    return {**entry, "values_xxh3": ValuesDigest().add(grid.weight(module.in_features)).hex()}

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from diablo_export.adapter import TASKS, Adapter
+from diablo_export.adapter import Adapter, base_weight
 from diablo_export.blockdiag import add_to_weight
 from diablo_export.checkpoint import Checkpoint
 from diablo_export.console import log, progress
@@ -22,7 +22,6 @@ from diablo_export.converters.grid_report import against_runtime, changed_codes,
 from diablo_export.converters.grid_write import write_grid
 from diablo_export.converters.onnx_groups import scale_type
 from diablo_export.converters.onnx_match import Match
-from diablo_export.measure.exported_base import base_weight
 from diablo_export.measure.survival import Judge, Survival, of_outputs
 from diablo_export.measure.torch_runner import context_length
 from diablo_export.quantization import Float32
@@ -34,13 +33,14 @@ from diablo_export.requantize import (
     refitted,
     rounded,
     touched,
+    ungrouped,
     whole_steps,
     with_touched,
 )
 from diablo_export.trainer.data import Encoded
 from diablo_export.trainer.distillation import distil, logits
 from diablo_export.trainer.grid import grid_layers
-from diablo_export.trainer.model import text_config
+from diablo_export.trainer.model import vocabulary_size
 from diablo_export.trainer.moments import input_moments
 from diablo_export.trainer.sampling import WRITING
 
@@ -100,7 +100,7 @@ class Bench:
         self.made, self.adapter, self._seed, self._float_base = made, adapter, seed, float_base
         self._seconds, self._reference = max_seconds, reference
         self.pad = int(made.tokenizer.pad_token_id or 0)
-        self._classifier = adapter.task_type == TASKS["text-classification"]
+        self._classifier = adapter.classifies
         self._calibration = calibration
         self._length = min(_LENGTH, context_length(made.network))
         self._most = budget.batch_tokens(made.network)
@@ -246,7 +246,7 @@ class Bench:
         log.info("distilling: %d steps of %d tokens, about %.0f s", count, steps.batch_tokens, seconds)
         items = [*self.text.fitted, *self._more_text()]
         for name, grid in grids.items():
-            wanted = self.wanted[name].reshape(len(grid.scales), -1)[:, : self.layers[name].shape.in_features]
+            wanted = ungrouped(self.wanted[name], self.layers[name].shape.in_features)
             self.layers[name].begin(grid, None if holds else wanted, near=self._classifier)
         how = {"lr": _SETTLED_LR, "hard": 0.0} if settled else {}
         with progress("Distilling", count) as advance:
@@ -269,14 +269,14 @@ class Bench:
 
     def _measured_speed(self) -> float:
         ids = np.random.default_rng(self._seed).integers(0, len(self.made.tokenizer), self._length).astype(np.int32)
-        vocabulary = int(getattr(text_config(self.made.network), "vocab_size", ids.max() + 1))
+        vocabulary = vocabulary_size(self.made.network, int(ids.max()) + 1)
         item = Encoded(ids % vocabulary, np.ones(len(ids), np.bool_))
         return budget.seconds_per_token(self.made.network, [item], self.pad)
 
     def _first_text(self) -> Text:
         sequences = self._sequences()
         moments = int(min(_MOMENTS, max(4, sequences - _JUDGED)))
-        vocabulary = int(getattr(text_config(self.made.network), "vocab_size", 1))
+        vocabulary = vocabulary_size(self.made.network)
         judged = int(max(2, min(_JUDGED, sequences / 4, (1 << 26) / (vocabulary * self._length))))
         many = 16 if self._classifier else 1  # its sequences are short, and give one answer each
         how: dict[str, Any] = {"length": self._length, "classifier": self._classifier, "judged": judged * many}

@@ -15,7 +15,7 @@ import onnx_ir as ir
 import torch
 from torch import nn
 
-from diablo_export.adapter import TASKS, AdaptedModule, Adapter
+from diablo_export.adapter import AdaptedModule, Adapter
 from diablo_export.blockdiag import Array, add_to_weight
 from diablo_export.checkpoint import Checkpoint
 from diablo_export.console import log
@@ -71,8 +71,7 @@ def grid_network(
         AdapterError: the adapter was not trained on it. ExportError: a module in nodes of different grids.
     """
     adapter.check_base(Checkpoint.open(reference))
-    task = next(option for option, kind in TASKS.items() if kind == adapter.task_type)
-    network, tokenizer = load_base(reference, task, labels=adapter.labels or None)
+    network, tokenizer = load_base(reference, adapter.task, labels=adapter.labels or None)
     attach(network, replace(adapter, modules={}))  # its head
     grids, bare = lay(network, "", graph, folder, adapter, found)
     if bare:
@@ -137,12 +136,12 @@ def _oriented(module: nn.Module) -> Array:
 def _set_weight(module: nn.Module, grid: Grid) -> None:
     """Give a layer a weight of its own: a tied one belongs to the embedding too, which the graph may hold in float."""
     old = module.get_parameter("weight")
-    values = grid.values().reshape(len(grid.scales), -1)[:, : features(module)[0]]
+    values = grid.weight(features(module)[0])
     oriented = values if isinstance(module, nn.Linear) else values.T
     module.weight = nn.Parameter(torch.from_numpy(np.ascontiguousarray(oriented)).to(old.dtype), requires_grad=False)
 
 
 def target(module: AdaptedModule, grid: Grid) -> Float32:
     """What a module's merged weight should be: the grid's values and the blocks, (out, groups, size)."""
-    values = grid.values().reshape(module.out_features, -1)[:, : module.in_features]
-    return grouped(np.asarray(add_to_weight(values, module.blocks), np.float32), grid.codes.shape[-1])
+    merged = add_to_weight(grid.weight(module.in_features), module.blocks)
+    return grouped(np.asarray(merged, np.float32), grid.codes.shape[-1])

@@ -9,7 +9,6 @@ from diablo_export.converters.onnx_groups import write
 from diablo_export.converters.onnx_match import Match
 from diablo_export.converters.onnx_merge import add
 from diablo_export.fingerprint import ValuesDigest
-from diablo_export.quantization import Float32
 from diablo_export.requantize import Grid
 
 
@@ -20,20 +19,16 @@ def write_grid(one: Match, method: str, grid: Grid | None, base: Grid | None, fo
         return {**one.describe(), "action": "merged", "why": f"added to the weight ({one.why})"}
     count = write(one, grid, folder)
     why = f"{method}: {count} of {base.scales.size} groups, all that a block meets ({one.why})"
-    digest = ValuesDigest().add(_values(grid, one)).hex()  # parity holds what is stored against it
+    digest = ValuesDigest().add(grid.weight(one.module.in_features)).hex()  # parity holds what is stored against it
     counts = {"codes_changed": int((grid.codes != base.codes).sum()), "codes": grid.codes.size}
     counts |= {"touched_groups": count, "disturbed_weights": _disturbed(grid, base, one)}
     return {**one.describe(), "action": "merged", "why": why, **counts, "values_xxh3": digest}
 
 
-def _values(grid: Grid, one: Match) -> Float32:
-    """A module's grid as its weight, (out_features, in_features)."""
-    return grid.values().reshape(len(grid.scales), -1)[:, : one.module.in_features]
-
-
 def _disturbed(grid: Grid, base: Grid, one: Match) -> int:
     """Weights that no block meets, in groups that one does, whose value changed."""
-    moved = _values(grid, one) != _values(base, one)
+    inputs = one.module.in_features
+    moved = grid.weight(inputs) != base.weight(inputs)
     for columns, rows in one.module.shape.slices():
         moved[rows, columns] = False
     return int(moved.sum())

@@ -26,7 +26,7 @@ _DECODERS_HEAD = "score."  # as transformers calls it in all decoders but CTRL
 def write_config(checkpoint: Checkpoint, adapter: Adapter, folder: Path, untied: bool = False) -> None:
     """config.json as it was, but for the classes of a new head and an output head that is no longer tied."""
     config = dict(checkpoint.config)
-    if adapter.task_type == "SEQ_CLS":
+    if adapter.classifies:
         config |= classifier_config(config, adapter) | padding(checkpoint, adapter.saved)
     if untied:
         config["tie_word_embeddings"] = False  # tied, a loader would put the embeddings over the merged head

@@ -228,7 +228,7 @@ def _renaming(checkpoint: Checkpoint, adapter: Adapter, saved: dict[str, Array])
     Raises:
         AdapterError: the classifier has parameters that neither side holds.
     """
-    if adapter.task_type != "SEQ_CLS" or all(name in checkpoint.tensors for name in saved):
+    if not adapter.classifies or all(name in checkpoint.tensors for name in saved):
         return lambda name: name
     prefix = next(iter(adapter.modules)).partition(".")[0] + "."
     known = _classifier_parameters(checkpoint)

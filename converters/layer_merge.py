@@ -19,7 +19,7 @@ import onnx_ir as ir
 import torch
 from torch import nn
 
-from diablo_export.adapter import TASKS, Adapter
+from diablo_export.adapter import Adapter
 from diablo_export.checkpoint import Checkpoint
 from diablo_export.console import log, progress
 from diablo_export.converters.calibration import Text, given_text, random_text
@@ -34,7 +34,7 @@ from diablo_export.converters.onnx_merge import put_head, refuse
 from diablo_export.measure.survival import of_logits
 from diablo_export.measure.torch_runner import context_length
 from diablo_export.quantization import Float32
-from diablo_export.requantize import Grid, refitted, with_touched
+from diablo_export.requantize import Grid, refitted, ungrouped, with_touched
 from diablo_export.trainer.data import Encoded
 from diablo_export.trainer.grid import GridLinear, State, grid_layers
 from diablo_export.trainer.layerwise import Batch, Layers, layers_path
@@ -45,7 +45,6 @@ _LENGTH, _BATCH = 128, 8  # tokens of a sequence; sequences at once
 _JUDGED, _FITTED = 16, 256  # sequences
 _HIDDEN = 1 << 26  # numbers of hidden states for each of the two that are fitted: 256 MB
 _PASSES = 3  # of a layer in a step: forward, and a backward pass that is worth two
-_CLASSIFIER = "text-classification"
 _STATES: tuple[State, ...] = ("base", "branch", "grid")
 
 
@@ -78,12 +77,11 @@ def layer_merge(
     parts = _Parts(graph, folder, adapter, match(graph, adapter.modules), Checkpoint.open(reference))
     refuse(file, parts.found.values())
     adapter.check_base(parts.checkpoint)
-    task = next(option for option, kind in TASKS.items() if kind == adapter.task_type)
-    network, tokenizer = load_empty(parts.checkpoint.folder, task, labels=adapter.labels or None)
+    network, tokenizer = load_empty(parts.checkpoint.folder, adapter.task, labels=adapter.labels or None)
     path = layers_path(network, adapter.modules)
     layers = Layers(network, path)
     parts.load(network, "")
-    text = _text(network, tokenizer, calibration, task, seed)
+    text = _text(network, tokenizer, calibration, adapter.classifies, seed)
     pad = int(tokenizer.pad_token_id or 0)
     judged = [layers.listen(items, pad, _STATES) for items in _batches(text.judged)]
     fitted = [layers.listen(items, pad, ("branch", "grid")) for items in _batches(text.fitted)]
@@ -104,7 +102,7 @@ def layer_merge(
     ir.save(graph, file)
     kept = of_logits(tuple(layers.answer(batch, state).cpu().numpy() for state in _STATES) for batch in judged)
     last = _batches(text.judged)[-1][-1]
-    rows = 1 if task == _CLASSIFIER else len(last.ids)
+    rows = 1 if adapter.classifies else len(last.ids)
     alike = against_runtime(layers.answer(judged[-1], "grid")[-rows:].cpu().numpy(), last, folder, reference)
     row = {"method": LAYERWISE, **kept.figures(min_survival), "codes_changed": parts.changed, "steps": steps}
     row |= {"seconds": round(time.perf_counter() - began, 2), "modules": {}}
@@ -134,7 +132,7 @@ class _Parts:
                 wanted = target(self._adapter.modules[name], grids[name])
                 dtype = scale_type(self.found[name])
                 start = with_touched(grids[name], wanted, layer.shape, partial(_refitted, dtype=dtype))
-                layer.begin(start, wanted.reshape(len(wanted), -1)[:, : layer.shape.in_features])
+                layer.begin(start, ungrouped(wanted, layer.shape.in_features))
 
     def write(self, part: nn.Module, path: str) -> None:
         """Write the codes of a part into the file, and forget it."""
@@ -159,11 +157,10 @@ def _refitted(target: Float32, old: Grid, number: int, *, dtype: Any) -> Grid:
     return refitted(target, old, dtype)
 
 
-def _text(network: Any, tokenizer: Any, calibration: str | Path | None, task: str, seed: int) -> Text:
+def _text(network: Any, tokenizer: Any, calibration: str | Path | None, classifier: bool, seed: int) -> Text:
     length = min(_LENGTH, context_length(network))
     width = int(network.get_input_embeddings().embedding_dim)
     fitted = int(max(_BATCH, min(_FITTED, _HIDDEN // (length * width))))
-    classifier = task == _CLASSIFIER
     if calibration is not None:
         return given_text(calibration, tokenizer, length=length, classifier=classifier, judged=_JUDGED, fitted=fitted)
     return random_text(tokenizer, length=length, judged=_JUDGED, fitted=fitted, seed=seed, whole=not classifier)

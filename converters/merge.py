@@ -6,21 +6,15 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from diablo_export.adapter import TASKS, Adapter
+from diablo_export.adapter import Adapter
 from diablo_export.algorithms import ALGORITHMS, Algorithm
 from diablo_export.checkpoint import Checkpoint
 from diablo_export.converters import merge_method, onnx_file
 from diablo_export.converters.base import hashing
 from diablo_export.converters.rounding import lossy, warn_of_rounding
 from diablo_export.converters.sizes import check_options, checkpoint_bytes, onnx_bytes
-from diablo_export.converters.trained_grid import (
-    numbers,
-    output_grid,
-    warn_of_another,
-    warn_of_nothing,
-    warn_of_unmarked,
-)
-from diablo_export.errors import AdapterError, ExportError, InputError
+from diablo_export.converters.trained_grid import numbers, output_grid, warn_of, warn_of_another
+from diablo_export.errors import ExportError, InputError
 from diablo_export.manifest import adapter_entry, write_manifest
 from diablo_export.output import check_output, keep_inputs, new_folder
 
@@ -99,7 +93,9 @@ def merge(
     merge_method.check_values(method, calibration, min_survival, max_seconds, plan, max_bytes, seed)
     check_options(quantize, group_size, asymmetric, precision)
     chosen = _format(format, quantize, precision)
-    given = _loaded(adapter)
+    given = Adapter.load(adapter)
+    task = given.task
+    warn_of(given)
     group_size, usual = output_grid([given], quantize, group_size, asymmetric)
     asymmetric = merge_method.zero_points(method, asymmetric, usual)
     source = onnx_file.find(model) or Checkpoint.open(model)
@@ -133,7 +129,7 @@ def merge(
         else:
             modules, more = _to_hf(model, given, folder, how)
         hashes, read = more.pop("hashes"), base(more.pop("read", {}))
-        more = {"task": _task(given), "format": chosen, "quantize": quantize, "precision": precision} | more
+        more = {"task": task, "format": chosen, "quantize": quantize, "precision": precision} | more
         entries = [adapter_entry(Path(adapter).resolve().name, given)]
         manifest = write_manifest(folder, "merge", said, read, entries, modules, hashes, **more)
     if picture is not None:
@@ -141,16 +137,6 @@ def merge(
 
         draw(rows(manifest["survival"]), picture, f"{Path(adapter).resolve().name} merged into {Path(output).name}")
     return manifest
-
-
-def _loaded(adapter: str | Path) -> Adapter:
-    """The adapter, which must be of a task that is known here."""
-    given = Adapter.load(adapter)
-    if given.task_type not in TASKS.values():
-        raise AdapterError(f"{adapter}: task_type is {given.task_type!r}; known are {', '.join(TASKS.values())}")
-    warn_of_nothing(given)
-    warn_of_unmarked(given)
-    return given
 
 
 def _room(source: Checkpoint, chosen: str, quantize: str, group_size: int, precision: str) -> int:
@@ -300,7 +286,7 @@ def _built(source: Checkpoint, adapter: Adapter, folder: Path, laid: dict[str, A
 
     grid = {"quantize": laid["quantize"], "group_size": laid["group_size"], "symmetric": not laid["asymmetric"]}
     built = build_graph(
-        source.folder, folder, task=_task(adapter), precision=laid["precision"], head=adapter, **grid, **what
+        source.folder, folder, task=adapter.task, precision=laid["precision"], head=adapter, **grid, **what
     )
     lost = [name for name in adapter.modules if name not in built.modules]
     if lost:
@@ -313,7 +299,3 @@ def _built(source: Checkpoint, adapter: Adapter, folder: Path, laid: dict[str, A
 
 def _why(quantize: str) -> str:
     return "added to the weight" + ("" if quantize == "none" else f", the sum then rounded to {quantize}")
-
-
-def _task(adapter: Adapter) -> str:
-    return next(option for option, kind in TASKS.items() if kind == adapter.task_type)

@@ -24,7 +24,7 @@ from diablo_export.converters.onnx_nodes import MODEL, Weights, finish
 from diablo_export.converters.onnx_trial import try_graph
 from diablo_export.converters.onnx_weights import DATA
 from diablo_export.converters.packed_view import float_view
-from diablo_export.errors import DependencyError, ExportError, InputError, require
+from diablo_export.errors import DependencyError, ExportError, InputError, require, require_all
 from diablo_export.packed.modules import refuse_unreadable
 from diablo_export.quantization import check_layout
 
@@ -55,8 +55,8 @@ def load_exporters() -> None:
     Raises:
         DependencyError: one of them is missing.
     """
-    for package, extra in (("torch", "train"), ("transformers", "train"), ("onnxruntime", "cpu")):
-        require(package, extra)
+    require_all("train", "torch", "transformers")
+    require("onnxruntime", "cpu")
     with contextlib.suppress(DependencyError):  # the road that needs it says so
         require("onnxruntime_genai.models.builder", "genai")
 
@@ -178,7 +178,7 @@ def check_float(checkpoint: Checkpoint) -> None:
 def _write_config(checkpoint: Checkpoint, folder: Path, adapter: Adapter | None) -> None:
     """config.json and generation_config.json; a classifier's classes are the adapter's."""
     config = dict(checkpoint.config)
-    if adapter is not None and adapter.task_type == "SEQ_CLS":
+    if adapter is not None and adapter.classifies:
         config |= padding(checkpoint, adapter.saved)  # as the graph has it
     if adapter is not None and adapter.labels:
         config["id2label"] = {str(index): label for index, label in enumerate(adapter.labels)}

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from diablo_export.adapter import TASKS, stored_transposed
+from diablo_export.adapter import TASKS, base_weight, stored_transposed
 from diablo_export.base_grid import usual
 from diablo_export.blockdiag import Array
 from diablo_export.checkpoint import DTYPE_NAMES, Checkpoint, TensorInfo, write_safetensors
@@ -34,7 +34,6 @@ from diablo_export.trainer.moments import InputMoments
 from diablo_export.trainer.objective import Objective
 from diablo_export.trainer.packed_base import is_packed
 from diablo_export.trainer.prepare import open_base
-from diablo_export.trainer.quantized import float_weight
 from diablo_export.trainer.targets import ALL, choose_targets
 
 _LENGTH = 128  # tokens of a sequence
@@ -148,7 +147,7 @@ def _pack(
     modules = []
     with progress("quantizing", len(targets)) as advance:
         for name in targets:
-            weight = float_weight(source, name)
+            weight = base_weight(source, name)
             outputs, inputs = weight.shape
             why = fault((outputs, inputs), how["bits"])
             if why is None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable
 from typing import TYPE_CHECKING
 
-from diablo_export.adapter import TASKS, Adapter
+from diablo_export.adapter import Adapter
 from diablo_export.base_grid import BITS, described, usual
 from diablo_export.console import log
 
@@ -25,7 +25,7 @@ def output_grid(
     if trained is not None and trained.bits == BITS.get(quantize):
         group_size = group_size or trained.group_size
         asymmetric = not trained.symmetric if asymmetric is None else asymmetric
-    return usual(first.task_type == TASKS["text-classification"], group_size, asymmetric)
+    return usual(first.classifies, group_size, asymmetric)
 
 
 def warn_of_another(adapters: Iterable[Adapter], found: Iterable[Numbers]) -> None:
@@ -48,14 +48,10 @@ def warn_of_another(adapters: Iterable[Adapter], found: Iterable[Numbers]) -> No
             )  # fmt: skip
 
 
-def warn_of_nothing(adapter: Adapter) -> None:
-    """Say that an adapter changes nothing: every block is zero, and it brings no head."""
+def warn_of(adapter: Adapter) -> None:
+    """Say that an adapter changes nothing, and that nothing but sizes tells whether a model is its base."""
     if not adapter.saved and not any(module.blocks.any() for module in adapter.modules.values()):
         log.warning("the adapter %s: every block is zero, so that it changes nothing; was it trained?", adapter.path)
-
-
-def warn_of_unmarked(adapter: Adapter) -> None:
-    """Say that nothing but sizes tells whether a model is an adapter's base."""
     unmarked = [name for name, module in adapter.modules.items() if module.fingerprint is None]
     if unmarked:
         log.warning(

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from diablo_export.adapter import base_weight
 from diablo_export.blockdiag import add_to_weight
 from diablo_export.checkpoint import Checkpoint
 from diablo_export.converters.grid_methods import Bench, Tried
@@ -17,7 +18,6 @@ from diablo_export.converters.onnx_keep import PAGE
 from diablo_export.converters.onnx_match import Match
 from diablo_export.converters.plan_file import BRANCH
 from diablo_export.converters.planner import Choices, Option, stored_bytes
-from diablo_export.measure.exported_base import base_weight
 from diablo_export.measure.sensitivity import fisher, nats
 from diablo_export.measure.survival import Judge, Survival, of_outputs
 from diablo_export.quantization import Float32, fresh_grid

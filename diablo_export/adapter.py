@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from diablo_export.base_grid import BaseGrid
 from diablo_export.blockdiag import Array, BlockShape, shape_of
@@ -80,6 +81,23 @@ class Adapter:
     def parameters(self) -> int:
         """Trained parameters: all blocks and saved modules."""
         return sum(m.blocks.size for m in self.modules.values()) + sum(v.size for v in self.saved.values())
+
+    @property
+    def task(self) -> str:
+        """`task_type` as the option --task spells it.
+
+        Raises:
+            AdapterError: it is none of these.
+        """
+        for option, kind in TASKS.items():
+            if kind == self.task_type:
+                return option
+        raise AdapterError(f"{self.path}: task_type is {self.task_type!r}; known are {', '.join(TASKS.values())}")
+
+    @property
+    def classifies(self) -> bool:
+        """Whether it is for text classification."""
+        return self.task_type == TASKS["text-classification"]
 
     def save(self, folder: Path) -> None:
         """Write the two files into `folder`, which must exist."""
@@ -200,6 +218,19 @@ def refuse_base(adapter: Adapter, base: str, faults: Iterable[str]) -> None:
 def stored_transposed(config: dict[str, Any], module: str = "") -> bool:
     """Whether this architecture stores its projections (in, out): GPT-2's Conv1D does, but for its output head."""
     return config.get("model_type") in ("gpt2", "openai-gpt") and not f"{module}.weight".endswith(HEAD)
+
+
+def base_weight(checkpoint: Checkpoint, module: str) -> npt.NDArray[np.float32]:
+    """A module's weight as a float checkpoint holds it, (out_features, in_features), float32.
+
+    Raises:
+        CheckpointError: it has none.
+    """
+    info = checkpoint.weight_of(module)
+    if info is None:
+        raise CheckpointError(f"{checkpoint.folder}: has no weight for {module}; give the base of the adapter")
+    weight = info.read().astype(np.float32)
+    return weight.T if stored_transposed(checkpoint.config, module) else weight
 
 
 def weight_fault(module: AdaptedModule, stored: tuple[int, ...], transposed: bool = False) -> str | None:

@@ -96,3 +96,9 @@ def require(module: str, extra: str) -> ModuleType:
     finally:
         root.handlers[:] = handlers
         root.setLevel(level)
+
+
+def require_all(extra: str, *modules: str) -> None:
+    """`require` each of these modules, which one extra installs."""
+    for module in modules:
+        require(module, extra)

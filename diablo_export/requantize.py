@@ -43,6 +43,10 @@ class Grid:
         """The weights, (rows, groups, size)."""
         return (self.codes.astype(np.float32) - self.zeros[..., None]) * self.scales[..., None]
 
+    def weight(self, in_features: int) -> Float32:
+        """The weights without what pads the last group, (rows, in_features)."""
+        return ungrouped(self.values(), in_features)
+
     def part(self, rows: slice, groups: slice) -> Grid:
         """Some of its rows and groups, as views."""
         pieces = self.codes[rows, groups], self.scales[rows, groups], self.zeros[rows, groups]
@@ -99,6 +103,11 @@ def grouped(values: Float32, size: int) -> Float32:
     """(out, in_features) → (out, groups, size), zeros past the last input."""
     padded = np.pad(values, ((0, 0), (0, -values.shape[1] % size)))
     return padded.reshape(len(values), -1, size)
+
+
+def ungrouped(values: Float32, in_features: int) -> Float32:
+    """What `grouped` was given: (out, groups, size) → (out, in_features)."""
+    return values.reshape(len(values), -1)[:, :in_features]
 
 
 def whole_steps(target: Float32, like: Grid) -> bool:

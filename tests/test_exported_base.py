@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 
 from diablo_export import runtime
-from diablo_export.adapter import Adapter
+from diablo_export.adapter import Adapter, base_weight
 from diablo_export.checkpoint import Checkpoint
 from diablo_export.errors import InputError
 from diablo_export.manifest import read_manifest
-from diablo_export.measure.exported_base import base_weight, rebuild
+from diablo_export.measure.exported_base import rebuild
 from diablo_export.measure.onnx_runner import OnnxRunner, cache_shape
 from diablo_export.measure.places import Graph
 from tests import exports, tiny

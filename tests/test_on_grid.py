@@ -13,7 +13,7 @@ import onnx_ir as ir
 import pytest
 import torch
 
-from diablo_export.adapter import Adapter
+from diablo_export.adapter import Adapter, base_weight
 from diablo_export.base_grid import BaseGrid
 from diablo_export.blockdiag import Array, dense
 from diablo_export.checkpoint import Checkpoint
@@ -27,7 +27,7 @@ from diablo_export.trainer.layer import DiabloLinear, diablo_layers
 from diablo_export.trainer.loop import Step
 from diablo_export.trainer.model import load_base, load_tuned
 from diablo_export.trainer.on_grid import OnGridLinear, hardening, put_on_grid, settle
-from diablo_export.trainer.quantized import float_weight, pack_base
+from diablo_export.trainer.quantized import pack_base
 from diablo_export.trainer.targets import choose_targets, wrap_targets
 from diablo_export.trainer.train import train
 from tests.onnx_runs import IDS, LOGITS, runner
@@ -74,7 +74,7 @@ def codes_of(adapter: Adapter, base: Path, name: str) -> Array:
     """The trained codes, (out, groups, group_size): the base's, moved by the blocks' whole steps."""
     assert adapter.base_grid is not None
     module = adapter.modules[name]
-    stored = adapter.base_grid.quantize(float_weight(Checkpoint.open(base), name))
+    stored = adapter.base_grid.quantize(base_weight(Checkpoint.open(base), name))
     codes = unpack(stored.codes, stored.bits, stored.group_size).astype(np.int64)
     delta = dense(module.blocks, module.in_features, module.out_features).T
     padded = np.pad(delta, ((0, 0), (0, -delta.shape[1] % stored.group_size))).reshape(codes.shape)
@@ -151,7 +151,7 @@ def test_a_merge_has_the_trained_codes(
     layers = {layer.weight.name: layer for layer in linears(ir.load(tmp_path / "out/model.onnx"))}
     for entry in manifest["modules"]:
         layer, wanted = layers[entry["weight"]], codes_of(adapter, base, entry["name"])
-        stored = adapter.base_grid.quantize(float_weight(Checkpoint.open(base), entry["name"]))
+        stored = adapter.base_grid.quantize(base_weight(Checkpoint.open(base), entry["name"]))
         assert layer.scales is not None
         assert np.array_equal(numpy_of(layer.scales).reshape(stored.scales.shape), stored.scales)
         if layer.zero_points is not None and stored.zero_points is not None:
@@ -206,7 +206,7 @@ def test_a_float_adapter_goes_onto_the_grid(tiny_model: Get, tiny_adapter: Get, 
     before, after = Adapter.load(tiny_adapter("llama")), Adapter.load(tmp_path / "a")
     assert after.num_blocks == 4 and after.modules.keys() == before.modules.keys()
     for name, module in after.modules.items():
-        weight = float_weight(Checkpoint.open(base), name)
+        weight = base_weight(Checkpoint.open(base), name)
         stored = grid.quantize(weight)
         delta = dense(before.modules[name].blocks, module.in_features, module.out_features).T
         tuned = np.pad(weight + delta, ((0, 0), (0, -weight.shape[1] % 32))).reshape(len(weight), -1, 32)
@@ -216,7 +216,7 @@ def test_a_float_adapter_goes_onto_the_grid(tiny_model: Get, tiny_adapter: Get, 
         assert (codes_of(after, base, name) == nearest)[under].mean() > 0.999
 
 
-def test_it_begins_at_the_float_weights_within_their_codes(tiny_model: Get) -> None:
+def test_it_begins_at_the_base_weights_within_their_codes(tiny_model: Get) -> None:
     """So that small moves change a share of the codes."""
     base = tiny_model("llama")
     network, _ = load_base(base, "causal-lm")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from diablo_export.cli.options import overwrite_option, verbosity_options
-from diablo_export.errors import CheckFailed, require
+from diablo_export.errors import CheckFailed, require, require_all
 
 if TYPE_CHECKING:
     from diablo_export.converters.demo import Demo
@@ -34,8 +34,8 @@ def command(output: Path, quick: bool, overwrite: bool) -> None:
     Example:
       diablo-export demo --output demo
     """
-    for package, extra in (("torch", "train"), ("transformers", "train"), ("onnxruntime", "cpu")):
-        require(package, extra)
+    require_all("train", "torch", "transformers")
+    require("onnxruntime", "cpu")
     from diablo_export.converters.demo import demo
 
     done = demo(output, quick, overwrite)

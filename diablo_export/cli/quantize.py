@@ -21,7 +21,7 @@ from diablo_export.cli.options import (
 )
 from diablo_export.cli.summary import print_next
 from diablo_export.console import log
-from diablo_export.errors import require
+from diablo_export.errors import require_all
 
 
 @click.command(context_settings={"show_default": True})
@@ -57,8 +57,7 @@ def command(as_json: bool, **options: Any) -> None:
       diablo-export train --model base2 --data train.jsonl --output adapter
       diablo-export export --model base2 --adapter adapter --output branch
     """
-    for package in ("torch", "transformers", "accelerate"):
-        require(package, "train")
+    require_all("train", "torch", "transformers", "accelerate")
     from diablo_export.converters.quantize import quantize
 
     manifest = quantize(**options)

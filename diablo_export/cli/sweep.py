@@ -17,7 +17,7 @@ from diablo_export.cli.options import (
     step_options,
     verbosity_options,
 )
-from diablo_export.errors import require
+from diablo_export.errors import require_all
 
 _FILE = click.Path(path_type=Path)
 _Callback = Callable[[click.Context, click.Parameter, str], list[Any]]
@@ -74,8 +74,7 @@ def command(as_json: bool, **options: Any) -> None:
       diablo-export sweep --model M --data train.jsonl --eval-fraction 0.1 --methods diablo,lora,full \\
         --lr 1e-4,3e-4,1e-3,3e-3 --num-blocks 32,64 --seeds 0,1,2 --output sweep
     """  # fmt: skip
-    for package in ("torch", "transformers", "accelerate", "matplotlib"):
-        require(package, "train")
+    require_all("train", "torch", "transformers", "accelerate", "matplotlib")
     from diablo_export.trainer.sweep import sweep
     from diablo_export.trainer.sweep_report import table
 

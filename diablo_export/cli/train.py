@@ -18,7 +18,7 @@ from diablo_export.cli.options import (
     step_options,
     verbosity_options,
 )
-from diablo_export.errors import require
+from diablo_export.errors import require_all
 
 _FILE = click.Path(path_type=Path)
 
@@ -90,8 +90,7 @@ def command(as_json: bool, **options: Any) -> None:
       diablo-export train --model M --data train.jsonl --eval-fraction 0.1 \\
         --num-blocks 32 --lr 1e-3 --epochs 3 --output adapter
     """  # fmt: skip
-    for package in ("torch", "transformers", "accelerate", "matplotlib"):
-        require(package, "train")
+    require_all("train", "torch", "transformers", "accelerate", "matplotlib")
     from diablo_export.trainer.train import train
 
     done = train(**options)

@@ -147,7 +147,6 @@ def _safetensors(file: Path) -> dict[str, Array]:
 
 
 def _torch(out: Path, base: TorchRunner, adapter: Adapter) -> Exported:
-    task = "text-classification" if adapter.task_type == "SEQ_CLS" else "causal-lm"
-    model, _ = load_base(out, task)
+    model, _ = load_base(out, adapter.task)
     # nothing but the blocks was written into these weights, so the base is its own exported base
-    return Exported(TorchRunner(model), base, None, None, "torch", task == "causal-lm")
+    return Exported(TorchRunner(model), base, None, None, "torch", not adapter.classifies)

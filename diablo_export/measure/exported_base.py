@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx
 
-from diablo_export.adapter import AdaptedModule, Adapter, stored_transposed
+from diablo_export.adapter import AdaptedModule, Adapter, base_weight
 from diablo_export.algorithms import HAVE_ZEROS, LEARNED, Algorithm
 from diablo_export.blockdiag import Array, BlockShape
 from diablo_export.checkpoint import Checkpoint
@@ -68,19 +68,6 @@ def rebuild(path: Path, modules: list[dict[str, Any]], checkpoint: Checkpoint, a
         if entry.get("action") == "kept":
             values[entry["blocks"]] = np.zeros_like(stored.read(entry["blocks"]))
     return ExportedBase(values, sorted(set(foreign)))
-
-
-def base_weight(checkpoint: Checkpoint, module: str) -> Float32:
-    """A module's weight in the base, (out_features, in_features), float32.
-
-    Raises:
-        InputError: the base has no such weight.
-    """
-    info = checkpoint.weight_of(module)
-    if info is None:
-        raise InputError(f"{checkpoint.folder}: has no weight for {module}; give the base that was merged as --model")
-    weight = info.read().astype(np.float32)
-    return weight.T if stored_transposed(checkpoint.config, module) else weight
 
 
 def flat(modules: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:

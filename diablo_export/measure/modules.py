@@ -101,7 +101,7 @@ def _export(
 ) -> tuple[OnnxTaps | TorchTaps, OnnxTaps | TorchTaps]:
     """The export with its adapter on and off, watched."""
     if not sources.is_onnx(out):
-        other, _ = load_base(out, "text-classification" if adapter.task_type == "SEQ_CLS" else "causal-lm")
+        other, _ = load_base(out, adapter.task)
         return TorchTaps(other, True, list(linear)), TorchTaps(model, False, list(linear))
     graph, shape, entries = Graph(out / "model.onnx"), cache_shape(out), list(manifest["modules"])
     biased = {module: getattr(layer, "bias", None) is not None for module, layer in linear.items()}

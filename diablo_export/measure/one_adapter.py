@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from diablo_export import runtime
-from diablo_export.adapter import TASKS, Adapter
+from diablo_export.adapter import Adapter
 from diablo_export.blockdiag import Array
 from diablo_export.console import log, progress
 from diablo_export.errors import ExportError
@@ -28,7 +28,7 @@ from diablo_export.measure.onnx_runner import OnnxRunner
 from diablo_export.measure.prompts import Ids, Sample, collect, digest
 from diablo_export.measure.texts import answers, continuations
 from diablo_export.measure.torch_runner import TorchRunner, context_length
-from diablo_export.trainer.model import load_tuned, text_config
+from diablo_export.trainer.model import load_tuned, vocabulary_size
 from diablo_export.trainer.packed_layer import holds_packed
 
 # a centred logit that moves by less than float32 kernels differ among themselves has not moved
@@ -96,7 +96,7 @@ def measure(
     log.info("parity: %s against %s with the adapter %s in torch", out, base, folder)
     model, tokenizer = load_tuned(base, adapter)
     tuned, off = TorchRunner(model), TorchRunner(model, adapted=False)
-    found = Measured(name, adapter.task_type == TASKS["text-classification"], environment(manifest, base, name))
+    found = Measured(name, adapter.classifies, environment(manifest, base, name))
     found.environment["precision"] = sources.precision(out, manifest)
     bounds: dict[str, Any] = {"data": data, "samples": samples, "max_tokens": max_tokens, "seed": seed, "steps": steps}
     bounds |= {"threads": threads, "certify": certify, "labels": adapter.labels}
@@ -249,7 +249,7 @@ def using_threads(threads: int | None) -> Iterator[None]:
 
 def window(model: Any) -> int:
     """Tokens of a sequence, at most: what the model takes, and what leaves room for its logits."""
-    fitting = max(_SHORTEST, _LOGITS_AT_ONCE // int(getattr(text_config(model), "vocab_size", 1)))
+    fitting = max(_SHORTEST, _LOGITS_AT_ONCE // vocabulary_size(model))
     return min(_WINDOW, fitting, context_length(model))
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from diablo_export.errors import InputError, require
+from diablo_export.errors import InputError, require_all
 from diablo_export.manifest import read_manifest
 from diablo_export.measure import certificate as certificates
 from diablo_export.measure import foreign_sources, held, report, sources
@@ -86,8 +86,7 @@ def parity(
     kind |= {"exported_base": bool(manifest.get("exported_base", True)), "same_base": manifest.get("format") == "hf"}
     defaults = checking.defaults(sources.precision(out, manifest), block_dtype=sources.block_dtype(manifest), **kind)
     kept = held.from_toml(limits, sources.precision(out, manifest)) if limits is not None else {}
-    for package in ("torch", "transformers", "accelerate"):  # only once the input is known good
-        require(package, "train")
+    require_all("train", "torch", "transformers", "accelerate")  # only once the input is known good
     from diablo_export.measure import foreign
     from diablo_export.measure.one_adapter import measure, using_threads
 

@@ -19,6 +19,7 @@ from diablo_export.requantize import Grid, output_error, touched
 from diablo_export.trainer.data import Encoded
 from diablo_export.trainer.distillation import logits
 from diablo_export.trainer.grid import GridLinear, grid_layers
+from diablo_export.trainer.hooks import removed_after
 
 
 def fisher(
@@ -37,17 +38,13 @@ def fisher(
     sums: dict[str, Tensor] = {}
     positions = 0
     generator = torch.Generator().manual_seed(seed)
-    handles = [layer.register_forward_hook(_watch(name, sums)) for name, layer in layers.items()]
-    try:
+    with removed_after([layer.register_forward_hook(_watch(name, sums)) for name, layer in layers.items()]):
         for start in range(0, len(items), batch_size):
             found = torch.log_softmax(logits(network, items[start : start + batch_size], pad, "branch"), -1)
             drawn = torch.multinomial(found.detach().exp().cpu(), 1, generator=generator).to(found.device)
             torch.autograd.backward(found.gather(-1, drawn).sum())
             positions += len(found)
-    finally:
-        for handle in handles:
-            handle.remove()
-        network.zero_grad(set_to_none=True)
+    network.zero_grad(set_to_none=True)
     return {name: (total / max(1, positions)).cpu().numpy().astype(np.float32) for name, total in sums.items()}
 
 

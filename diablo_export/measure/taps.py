@@ -17,6 +17,7 @@ from diablo_export.errors import ExportError
 from diablo_export.measure.onnx_runner import _CACHE, OnnxRunner, _key
 from diablo_export.measure.places import Graph, Place
 from diablo_export.measure.prompts import Ids
+from diablo_export.trainer.hooks import removed_after
 from diablo_export.trainer.layer import set_enabled
 
 Seen = dict[str, tuple[Array, Array]]  # by module: its input (rows, in_features) and output (rows, out_features)
@@ -122,12 +123,10 @@ class TorchTaps:
 
         others = iter(seen)
         embeddings: Any = self.model.get_input_embeddings()  # type: ignore[operator]
-        handle = embeddings.register_forward_hook(table) if EMBEDDINGS in seen[0] else None
-        with self._hooked(before, after):
+        more = [embeddings.register_forward_hook(table)] if EMBEDDINGS in seen[0] else []
+        with removed_after(more), self._hooked(before, after):
             for _ in self._run(pieces, lambda: current.update(next(others))):
                 pass
-        if handle is not None:
-            handle.remove()
 
     @torch.inference_mode()
     def _run(self, pieces: Sequence[Ids], ready: Callable[[], None] = lambda: None) -> Iterator[None]:
@@ -149,11 +148,8 @@ class TorchTaps:
             module = self.model.get_submodule(name)
             handles.append(module.register_forward_pre_hook(lambda _, x, n=name: before(n, x[0])))
             handles.append(module.register_forward_hook(lambda _, x, y, n=name: after(n, y)))
-        try:
+        with removed_after(handles):
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
 
 def open_session(

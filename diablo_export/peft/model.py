@@ -21,6 +21,7 @@ from diablo_export.peft.base import check_base, check_tensors
 from diablo_export.peft.config import DiabloConfig, DiabloPeftError
 from diablo_export.peft.layer import BASE, DiabloLayer, is_mergeable, linear_sizes, plain_name, refusal
 from diablo_export.peft.saving import describe
+from diablo_export.trainer.hooks import removed_after
 from diablo_export.trainer.targets import ALL, PAPER
 
 
@@ -117,11 +118,8 @@ class DiabloModel(BaseTuner):
             for module in self.modules()
             if isinstance(module, DiabloLayer | AuxiliaryTrainingWrapper)
         ]
-        try:
+        with removed_after(handles):
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
     def _check_adapter_names(self, names: list[str]) -> None:
         if self.training:

@@ -174,8 +174,7 @@ class GridLinear(CodedLinear):
         return BlockShape(columns.size, self.shape.out_features, blocks, width, outputs)
 
     def _dense(self, grid: Grid) -> Tensor:
-        values = grid.values().reshape(len(grid.scales), -1)[:, : self.shape.in_features]
-        return torch.from_numpy(np.ascontiguousarray(values)).to(self.weight.device)
+        return torch.from_numpy(np.ascontiguousarray(grid.weight(self.shape.in_features))).to(self.weight.device)
 
     def _met(self, values: Array) -> Tensor:
         """The entries of (out, columns) in the groups that a block meets, as blocks; 0 in padding."""

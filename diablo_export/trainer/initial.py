@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from diablo_export.adapter import AdaptedModule, Adapter, refuse_base
+from diablo_export.adapter import AdaptedModule, Adapter, base_weight, refuse_base
 from diablo_export.base_grid import BaseGrid
 from diablo_export.blockdiag import under_blocks
 from diablo_export.checkpoint import Checkpoint
@@ -18,7 +18,6 @@ from diablo_export.trainer.layer import DiabloLinear, diablo_layers
 from diablo_export.trainer.learner import Learner
 from diablo_export.trainer.packed_base import is_packed
 from diablo_export.trainer.prepare import Lesson
-from diablo_export.trainer.quantized import float_weight
 from diablo_export.trainer.repair import begin_repaired
 
 
@@ -98,7 +97,7 @@ def begin_at(
     for name, layer in layers.items():
         blocks = adapter.modules[name].blocks.astype(np.float32)
         if moved:
-            weight = float_weight(checkpoint, name)
+            weight = base_weight(checkpoint, name)
             blocks = blocks + under_blocks(_laid(weight, was) - _laid(weight, grid), layer.shape)
         layer.blocks.copy_(torch.from_numpy(blocks))
     for name, value in adapter.saved.items():
@@ -113,7 +112,7 @@ def begin_at_float(network: nn.Module, checkpoint: Checkpoint) -> None:
     of a tenth of a step changes a tenth of the codes, and small moves are not lost.
     """
     for name, layer in diablo_layers(network).items():
-        lost = float_weight(checkpoint, name) - layer.weight.cpu().numpy()
+        lost = base_weight(checkpoint, name) - layer.weight.cpu().numpy()
         layer.blocks.add_(torch.from_numpy(under_blocks(lost, layer.shape)).to(layer.blocks.device))
 
 

@@ -21,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from diablo_export.trainer.layer import diablo_layers
 from diablo_export.trainer.objective import Objective
+from diablo_export.trainer.processes import local
 
 
 @dataclass(frozen=True)
@@ -135,13 +136,8 @@ def _activations(objective: Objective, parameters: Sequence[nn.Parameter], batch
 
 def _bytes(tensors: Iterable[Tensor]) -> int:
     """Of the storages behind them, each counted once."""
-    storages = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in map(_local, tensors)}
+    storages = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in map(local, tensors)}
     return sum(storages.values())
-
-
-def _local(tensor: Tensor) -> Tensor:
-    local: Tensor = getattr(tensor, "to_local", lambda: tensor)()
-    return local
 
 
 def _kept(model: nn.Module) -> list[Tensor]:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from diablo_export.adapter import TASKS, Adapter, refuse_base
 from diablo_export.checkpoint import Checkpoint, decoder_class
-from diablo_export.errors import AdapterError, CheckpointError, InputError
+from diablo_export.errors import CheckpointError, InputError
 from diablo_export.packed.modules import check_base, refuse_unreadable
 from diablo_export.trainer.layer import DiabloLinear, features, takes_blocks
 from diablo_export.trainer.packed_base import is_packed, load_packed
@@ -222,10 +222,7 @@ def load_tuned(
     """
     checkpoint = Checkpoint.open(model)
     check_base(checkpoint, adapter)
-    task = {kind: task for task, kind in TASKS.items()}.get(adapter.task_type)
-    if task is None:
-        raise AdapterError(f"{adapter.path}: task_type is {adapter.task_type!r}; known are {', '.join(TASKS.values())}")
-    network, tokenizer = load_base(model, task, dtype=dtype, device=device, labels=adapter.labels or None)
+    network, tokenizer = load_base(model, adapter.task, dtype=dtype, device=device, labels=adapter.labels or None)
     if adapter.base_grid is not None and not is_packed(checkpoint):  # the weights that the blocks were trained beside
         round_base(network, adapter.base_grid, leave={name.rpartition(".")[0] for name in adapter.saved})
     attach(network, adapter)
@@ -272,6 +269,11 @@ def text_config(network: nn.Module) -> Any:
     """The configuration of the part that reads text: of most models the whole."""
     config: Any = network.config
     return config.get_text_config() if hasattr(config, "get_text_config") else config
+
+
+def vocabulary_size(network: nn.Module, unknown: int = 1) -> int:
+    """How many tokens a network knows; `unknown` where its config does not say."""
+    return int(getattr(text_config(network), "vocab_size", None) or unknown)
 
 
 def positions(network: nn.Module) -> float:

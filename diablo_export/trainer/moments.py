@@ -15,6 +15,7 @@ from diablo_export.requantize import touched
 from diablo_export.trainer.data import Encoded
 from diablo_export.trainer.distillation import logits
 from diablo_export.trainer.grid import State, grid_layers
+from diablo_export.trainer.hooks import removed_after
 from diablo_export.trainer.layer import DiabloLinear, diablo_layers, features, is_linear
 
 _KEPT = 1 << 29  # bytes of moments that are held at once
@@ -66,14 +67,10 @@ def input_moments(
 
         return hook
 
-    handles = [layers[name].register_forward_pre_hook(look(name)) for name in sizes]
-    try:
+    with removed_after([layers[name].register_forward_pre_hook(look(name)) for name in sizes]):
         for start in range(0, len(items), batch_size):
             logits(network, items[start : start + batch_size], pad, state)
             advance(1)
-    finally:
-        for handle in handles:
-            handle.remove()
     return {name: [(total / count[name]).cpu().numpy() for total in totals] for name, totals in sums.items()}
 
 
@@ -122,13 +119,10 @@ class InputMoments:
 
             return hook
 
-        handles = [self._network.get_submodule(name).register_forward_pre_hook(look(name)) for name in names]
-        try:
+        modules = {name: self._network.get_submodule(name) for name in names}
+        with removed_after([module.register_forward_pre_hook(look(name)) for name, module in modules.items()]):
             for start in range(0, len(self._items), self._size):
                 logits(self._network, self._items[start : start + self._size], self._pad, "branch")
-        finally:
-            for handle in handles:
-                handle.remove()
         return {name: (total / counts[name]).cpu().numpy() for name, total in sums.items()}
 
 

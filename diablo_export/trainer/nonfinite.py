@@ -8,6 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from diablo_export.trainer.hooks import removed_after
+from diablo_export.trainer.processes import local
+
 
 def first_nonfinite(model: nn.Module, losses: Iterator[Callable[[], Tensor]]) -> str:
     """Go through a step that came to no number once more, looking at every module on the way.
@@ -23,16 +26,13 @@ def first_nonfinite(model: nn.Module, losses: Iterator[Callable[[], Tensor]]) ->
         if not _finite(parameter):
             return f"{name} itself holds {_kind(parameter)}"
     found: list[str] = []
-    handles = [module.register_forward_hook(_look(name, found)) for name, module in model.named_modules() if name]
-    try:
+    modules = [(name, module) for name, module in model.named_modules() if name]
+    with removed_after([module.register_forward_hook(_look(name, found)) for name, module in modules]):
         for loss in losses:
             model.zero_grad()
             torch.autograd.backward(loss())
             if found:
                 return f"first in {found[0]}"
-    finally:
-        for handle in handles:
-            handle.remove()
     sizes = {name: float(p.grad.abs().max()) for name, p in model.named_parameters() if p.grad is not None}
     broken = [name for name, size in sizes.items() if size != size or size == float("inf")]
     if broken:
@@ -74,14 +74,8 @@ def _floats(output: Any) -> Iterator[Tensor]:
 
 
 def _finite(tensor: Tensor) -> bool:
-    return bool(_here(tensor).isfinite().all())
+    return bool(local(tensor.detach()).isfinite().all())
 
 
 def _kind(tensor: Tensor) -> str:
-    return "NaN" if bool(_here(tensor).isnan().any()) else "infinity"
-
-
-def _here(tensor: Tensor) -> Tensor:
-    """The part of a tensor that this process holds."""
-    local: Tensor = getattr(tensor, "to_local", lambda: tensor)()
-    return local.detach()
+    return "NaN" if bool(local(tensor.detach()).isnan().any()) else "infinity"

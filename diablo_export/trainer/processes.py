@@ -161,6 +161,11 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
+def local(tensor: Tensor) -> Tensor:
+    """The part of a tensor that this process holds."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
 def placed_like(parameter: Tensor, value: np.ndarray[Any, Any]) -> Tensor:
     """A whole value on a parameter's device, in its type, and cut among processes as it is."""
     tensor = torch.from_numpy(value).to(parameter.device, parameter.dtype)

@@ -12,12 +12,9 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from diablo_export.adapter import stored_transposed
 from diablo_export.base_grid import BaseGrid
-from diablo_export.checkpoint import Checkpoint
 from diablo_export.console import progress
-from diablo_export.errors import CheckpointError
-from diablo_export.quantization import Float32, dequantize
+from diablo_export.quantization import dequantize
 from diablo_export.trainer.layer import is_linear
 from diablo_export.trainer.packed_layer import QuantizedLinear, oriented
 
@@ -50,19 +47,6 @@ def round_base(network: nn.Module, grid: BaseGrid, leave: Collection[str] = ()) 
         stored = torch.from_numpy(np.ascontiguousarray(values.T if isinstance(linear, Conv1D) else values))
         # a parameter of its own: a tied one is the embedding's too, which an export keeps in float
         linear.weight = nn.Parameter(stored.to(old.device, old.dtype), requires_grad=False)
-
-
-def float_weight(checkpoint: Checkpoint, module: str) -> Float32:
-    """A module's weight as the checkpoint stores it, (out_features, in_features), float32.
-
-    Raises:
-        CheckpointError: there is none.
-    """
-    info = checkpoint.weight_of(module)
-    if info is None:
-        raise CheckpointError(f"{checkpoint.folder}: has no float weight for {module}")
-    weight = info.read().astype(np.float32)
-    return weight.T if stored_transposed(checkpoint.config, module) else weight
 
 
 def _linears(network: nn.Module, leave: Collection[str]) -> Iterator[tuple[nn.Module, str, nn.Module]]:

@@ -7,19 +7,21 @@ Layer after layer, so that X is what the model repaired so far gives.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from diablo_export.adapter import base_weight
 from diablo_export.blockdiag import BlockShape
 from diablo_export.checkpoint import Checkpoint
 from diablo_export.console import log, progress
-from diablo_export.trainer.batches import collate
+from diablo_export.trainer import distillation
 from diablo_export.trainer.data import Encoded
+from diablo_export.trainer.hooks import removed_after
 from diablo_export.trainer.layer import DiabloLinear, diablo_layers
-from diablo_export.trainer.quantized import float_weight
 
 TOKENS = 25_600  # of text: blocks that are 96 wide are known to a hundredth from that many
 _DAMPING = 0.01  # of H's mean diagonal, added to it: directions that the text hardly shows are left alone
@@ -56,7 +58,7 @@ def repair(
     while waiting and (found := _next_inputs(network, waiting, items, batch_size, pad)):
         for name, moments in found.items():
             layer = waiting.pop(name)
-            stored = torch.from_numpy(float_weight(checkpoint, name)).to(moments.device)
+            stored = torch.from_numpy(base_weight(checkpoint, name)).to(moments.device)
             layer.blocks.copy_(_fitted(moments, stored - layer.weight, layer.shape))
         advance(len(found))
     return list(waiting)
@@ -99,19 +101,11 @@ def _next_inputs(
 
         return hook
 
-    device = next(network.parameters()).device
-    handles = [layer.register_forward_pre_hook(look(name)) for name, layer in layers.items()]
-    try:
+    with removed_after([layer.register_forward_pre_hook(look(name)) for name, layer in layers.items()]):
         for start in range(0, len(items), batch_size):
             first.clear()
-            arrays = collate(items[start : start + batch_size], pad, classify=False)
-            try:
-                network(**{name: torch.from_numpy(arrays[name]).to(device) for name in ("input_ids", "attention_mask")})
-            except _EnoughError:
-                continue
-    finally:
-        for handle in handles:
-            handle.remove()
+            with contextlib.suppress(_EnoughError):
+                network(**distillation.inputs(network, items[start : start + batch_size], pad))
     return sums
 
 

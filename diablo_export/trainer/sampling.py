@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from diablo_export.trainer.data import Encoded
 from diablo_export.trainer.grid import State, set_state
-from diablo_export.trainer.model import text_config
+from diablo_export.trainer.model import vocabulary_size
 
 _AT_ONCE = 1 << 25  # logits of one step, over all sequences: 128 MB in float32
 _MOST = 64  # sequences at once: their cache stays small
@@ -45,9 +45,7 @@ def sample_text(
         seed: of first tokens and draws; on one kind of device the same seed gives the same text.
         advance: is called with the tokens done.
     """
-    device = next(network.parameters()).device
-    config = text_config(network)
-    vocabulary = int(config.vocab_size)
+    device, vocabulary = next(network.parameters()).device, vocabulary_size(network)
     generator = torch.Generator(device).manual_seed(seed)
     first = torch.tensor(_ordinary(tokenizer, vocabulary), device=device)
     together = max(1, min(_MOST, _AT_ONCE // vocabulary))
@@ -83,8 +81,7 @@ def telling_text(network: nn.Module, tokenizer: Any, count: int, length: int, *,
         length: tokens in each.
         seed: as `sample_text`'s.
     """
-    device, config = next(network.parameters()).device, text_config(network)
-    vocabulary = int(config.vocab_size)
+    device, vocabulary = next(network.parameters()).device, vocabulary_size(network)
     generator = torch.Generator(device).manual_seed(seed)
     first = torch.tensor(_ordinary(tokenizer, vocabulary), device=device)
     together = max(1, min(_MOST, _AT_ONCE // (vocabulary * WRITING)))

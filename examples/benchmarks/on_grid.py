@@ -26,7 +26,7 @@ import torch
 from train_quality import minilm, write
 
 from diablo_export import merge, quantize, runtime, train
-from diablo_export.adapter import Adapter
+from diablo_export.adapter import Adapter, base_weight
 from diablo_export.base_grid import BaseGrid
 from diablo_export.blockdiag import dense
 from diablo_export.checkpoint import Checkpoint
@@ -37,7 +37,7 @@ from diablo_export.trainer.batches import pack
 from diablo_export.trainer.data import Example, encode
 from diablo_export.trainer.distillation import divergence
 from diablo_export.trainer.model import load_base, load_tuned
-from diablo_export.trainer.quantized import float_weight, pack_base
+from diablo_export.trainer.quantized import pack_base
 from diablo_export.trainer.repair import repair, some
 from diablo_export.trainer.targets import ALL, choose_targets, wrap_targets
 
@@ -126,7 +126,7 @@ def exactness(base: Path, folder: Path, out: Path, text: str) -> dict[str, Any]:
     for entry in manifest["modules"]:
         module, grid = adapter.modules[entry["name"]], adapter.base_grid
         assert grid is not None
-        stored = grid.quantize(float_weight(Checkpoint.open(base), module.name))
+        stored = grid.quantize(base_weight(Checkpoint.open(base), module.name))
         codes = unpack(stored.codes, grid.bits, grid.group_size).astype(np.int64)
         delta = dense(module.blocks, module.in_features, module.out_features).T
         delta = np.pad(delta, ((0, 0), (0, -delta.shape[1] % grid.group_size))).reshape(codes.shape)
