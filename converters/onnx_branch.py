@@ -13,6 +13,7 @@ import itertools
 from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
+import onnx
 import onnx_ir as ir
 from onnx_ir.passes.common import ShapeInferencePass
 
@@ -61,13 +62,18 @@ def add_branches(
     for group in shared.values():
         _branches_of_fused(model, group, fed)
     opset = model.opset_imports.get("", opschema.MIN_OPSET)
-    function = ir.from_proto(opschema.function(opset, opschema.NAME_INT8 if block_dtype == "int8" else opschema.NAME))
-    assert isinstance(function, ir.Function)
-    model.functions[function.identifier()] = function
+    put_function(model, opschema.function(opset, opschema.NAME_INT8 if block_dtype == "int8" else opschema.NAME))
     model.opset_imports[opschema.DOMAIN] = opschema.VERSION
     model.graph.sort()  # what joins the parts of a module may stand behind nodes that now read it
     model.ir_version = max(model.ir_version, opschema.MIN_IR_VERSION)
     return fed
+
+
+def put_function(model: ir.Model, body: onnx.FunctionProto) -> None:
+    """Give a model the function of an operator."""
+    function = ir.from_proto(body)
+    assert isinstance(function, ir.Function)
+    model.functions[function.identifier()] = function
 
 
 def _inputs(match: Match, block_dtype: str | None) -> dict[str, ir.DataType]:

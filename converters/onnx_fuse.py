@@ -13,6 +13,7 @@ from pathlib import Path
 import onnx_ir as ir
 
 from diablo_export import opschema
+from diablo_export.converters.onnx_branch import put_function
 from diablo_export.converters.onnx_join import join
 from diablo_export.converters.onnx_linears import attribute
 from diablo_export.errors import ExportError, indented
@@ -65,9 +66,7 @@ def fuse(model: ir.Model) -> dict[str, str]:
         if alike:
             _replace(model, branch)
     if fit:
-        function = ir.from_proto(opschema.fused_function(model.opset_imports.get("", opschema.MIN_OPSET), zeros))
-        assert isinstance(function, ir.Function)
-        model.functions[function.identifier()] = function
+        put_function(model, opschema.fused_function(model.opset_imports.get("", opschema.MIN_OPSET), zeros))
         model.opset_imports["com.microsoft"] = 1
     return done
 

@@ -110,11 +110,8 @@ def build_graph(
     # a head of its own, or a quantized one, cannot share the embedding's table
     own = (merged and "lm_head" in merged.modules) or HEAD in saved or checkpoint.has_own_head()
     share = quantize == "none" and not own
-    how: Any = {
-        "quantize": quantize, "group_size": group_size, "symmetric": symmetric, "accuracy_level": accuracy_level,
-        "wide": wide,
-        "algorithm": algorithm,
-    }  # fmt: skip
+    how: dict[str, Any] = {"quantize": quantize, "group_size": group_size, "symmetric": symmetric}
+    how |= {"accuracy_level": accuracy_level, "wide": wide, "algorithm": algorithm}
 
     def take(road: Any, **more: Any) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
         layout = road.layout(weights, folder, precision=precision, share_embeddings=share, **more)

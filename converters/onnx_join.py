@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 import onnx_ir as ir
 
 from diablo_export import opschema
+from diablo_export.converters.onnx_branch import put_function
 from diablo_export.converters.onnx_linears import attribute
 
 _SHARED = ("K", "bits", "block_size", "accuracy_level")  # what the layers of a node have in common
@@ -16,18 +17,15 @@ _EACH = slice(1, 4)  # the inputs that are a layer's own: codes, scales, blocks;
 def join(model: ir.Model) -> dict[str, str]:
     """Join what can be joined, in place; returns by name of a fused node the others that are one node with it now."""
     done: dict[str, str] = {}
-    made = set()
+    zeros: dict[int, bool] = {}  # by how many layers a node joins: whether they have zero points, all or none
     for nodes in _families(model.graph):
         _replace(model.graph, nodes)
-        made.add(len(nodes))
+        zeros[len(nodes)] = len(nodes[0].inputs) > _EACH.stop
         names = [node.name or "" for node in nodes]
         done |= {name: f"joined with {' and '.join(other for other in names if other != name)}" for name in names}
-        zeros = len(nodes[0].inputs) > _EACH.stop
-    for layers in made:
-        text = opschema.fused_function(model.opset_imports.get("", opschema.MIN_OPSET), zeros, layers)
-        function = ir.from_proto(text)
-        assert isinstance(function, ir.Function)
-        model.functions[function.identifier()] = function
+    for layers, with_zeros in zeros.items():
+        opset = model.opset_imports.get("", opschema.MIN_OPSET)
+        put_function(model, opschema.fused_function(opset, with_zeros, layers))
     return done
 
 

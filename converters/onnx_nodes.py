@@ -113,56 +113,85 @@ def finish(
     Raises:
         MatchError: modules to be merged that are no linear node of the graph.
     """
-    _drop_unread(layout.model.graph)
-    nodes = list(layout.model.graph.all_nodes())
-    named = {value: origin for name, origin in layout.origins.items() if (value := _initializer(layout, name))}
-    modules: dict[str, list[dict[str, Any]]] = {}
+    graph = layout.model.graph
+    _drop_unread(graph)
+    named = {value: origin for name, origin in layout.origins.items() if (value := graph.initializers.get(name))}
+    modules: dict[str, list[dict[str, Any]]] = defaultdict(list)
     jobs: dict[str, Job] = {}
     shared: dict[str, None] = {}
     gains: dict[str, dict[str, float]] = defaultdict(dict)  # of modules that float16 takes blocks from
-    for node in nodes:
-        found = linear_weight(node, named)
-        if found is None:
-            continue
-        weight, origin = found
-        source = weights.source(origin)
-        node.metadata_props[MODULE] = origin.module
-        if origin.rows:
-            node.metadata_props[ROWS] = f"{origin.rows[0]}:{origin.rows[1]}"
+
+    def grid_of(source: Source, module: str) -> _Grid | None:
+        if (packed := stored_codes(source)) is not None:
+            stored = packed.bits, packed.group_size, packed.zero_points is None
+            return _Grid(*stored, by=partial(_stored_codes, source))
+        if quantize == "none":
+            return None
+        bits = 8 if module in wide else BITS[quantize]
+        if algorithm is None:
+            return _Grid(bits, group_size, symmetric)
+        by = partial(algorithm.quantize, module, bits, group_size, symmetric)
+        return _Grid(bits, group_size, *algorithm.kind(symmetric), by)
+
+    for node, weight, origin in [(node, *found) for node in graph.all_nodes() if (found := linear_weight(node, named))]:
+        source, module = weights.source(origin), origin.module
+        _mark(node, origin)
         alone = len(weight.consumers()) == 1 and node.op_type == "MatMul"
-        packed = stored_codes(source) if alone else None
-        if packed is not None:
-            entry, job = _quantize(
-                layout.model.graph, node, weight, source, packed.bits, packed.group_size,
-                (packed.zero_points is None, False), partial(_stored_codes, source),
-            )  # fmt: skip
-            node.attributes.add(ir.AttrInt64("accuracy_level", accuracy_level))
-        elif quantize != "none" and alone:
-            bits = 8 if origin.module in wide else BITS[quantize]
-            by = None if algorithm is None else partial(algorithm.quantize, origin.module, bits, group_size, symmetric)
-            kind = (symmetric, False) if algorithm is None else algorithm.kind(symmetric)
-            entry, job = _quantize(layout.model.graph, node, weight, source, bits, group_size, kind, by)
+        grid = grid_of(source, module) if alone else None
+        if grid is not None:
+            entry, job = _quantize(graph, node, weight, source, grid)
             node.attributes.add(ir.AttrInt64("accuracy_level", accuracy_level))
         else:
-            shared |= {} if quantize == "none" or alone else {origin.module: None}
-            entry = _plain(node, weight, origin)
-            if source.blocks is not None and weight.dtype == ir.DataType.FLOAT16:
-                source = replace(source, kept=gains[origin.module])
-            job = float_job(weight, source, origin.transposed)
-        modules.setdefault(origin.module, []).append(entry | {"rows": list(origin.rows) if origin.rows else None})
+            shared |= {} if quantize == "none" or alone else {module: None}
+            entry, job = _plain(node, weight, origin, replace(source, kept=gains[module]))
+        modules[module].append(entry | {"rows": list(origin.rows) if origin.rows else None})
         jobs[weight.name or ""] = job
     if shared:
         log.warning("not quantized, as several nodes compute with the same weight: %s", ", ".join(shared))
     _check_all_merged(weights.merged, modules)
-    for value, origin in named.items():
-        if quantize != "none":
-            _keep_16_bits(layout.model.graph, value, weights.source(origin))
-        if value.name not in jobs and value.is_initializer():
-            jobs[value.name or ""] = float_job(value, weights.source(origin), origin.transposed)
-    ordered = [*jobs.values(), *_constants(layout, jobs)]
-    digest = _write(layout.model, ordered, folder)
+    jobs |= _other_parameters(graph, named, weights, jobs, narrow=quantize != "none")
+    digest = _write(layout.model, [*jobs.values(), *_constants(layout, jobs)], folder)
     entries = {name: parts[0] if len(parts) == 1 else {"parts": parts} for name, parts in modules.items()}
     return {name: entry | gains[name] for name, entry in entries.items()}, digest
+
+
+def _other_parameters(
+    graph: ir.Graph, named: Mapping[ir.Value, Origin], weights: Weights, done: Mapping[str, Job], narrow: bool
+) -> dict[str, Job]:
+    """The jobs of parameters that are no linear layer's weight; `narrow` embeddings keep 16 bits."""
+    jobs = {}
+    for value, origin in named.items():
+        if narrow:
+            _keep_16_bits(graph, value, weights.source(origin))
+        if value.name not in done and value.is_initializer():
+            jobs[value.name or ""] = float_job(value, weights.source(origin), origin.transposed)
+    return jobs
+
+
+@dataclass(frozen=True)
+class _Grid:
+    """How one weight is quantized.
+
+    Attributes:
+        bits: of a code.
+        group_size: input positions that share a scale.
+        symmetric: no zero points.
+        between: zero points lie between the codes.
+        by: quantizes the whole weight; None: each weight to the nearest.
+    """
+
+    bits: int
+    group_size: int
+    symmetric: bool
+    between: bool = False
+    by: Callable[[Float32], Quantized] | None = None
+
+
+def _mark(node: ir.Node, origin: Origin) -> None:
+    """Say on a node which module it is, and which rows of it."""
+    node.metadata_props[MODULE] = origin.module
+    if origin.rows:
+        node.metadata_props[ROWS] = f"{origin.rows[0]}:{origin.rows[1]}"
 
 
 def _stored_codes(source: Source, weight: Float32) -> Quantized:
@@ -198,42 +227,27 @@ def _drop_unread(graph: ir.Graph) -> None:
             del graph.initializers[str(name)]
 
 
-def _initializer(layout: Layout, name: str) -> ir.Value | None:
-    return layout.model.graph.initializers.get(name)
-
-
-def _plain(node: ir.Node, weight: ir.Value, origin: Origin) -> dict[str, Any]:
-    return {
-        "node": node.name,
-        "layout": node.op_type,
-        "weight": weight.name,
-        "transposed": origin.transposed,
-    }
+def _plain(node: ir.Node, weight: ir.Value, origin: Origin, source: Source) -> tuple[dict[str, Any], Job]:
+    """Leave a node's weight in float; what float16 takes of blocks is noted in `source.kept`."""
+    entry = {"node": node.name, "layout": node.op_type, "weight": weight.name, "transposed": origin.transposed}
+    if source.blocks is None or weight.dtype != ir.DataType.FLOAT16:
+        source = replace(source, kept=None)
+    return entry, float_job(weight, source, origin.transposed)
 
 
 def _quantize(
-    graph: ir.Graph,
-    node: ir.Node,
-    weight: ir.Value,
-    source: Source,
-    bits: int,
-    group_size: int,
-    kind: tuple[bool, bool],
-    by: Callable[[Float32], Quantized] | None,
+    graph: ir.Graph, node: ir.Node, weight: ir.Value, source: Source, grid: _Grid
 ) -> tuple[dict[str, Any], Job]:
-    """Turn a MatMul into MatMulNBits, named as onnxruntime's own quantizer names them.
-
-    `kind`: whether there are no zero points, and whether those that there are lie between the codes.
-    """
-    symmetric, between = kind
+    """Turn a MatMul into MatMulNBits, named as onnxruntime's own quantizer names them."""
+    bits, group_size = grid.bits, grid.group_size
     out_features, in_features = source.shape
     groups = -(-in_features // group_size)
     name, dtype = weight.name, weight.dtype
     codes = _new(graph, f"{name}_Q{bits}", ir.DataType.UINT8, (out_features, groups, group_size * bits // 8))
     scales = _new(graph, f"{name}_scales", dtype, (out_features, groups))
-    shape = (out_features, groups if between else -(-groups * bits // 8))
-    stored = dtype if between else ir.DataType.UINT8
-    zeros = None if symmetric else _new(graph, f"{name}_zero_points", stored, shape)
+    shape = (out_features, groups if grid.between else -(-groups * bits // 8))
+    stored = dtype if grid.between else ir.DataType.UINT8
+    zeros = None if grid.symmetric else _new(graph, f"{name}_zero_points", stored, shape)
     node.op_type, node.domain, node.name = "MatMulNBits", "com.microsoft", f"{node.name}_Q{bits}"
     node.resize_inputs(3 if zeros is None else 4)
     for index, value in enumerate((codes, scales, zeros)[: 2 if zeros is None else 3], start=1):
@@ -251,10 +265,10 @@ def _quantize(
         **({} if zeros is None else {"zero_points": zeros.name}),
         "bits": bits,
         "group_size": group_size,
-        "symmetric": symmetric,
+        "symmetric": grid.symmetric,
         "transposed": False,
     }
-    return entry, quantized_job(codes, scales, zeros, source, bits, group_size, by)
+    return entry, quantized_job(codes, scales, zeros, source, bits, group_size, grid.by)
 
 
 def _keep_16_bits(graph: ir.Graph, table: ir.Value, source: Source) -> None:
