@@ -104,48 +104,20 @@ def export(
     library = genai_library.find(custom_ops_library)
     task = _one_task(adapters)
     group_size, asymmetric = output_grid(adapters.values(), quantize, group_size, asymmetric)
+    laid = {"quantize": quantize, "group_size": group_size, "asymmetric": asymmetric, "precision": precision}
     source = onnx_file.find(model) or _checkpoint(model, adapters)
-    needs = sum(4 * one.parameters for one in adapters.values())
-    if isinstance(source, onnx_file.OnnxModel):
-        _check_given(source, quantize, precision)
-        needs += source.size
-    else:
-        needs += onnx_bytes(source, quantize, group_size, precision)
-        load_exporters()
+    needs = _room(source, quantize, group_size, precision) + sum(4 * one.parameters for one in adapters.values())
     with new_folder(output, overwrite, needs) as folder, hashing(model, source.folder, source.files) as base:
-        if isinstance(source, onnx_file.OnnxModel):
-            onnx_file.copy(source, folder)
-            warn_of_another(adapters.values(), grids(linears(source.graph)))
-            built = Graph("given", f"{source.file.name} is an ONNX model already", {}, {})
-        else:
-            if not source.config.get("quantization_config"):  # of that `check_base` has spoken
-                warn_of_another(adapters.values(), [numbers(quantize, group_size, asymmetric)])
-            head = next(iter(adapters.values()))
-            built = build_graph(
-                model,
-                folder,
-                task=task,
-                quantize=quantize,
-                group_size=group_size,
-                symmetric=not asymmetric,
-                precision=precision,
-                head=head,
-            )
+        built, what = _built(source, model, adapters, folder, task, laid)
         if library is not None:
             genai_library.write(folder, library)
         known = base()
         modules, mark = _branch(folder, adapters, known["sha256"], block_dtype, web)
         hashes = {name: value for name, value in built.hashes.items() if name != MODEL}  # that one has changed since
         folders = {name: str(one.path) for name, one in adapters.items()}
-        options: dict[str, Any] = {"model": str(model), "adapter": folders}
-        options |= {"quantize": quantize, "group_size": group_size, "asymmetric": asymmetric, "precision": precision}
-        options |= {"block_dtype": block_dtype, "for": for_, "custom_ops_library": str(library) if library else None}
+        options = {"model": str(model), "adapter": folders, **laid, "block_dtype": block_dtype, "for": for_}
+        options |= {"custom_ops_library": str(library) if library else None}
         entries = [_entry(name, one, web) for name, one in adapters.items()]
-        what = {"quantize": quantize, "precision": precision}
-        if isinstance(source, onnx_file.OnnxModel):
-            what = kind(linears(source.graph))
-        elif source.config.get("quantization_config"):
-            what = kind(linears(ir.load(folder / MODEL)))
         what |= {"for": for_, BASE_KEY: mark}
         if web:
             what |= {"no_adapter": _file(onnx_web.NO_ADAPTER, web)}
@@ -231,6 +203,41 @@ def _check_given(given: onnx_file.OnnxModel, quantize: str, precision: str) -> N
             "the Hugging Face folder"
         )
     onnx_file.refuse_adapted(given)
+
+
+def _room(source: onnx_file.OnnxModel | Checkpoint, quantize: str, group_size: int, precision: str) -> int:
+    """Bytes that the graph will take; refuses options that a given one does not take."""
+    if isinstance(source, onnx_file.OnnxModel):
+        _check_given(source, quantize, precision)
+        return source.size
+    load_exporters()
+    return onnx_bytes(source, quantize, group_size, precision)
+
+
+def _built(
+    source: onnx_file.OnnxModel | Checkpoint,
+    model: str | Path,
+    adapters: Mapping[str, Adapter],
+    folder: Path,
+    task: str,
+    laid: Mapping[str, Any],
+) -> tuple[Graph, dict[str, str]]:
+    """The base's graph in `folder`, and what it is as the manifest says it: its quantize and precision."""
+    if isinstance(source, onnx_file.OnnxModel):
+        layers = linears(source.graph)
+        onnx_file.copy(source, folder)
+        warn_of_another(adapters.values(), grids(layers))
+        return Graph("given", f"{source.file.name} is an ONNX model already", {}, {}), kind(layers)
+    packed = bool(source.config.get("quantization_config"))
+    if not packed:  # else `check_base` has spoken of that
+        wanted = numbers(laid["quantize"], laid["group_size"], laid["asymmetric"])
+        warn_of_another(adapters.values(), [wanted])
+    grid = {"quantize": laid["quantize"], "group_size": laid["group_size"], "symmetric": not laid["asymmetric"]}
+    head, precision = next(iter(adapters.values())), laid["precision"]
+    built = build_graph(model, folder, task=task, precision=precision, head=head, **grid)
+    if packed:
+        return built, kind(linears(ir.load(folder / MODEL)))
+    return built, {"quantize": laid["quantize"], "precision": precision}
 
 
 def _branch(

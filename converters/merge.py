@@ -113,30 +113,45 @@ def merge(
     if made or measured:
         merge_method.load(how if plan is None else "auto")
     merge_method.check_picture(picture, how if not measured or how == merge_method.LAYERWISE else None)
-    laid: dict[str, Any] = {"quantize": quantize, "group_size": group_size, "asymmetric": asymmetric}
-    laid |= {"precision": precision}
+    laid = {"quantize": quantize, "group_size": group_size, "asymmetric": asymmetric, "precision": precision}
     options: dict[str, Any] = {"method": how, "min_survival": min_survival, "max_seconds": max_seconds, "seed": seed}
     options |= {"plan": plan, "max_bytes": max_bytes, "calibration": calibration, "reference": reference}
     said = {"model": str(model), "adapter": str(adapter), "format": chosen, **laid, **options}
     said |= {name: said[name] and str(said[name]) for name in ("plan", "calibration", "reference")}
     files = source.files if made else []  # other merges hash what they read
     with new_folder(output, overwrite, needs) as folder, hashing(model, source.folder, files) as base:
-        if isinstance(source, onnx_file.OnnxModel):
-            modules, more = _into_onnx(source, given, folder, options)
-        elif chosen == "onnx":
-            given.check_base(source)
-            modules, more = _to_onnx(source, given, folder, laid, options)
-        else:
-            modules, more = _to_hf(model, given, folder, how)
+        modules, more = _merged(source, model, given, folder, chosen, laid, options)
         hashes, read = more.pop("hashes"), base(more.pop("read", {}))
         more = {"task": task, "format": chosen, "quantize": quantize, "precision": precision} | more
         entries = [adapter_entry(Path(adapter).resolve().name, given)]
         manifest = write_manifest(folder, "merge", said, read, entries, modules, hashes, **more)
     if picture is not None:
-        from diablo_export.measure.survival_picture import draw, rows
-
-        draw(rows(manifest["survival"]), picture, f"{Path(adapter).resolve().name} merged into {Path(output).name}")
+        _draw(manifest, picture, f"{Path(adapter).resolve().name} merged into {Path(output).name}")
     return manifest
+
+
+def _merged(
+    source: onnx_file.OnnxModel | Checkpoint,
+    model: str | Path,
+    adapter: Adapter,
+    folder: Path,
+    format: str,
+    laid: dict[str, Any],
+    options: dict[str, Any],
+) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Merge, by the road that source and format call for; the modules' entries, and the rest of the manifest."""
+    if isinstance(source, onnx_file.OnnxModel):
+        return _into_onnx(source, adapter, folder, options)
+    if format == "hf":
+        return _to_hf(model, adapter, folder, options["method"])
+    adapter.check_base(source)
+    return _to_onnx(source, adapter, folder, laid, options)
+
+
+def _draw(manifest: dict[str, Any], picture: str | Path, title: str) -> None:
+    from diablo_export.measure.survival_picture import draw, rows
+
+    draw(rows(manifest["survival"]), picture, title)
 
 
 def _room(source: Checkpoint, chosen: str, quantize: str, group_size: int, precision: str) -> int:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import functools
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -90,36 +91,40 @@ def parity(
     from diablo_export.measure import foreign
     from diablo_export.measure.one_adapter import measure, using_threads
 
-    counts: dict[str, float] = {"files": len(hashes["changed"]), "sources": len(hashes["sources_changed"])}
+    counts = {"files": len(hashes["changed"]), "sources": len(hashes["sources_changed"])}
     counts = {} if strange else counts  # nobody said what they should be
     bounds: dict[str, Any] = {"data": data, "samples": samples, "max_tokens": max_tokens, "seed": seed}
-    bounds |= {"steps": steps, "threads": threads, "certify": certificate}
-    measured = []
+    bounds |= {"steps": steps, "threads": threads, "certify": certificate, "modules": modules}
+    look: Callable[..., Measured] = functools.partial(measure, out)
+    if strange:
+        look = functools.partial(foreign.measure, exported_base=exported_base)
     with using_threads(threads):
-        for name, folder in folders.items():
-            if strange:
-                bounds["exported_base"] = exported_base
-                measured.append(foreign.measure(manifest, base, name, folder, modules=modules, **bounds))
-            else:
-                measured.append(measure(out, manifest, base, name, folder, modules=modules, **bounds))
+        measured = [look(manifest, base, name, folder, **bounds) for name, folder in folders.items()]
     result = _report(measured, counts, defaults, kept, chosen, hashes)
     if earlier is not None:
         held.compare(result, earlier, baseline)
     if out.is_dir():
         certificates.revoke(out)  # what is checked anew is not what was certified
-    for file in (foreign_sources.report_file(out), json):
-        if file is not None:
-            report.write_json(result, Path(file))
-    if junit is not None:
-        report.write_junit(result, Path(junit))
-    if html is not None:
-        report.write(Path(html), pages.page(result, out.resolve().name))
-    if markdown is not None:
-        report.write(Path(markdown), markdowns.markdown(result, out.resolve().name))
+    _write(result, out, json, junit, html, markdown)
     if certificate and result["verdict"] == "pass":
         cases = [case for one in measured for case in one.golden]
         certificates.write(out, cases, sources.precision(out, manifest), result["environment"], measured[0].graph)
     return result
+
+
+def _write(result: dict[str, Any], out: Path, *files: str | Path | None) -> None:
+    """Write the report into the folder, and where asked for as JSON, JUnit XML, HTML and Markdown, in this order."""
+    json, junit, html, markdown = (file if file is None else Path(file) for file in files)
+    title = out.resolve().name
+    report.write_json(result, foreign_sources.report_file(out))
+    if json is not None:
+        report.write_json(result, json)
+    if junit is not None:
+        report.write_junit(result, junit)
+    if html is not None:
+        report.write(html, pages.page(result, title))
+    if markdown is not None:
+        report.write(markdown, markdowns.markdown(result, title))
 
 
 def _manifest(out: Path, adapter: Iterable[str], exported_base: str | Path | None) -> dict[str, Any]:
@@ -147,7 +152,7 @@ def _uncertifiable(out: Path, manifest: Mapping[str, Any]) -> str | None:
 
 def _report(
     measured: list[Measured],
-    counts: dict[str, float],
+    counts: Mapping[str, float],
     defaults: Mapping[str, float],
     kept: Mapping[str, float],
     chosen: Mapping[str, float],
@@ -161,7 +166,7 @@ def _report(
     checks: list[dict[str, Any]] = []
     ranks: list[tuple[int, float]] = []  # failed checks, then mean KL
     for one in measured:
-        figures = counts | one.figures
+        figures = {**counts, **one.figures}
         absent = sorted(set(chosen) - set(figures))
         if absent and figures["runs"]:
             raise InputError(f"--limit {absent[0]}: not measured here; there are: {', '.join(sorted(figures))}")
