@@ -84,7 +84,7 @@ def test_last_good_checkpoint_stays(
         return lambda step: 1e30 if step == 2 else lr
 
     with monkeypatch.context() as patch, pytest.raises(InputError, match=r"at step 4 .*model\.layers\.0\.self_attn"):
-        patch.setattr("diablo_export.trainer.train.learning_rate", rates)
+        patch.setattr("diablo_export.trainer.run.learning_rate", rates)
         train(tiny_model("llama"), data, tmp_path / "a", **run)
     folder = tmp_path / "a.training"
     assert f"{folder} keeps the checkpoint after step 2" in caplog.text

@@ -7,7 +7,6 @@ folder appears whole when the run is done.
 from __future__ import annotations
 
 import contextlib
-import functools
 import math
 import os
 from collections.abc import Iterator, Sequence
@@ -17,36 +16,21 @@ from typing import Any
 
 import torch
 
-from diablo_export.adapter import WEIGHTS, Adapter, file_sha256
+from diablo_export.adapter import Adapter
 from diablo_export.base_grid import BaseGrid
 from diablo_export.console import log
 from diablo_export.errors import require
 from diablo_export.output import keep_inputs, new_folder
-from diablo_export.packed.modules import check_base
-from diablo_export.trainer.batches import Batches, digest
-from diablo_export.trainer.folding import fold_blocks
 from diablo_export.trainer.history import LOG, PICTURE, History, draw, write_log
-from diablo_export.trainer.initial import begin
-from diablo_export.trainer.layer import diablo_layers
-from diablo_export.trainer.learner import Learner, owners, put_blocks
-from diablo_export.trainer.loop import learning_rate, train_loop, warm_up
-from diablo_export.trainer.model import checkpoint_activations
-from diablo_export.trainer.objective import Objective
-from diablo_export.trainer.on_grid import hardening, lay_base, settle
-from diablo_export.trainer.options import check_options, check_places, choose_device, use_bfloat16, work_folder
+from diablo_export.trainer.on_grid import hardening, settle
+from diablo_export.trainer.options import check_options, check_places, choose_device, work_folder
 from diablo_export.trainer.packed_base import is_packed
 from diablo_export.trainer.plan import make_plan, memory_advice
-from diablo_export.trainer.prepare import Lesson, open_base, prepare
+from diablo_export.trainer.prepare import open_base
 from diablo_export.trainer.processes import join_processes
+from diablo_export.trainer.run import Run, make_run
 from diablo_export.trainer.state import CHECKPOINT, load_state, save_state, unfinished
-from diablo_export.trainer.watch import watching
-from diablo_export.trainer.zero import Zero
-
-# options that a resumed run must share with its beginning, beside those that are worked out from several
-_KEPT = (
-    "task", "num_blocks", "lr", "batch_size", "grad_accumulation", "schedule", "weight_decay", "clip", "seed",
-    "eval_fraction", "steps", "warmup_steps",
-)  # fmt: skip
+from diablo_export.trainer.watch import Watch, watching
 
 
 @dataclass(frozen=True)
@@ -151,118 +135,66 @@ def train(
     checkpoint = open_base(model, grid)
     processes = join_processes(device, batch_size, packed=grid is not None or is_packed(checkpoint))
     output, work, place = Path(output), work_folder(Path(output)), choose_device(device)
-    autocast = use_bfloat16(dtype, place)
     if processes.first and not dry_run:
         keep_inputs(output, model, data, eval_data, init_adapter)
         check_places(output, work, resume, overwrite)
     processes.wait()
     going_on = resume and unfinished(work)
-
-    given = None
-    if init_adapter is not None:
-        given = Adapter.load(init_adapter)
-        check_base(checkpoint, given)
-        target_modules, num_blocks = target_modules or list(given.modules), num_blocks or given.num_blocks
-    torch.manual_seed(seed)  # of a fresh head
-    lesson = prepare(
-        checkpoint, data, task=task, autocast=autocast, device="cpu" if grid else place, max_length=max_length,
-        eval_data=eval_data, eval_fraction=eval_fraction, seed=seed,
-    )  # fmt: skip
-    network = lesson.network
-    learner = put_blocks(network, lesson.head, checkpoint, target_modules, num_blocks or 64)
-    if grid is not None:
-        lay_base(network, grid, leave=owners(lesson.head))
-        network.to(place)
-    if not going_on:
-        begin(learner, lesson, checkpoint, given=given, grid=grid, repair=repair_base, batch_size=batch_size)
-    processes.spread(network)
-    if gradient_checkpointing:
-        checkpoint_activations(network)
-    if not (autocast or processes.sharded or processes.deepspeed):
-        fold_blocks(diablo_layers(network).values())
-
-    trained = list(learner.parameters.values())
-    optimizer: Any = torch.optim.AdamW(trained, lr=lr, weight_decay=weight_decay)
-    by: dict[str, Any] = {}  # how gradients are added up and clipped, where that is not torch's way
-    if processes.deepspeed:
-        optimizer = Zero(network, optimizer, processes.deepspeed, count=processes.count, clip=clip or None)
-        by = {"backward": optimizer.backward, "clip_norm": optimizer.norm}
-    objective = Objective(network, lesson.labels is not None, lesson.pad, place, autocast, processes)
-    batches = Batches(lesson.items, batch_size, grad_accumulation, seed)
-    steps = max_steps or math.ceil(epochs * batches.steps_per_epoch)
-    warmup = warm_up(steps, warmup_steps)
-    options |= {"num_blocks": learner.num_blocks, "steps": steps, "warmup_steps": warmup}
-    settings = _settings(options, learner, lesson, grid, given, autocast)
-    start, records = 0, list[dict[str, Any]]()
+    run = make_run(checkpoint, grid, processes, place, options, anew=not going_on)
     if resume and not going_on:
         log.info("%s holds no checkpoint to resume from: beginning at the first step", work)
-    if going_on:
-        start, records = load_state(work / CHECKPOINT, learner.parameters, optimizer, settings)
-        log.info("continuing after step %d of %d", start, steps)
-    size = sum(parameter.numel() for parameter in trained)
-    log.info(
-        "training %s parameters in %d modules on %s: %s items, %d step%s of %d", f"{size:,}", len(learner.marks),
-        place.type, f"{len(lesson.items):,}", steps, "s" * (steps != 1), batch_size * grad_accumulation,
-    )  # fmt: skip
-
-    run = functools.partial(
-        train_loop, optimizer, batches=batches, loss=objective.loss, targets=objective.targets,
-        rate=learning_rate(lr, steps, warmup, schedule), clip=clip or None, seed=seed + (processes.rank << 32),
-        culprit=objective.culprit, add_up=processes.add_up, **by,
-    )  # fmt: skip
+    start, records = _resumed(run, work) if going_on else (0, [])
+    run.tell(batch_size * grad_accumulation)
+    network = run.learner.network
+    network.train()
     if dry_run:
-        network.train()
-        plan = make_plan(objective, trained, batches, steps=steps, try_steps=run)
-        return Training(output, steps, size, math.nan, [], plan)
-
-    def save(step: int, records: list[dict[str, Any]]) -> None:
-        save_state(
-            work / CHECKPOINT, learner.parameters, optimizer, step=step, settings=settings, log=records,
-            write=processes.first,
-        )  # fmt: skip
-        processes.wait()
-
-    with (
-        _deterministic(place),
-        watching(
-            work, objective, lesson.held, save, steps=steps, start=start, records=records, batch_size=batch_size,
-            eval_every=eval_every, save_every=checkpoint_every, tensorboard=Path(tensorboard) if tensorboard else None,
-        ) as watch,
-        memory_advice(objective, trained, batches),
-    ):  # fmt: skip
+        plan = make_plan(run.objective, run.trained, run.batches, steps=run.steps, try_steps=run.loop)
+        return Training(output, run.steps, run.size, math.nan, [], plan)
+    with _deterministic(place), _watching(run, work, start, records, options) as watch:
         if start == 0:
             watch.evaluate(0)
-        network.train()
-        run(steps=steps, start=start, after_step=hardening(network, steps, start, watch) if on_grid else watch)
+        after = hardening(network, run.steps, start, watch) if on_grid else watch
+        run.loop(steps=run.steps, start=start, after_step=after)
         settle(network)
-        adapter, history = learner.adapter(model, task, lesson.labels, grid), watch.history
+        adapter, history = run.learner.adapter(model, task, run.lesson.labels, grid), watch.history
         if processes.first:
             if not on_grid:  # where moves of less than a step are none
                 _tell_zeros(adapter)
             _write(output, overwrite, adapter, history, f"{Path(model).name} on {Path(data).name}, lr {lr:g}")
         processes.wait()
     evaluations = [record for record in history.records if "eval_loss" in record]
-    return Training(output, steps, size, history.column("loss")[1][-1], evaluations)
+    return Training(output, run.steps, run.size, history.column("loss")[1][-1], evaluations)
 
 
-def _settings(
-    options: dict[str, Any],
-    learner: Learner,
-    lesson: Lesson,
-    grid: BaseGrid | None,
-    given: Adapter | None,
-    autocast: bool,
-) -> dict[str, Any]:
-    """What a resumed run must share with its beginning."""
-    return {name: options[name] for name in _KEPT} | {
-        "base": learner.base_digest, "data": file_sha256(Path(options["data"])), "targets": list(learner.marks),
-        "tokens": digest(lesson.items),
-        "eval_data": file_sha256(Path(options["eval_data"])) if options["eval_data"] else None,
-        "max_length": lesson.max_length, "labels": lesson.labels, "autocast": autocast,
-        "base_quantization": grid and grid.to_json(),
-        "init_adapter": given and given.path and file_sha256(given.path / WEIGHTS),
-        **({"repair_base": True} if options["repair_base"] else {}),
-    }  # fmt: skip
+def _resumed(run: Run, work: Path) -> tuple[int, list[dict[str, Any]]]:
+    """Put a run where its checkpoint is; its finished steps and its log."""
+    start, records = load_state(work / CHECKPOINT, run.learner.parameters, run.optimizer, run.settings)
+    log.info("continuing after step %d of %d", start, run.steps)
+    return start, records
+
+
+@contextlib.contextmanager
+def _watching(
+    run: Run, work: Path, start: int, records: list[dict[str, Any]], options: dict[str, Any]
+) -> Iterator[Watch]:
+    """What follows each step, while the folder of the unfinished run is there; memory that runs out is told."""
+    processes = run.objective.processes
+
+    def save(step: int, log: list[dict[str, Any]]) -> None:
+        how: dict[str, Any] = {"step": step, "settings": run.settings, "log": log, "write": processes.first}
+        save_state(work / CHECKPOINT, run.learner.parameters, run.optimizer, **how)
+        processes.wait()
+
+    tensorboard = Path(options["tensorboard"]) if options["tensorboard"] else None
+    with (
+        watching(
+            work, run.objective, run.lesson.held, save, steps=run.steps, start=start, records=records,
+            batch_size=options["batch_size"], eval_every=options["eval_every"],
+            save_every=options["checkpoint_every"], tensorboard=tensorboard,
+        ) as watch,
+        memory_advice(run.objective, run.trained, run.batches),
+    ):  # fmt: skip
+        yield watch
 
 
 def _write(output: Path, overwrite: bool, adapter: Adapter, history: History, title: str) -> None:
