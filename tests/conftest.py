@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -115,6 +116,22 @@ def exported(
         return make(architecture, quantize, for_, block_dtype)  # the same, however it is asked for
 
     return get
+
+
+@pytest.fixture(scope="session")
+def patched(
+    genai_graph: Callable[..., Path], tiny_adapter: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """A folder with an int4 base, what it becomes when merged, and update.patch. Do not change it."""
+    from diablo_export import patch
+    from diablo_export.converters.merge import merge
+
+    root = tmp_path_factory.mktemp("patch")
+    shutil.copytree(genai_graph("llama", "int4").parent, root / "base", ignore=shutil.ignore_patterns("cache"))
+    (root / "base" / "parity.json").write_text("{}")  # speaks of the base, not of what it becomes
+    merge(root / "base", tiny_adapter("llama"), root / "merged", method="rtn")
+    patch.create(root / "base", root / "merged", root / "update.patch")
+    return root
 
 
 @pytest.fixture(scope="session")

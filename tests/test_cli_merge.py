@@ -15,7 +15,8 @@ from click.testing import Result
 
 from diablo_export.adapter import Adapter
 from tests.test_cli_export import refused, with_blocks
-from tests.test_hf_merge import remark, rewrite
+from tests.test_hf_merge import remark
+from tests.tiny import rewrite
 
 Run = Callable[..., Result]
 Get = Callable[..., Path]

@@ -20,14 +20,12 @@ from safetensors.numpy import load_file, save_file
 
 from diablo_export.adapter import AdaptedModule, Adapter
 from diablo_export.blockdiag import BlockShape, dense
-from diablo_export.checkpoint import DTYPE_NAMES, INDEX, SINGLE, Checkpoint, write_safetensors
-from diablo_export.converters import hf_stream, torch_graph
-from diablo_export.converters.hf_folder import padding, write_config
+from diablo_export.checkpoint import INDEX, SINGLE, Checkpoint
+from diablo_export.converters import hf_stream
 from diablo_export.converters.hf_merge import MergeResult, hf_merge
-from diablo_export.converters.onnx_nodes import Weights
 from diablo_export.errors import AdapterError, CheckpointError
 from diablo_export.fingerprint import fingerprint
-from tests.tiny import ARCHITECTURES, SIZES
+from tests.tiny import ARCHITECTURES, SIZES, rewrite
 
 Folder = Callable[[str], Path]
 
@@ -46,17 +44,6 @@ def expected(tensors: dict[str, Any], adapter: Adapter, transposed: bool) -> dic
         total = weight.astype(np.float32) + (delta if transposed else delta.T)
         merged[f"{name}.weight"] = total.astype(weight.dtype)
     return {**merged, **adapter.saved}
-
-
-def rewrite(model: Path, folder: Path, change: Callable[[str, Any], tuple[str, Any]], **config: Any) -> Path:
-    """A copy of a model whose tensors went through `change`."""
-    shutil.copytree(model, folder)
-    tensors = dict(change(name, value) for name, value in load_file(folder / SINGLE).items())
-    layout = {name: (DTYPE_NAMES[value.dtype], value.shape) for name, value in tensors.items()}
-    write_safetensors(folder / SINGLE, layout, tensors.items(), {"format": "pt"})
-    stored = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**stored, **config}))
-    return folder
 
 
 def remark(adapter: Adapter, model: Path) -> Adapter:
@@ -192,48 +179,6 @@ def bare(model: Path, folder: Path) -> Path:
     tensors = {k: v for k, v in load_file(folder / SINGLE).items() if not k.startswith("classifier")}
     save_file(tensors, folder / SINGLE, {"format": "pt"})
     return folder
-
-
-@pytest.mark.parametrize(
-    ("named", "tokens", "expected"),
-    [
-        (7, {"pad_token": "<pad>"}, 0),  # texts are padded by the tokenizer
-        (-1, {"pad_token": {"content": "<pad>"}}, 0),
-        (7, {"pad_token": None, "eos_token": "</s>"}, 7),
-        (None, {"eos_token": "</s>"}, 2),
-    ],
-)
-def test_a_classifying_decoder_knows_padding_by_its_tokenizer(
-    named: int | None, tokens: dict[str, Any], expected: int, tiny_model: Folder, tmp_path: Path
-) -> None:
-    base = rewrite(tiny_model("llama"), tmp_path / "base", lambda name, value: (name, value), pad_token_id=named)
-    (base / "tokenizer_config.json").write_text(json.dumps(tokens))
-    saved = {"score.weight": np.ones((2, 64), np.float32)}
-    adapter = Adapter({}, "SEQ_CLS", saved=saved, labels=["a", "b"])
-    checkpoint = Checkpoint.open(base)
-    write_config(checkpoint, adapter, tmp_path)
-    assert json.loads((tmp_path / "config.json").read_text())["pad_token_id"] == expected
-    graph = torch_graph._config(Weights(checkpoint, None, saved), "text-classification")
-    assert graph.pad_token_id == expected
-    # as older tokenizers are saved: GPT-2's whole vocabulary, or Llama's added tokens
-    (base / "tokenizer.json").unlink()
-    (base / "vocab.json").write_text(json.dumps({"<pad>": 0, "<s>": 1, "</s>": 2, "seven": 7}))
-    assert padding(checkpoint, saved) == {"pad_token_id": expected}
-    (base / "vocab.json").unlink()
-    added = {str(index): {"content": token} for index, token in enumerate(("<pad>", "<s>", "</s>"))}
-    (base / "tokenizer_config.json").write_text(json.dumps({**tokens, "added_tokens_decoder": added}))
-    assert padding(checkpoint, saved) == {"pad_token_id": expected}
-    (base / "tokenizer_config.json").write_text(json.dumps(tokens))
-    assert padding(checkpoint, saved) == {}
-
-
-def test_an_encoder_keeps_its_padding(tiny_model: Folder, tiny_adapter: Folder, tmp_path: Path) -> None:
-    base = rewrite(tiny_model("bert"), tmp_path / "base", lambda name, value: (name, value), pad_token_id=7)
-    (base / "tokenizer_config.json").write_text(json.dumps({"pad_token": "<pad>"}))
-    checkpoint, adapter = Checkpoint.open(base), Adapter.load(tiny_adapter("bert"))
-    write_config(checkpoint, adapter, tmp_path)
-    assert json.loads((tmp_path / "config.json").read_text())["pad_token_id"] == 7
-    assert torch_graph._config(Weights(checkpoint, None, adapter.saved), "text-classification").pad_token_id == 7
 
 
 def test_bare_encoder_becomes_a_classifier(tiny_model: Folder, tiny_adapter: Folder, tmp_path: Path) -> None:
@@ -449,16 +394,3 @@ def test_base_files_are_hashed(tiny_model: Folder, tiny_adapter: Folder, tmp_pat
     merged = merge(base, adapter, tmp_path / "out")
     digest = xxhash.xxh3_128((base / SINGLE).read_bytes()).hexdigest()
     assert merged.base == {SINGLE: digest}
-
-
-def test_links_to_files_that_are_no_more(tiny_model: Folder, tiny_adapter: Folder, tmp_path: Path) -> None:
-    """As in a cache of Hugging Face's whose blobs were removed by hand."""
-    model = tmp_path / "model"
-    shutil.copytree(tiny_model("llama"), model)
-    (model / "tokenizer.json").unlink()
-    (model / "tokenizer.json").symlink_to("../../blobs/gone")
-    with pytest.raises(CheckpointError, match=r"model: tokenizer\.json: links to what is no more; download"):
-        merge(model, Adapter.load(tiny_adapter("llama")), tmp_path / "refused")
-    (model / "tokenizer.json").unlink()
-    (model / "pytorch_model.bin").symlink_to("../../blobs/gone")  # it would not be copied
-    merge(model, Adapter.load(tiny_adapter("llama")), tmp_path / "out")

@@ -10,7 +10,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import sysconfig
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -21,7 +20,7 @@ import onnx_ir as ir
 import pytest
 from click.testing import Result
 
-from diablo_export import difference, patch
+from diablo_export import patch
 from diablo_export.adapter import Adapter
 from diablo_export.converters.merge import merge
 from diablo_export.converters.onnx_linears import linears
@@ -36,22 +35,11 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {p.relative_to(folder).as_posix(): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
-@pytest.fixture(scope="module")
-def made(genai_graph: Get, tiny_adapter: Get, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a base, what it becomes when merged, and the patch. Do not change it."""
-    root = tmp_path_factory.mktemp("patch")
-    shutil.copytree(genai_graph("llama", "int4").parent, root / "base", ignore=shutil.ignore_patterns("cache"))
-    (root / "base" / "parity.json").write_text("{}")  # speaks of the base, not of what it becomes
-    merge(root / "base", tiny_adapter("llama"), root / "merged", method="rtn")
-    patch.create(root / "base", root / "merged", root / "update.patch")
-    return root
-
-
 @pytest.fixture
-def base(made: Path, tmp_path: Path) -> Path:
+def base(patched: Path, tmp_path: Path) -> Path:
     """A copy of the base, with a file that is the user's own and a link."""
     folder = tmp_path / "device" / "base"
-    shutil.copytree(made / "base", folder)
+    shutil.copytree(patched / "base", folder)
     (folder / "notes").mkdir()
     (folder / "notes" / "mine.txt").write_text("mine")
     (folder / "same.txt").symlink_to("notes/mine.txt")
@@ -60,15 +48,15 @@ def base(made: Path, tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def update(made: Path) -> Path:
-    return made / "update.patch"
+def update(patched: Path) -> Path:
+    return patched / "update.patch"
 
 
-def test_there_and_back(made: Path, base: Path, update: Path) -> None:
+def test_there_and_back(patched: Path, base: Path, update: Path) -> None:
     before = contents(base)
     report = patch.apply(base, update)
     assert {name: text for name, text in contents(base).items() if name not in ("notes/mine.txt", "same.txt")} == (
-        contents(made / "merged")
+        contents(patched / "merged")
     )
     assert (base / "same.txt").is_symlink() and os.readlink(base / "gone.txt") == "nowhere"
     assert (base / "notes" / "mine.txt").read_text() == "mine"
@@ -91,10 +79,10 @@ def test_reports_that_were_made_since_do_not_stay(base: Path, update: Path) -> N
     assert not list(base.glob("certificate*"))
 
 
-def test_a_report_that_both_sides_have_must_be_of_one_of_them(made: Path, base: Path, tmp_path: Path) -> None:
-    merged = Path(shutil.copytree(made / "merged", tmp_path / "merged"))
+def test_a_report_that_both_sides_have_must_be_of_one_of_them(patched: Path, base: Path, tmp_path: Path) -> None:
+    merged = Path(shutil.copytree(patched / "merged", tmp_path / "merged"))
     (merged / "parity.json").write_text('{"of": "the merge"}')
-    patch.create(made / "base", merged, tmp_path / "update.patch")
+    patch.create(patched / "base", merged, tmp_path / "update.patch")
     (base / "parity.json").write_text('{"of": "another"}')
     refused(base, tmp_path / "update.patch", r"parity\.json: 17 bytes.*, 2 bytes with SHA-256 \S+ is wanted")
 
@@ -108,11 +96,11 @@ def test_permissions_stay(base: Path, update: Path) -> None:
     assert modes["model.onnx.data"] == 0o640, modes
 
 
-def test_into_another_folder(made: Path, base: Path, update: Path, tmp_path: Path) -> None:
+def test_into_another_folder(patched: Path, base: Path, update: Path, tmp_path: Path) -> None:
     before = contents(base)
     patch.apply(base, update, output=tmp_path / "new")
     assert contents(tmp_path / "new") == {
-        **contents(made / "merged"), "notes/mine.txt": b"mine", "same.txt": b"mine",
+        **contents(patched / "merged"), "notes/mine.txt": b"mine", "same.txt": b"mine",
     }  # fmt: skip
     assert (tmp_path / "new" / "gone.txt").is_symlink() and not (tmp_path / "new" / "same.txt").is_symlink()
     (tmp_path / "new" / "notes" / "mine.txt").write_text("another")  # a copy, no link
@@ -133,13 +121,13 @@ def test_twice_is_once(base: Path, update: Path, caplog: pytest.LogCaptureFixtur
     assert (base / DATA).stat().st_ino == inode
 
 
-def test_a_merge_touches_what_blocks_meet(made: Path, tiny_adapter: Get) -> None:
+def test_a_merge_touches_what_blocks_meet(patched: Path, tiny_adapter: Get) -> None:
     """Nothing moves in the data file, and every run lies in a weight of an adapted module."""
-    old, new = ((made / side / DATA).read_bytes() for side in ("base", "merged"))
+    old, new = ((patched / side / DATA).read_bytes() for side in ("base", "merged"))
     assert len(old) == len(new)
     changed = np.frombuffer(old, np.uint8) != np.frombuffer(new, np.uint8)
-    model = ir.load(made / "base" / "model.onnx")
-    manifest = json.loads((made / "merged" / "diablo_export.json").read_text())
+    model = ir.load(patched / "base" / "model.onnx")
+    manifest = json.loads((patched / "merged" / "diablo_export.json").read_text())
     assert len(manifest["modules"]) == len(Adapter.load(tiny_adapter("llama")).modules)
     nodes = {module["node"] for module in manifest["modules"]}
     for layer in linears(model):
@@ -155,25 +143,25 @@ def test_a_merge_touches_what_blocks_meet(made: Path, tiny_adapter: Get) -> None
     assert not changed.any()
 
 
-def test_its_size(made: Path, update: Path) -> None:
+def test_its_size(patched: Path, update: Path) -> None:
     report = patch.info(update)
     groups = report["touched_groups"]
-    manifest = json.loads((made / "merged" / "diablo_export.json").read_text())
+    manifest = json.loads((patched / "merged" / "diablo_export.json").read_text())
     assert groups == sum(module["touched_groups"] for module in manifest["modules"])
-    assert report["model_bytes"] == sum(len(text) for text in contents(made / "merged").values())
+    assert report["model_bytes"] == sum(len(text) for text in contents(patched / "merged").values())
     with zipfile.ZipFile(update) as archive:
         number = next(i for i, file in enumerate(report["files"]) if file["name"] == DATA)
         packed = archive.getinfo(str(number)).compress_size
     # 32 codes of 4 bits and a float32 scale, and what finding them costs
     assert packed <= 1.3 * groups * 20
     again = update.with_name("again.patch")
-    patch.create(made / "base", made / "merged", again)
+    patch.create(patched / "base", patched / "merged", again)
     assert again.read_bytes() == update.read_bytes(), "the same patch, byte for byte"
 
 
-def test_a_graph_of_another_name(made: Path, tmp_path: Path, tiny_adapter: Get) -> None:
+def test_a_graph_of_another_name(patched: Path, tmp_path: Path, tiny_adapter: Get) -> None:
     """A merge calls the graph model.onnx; on the device it keeps its name."""
-    shutil.copytree(made / "base", tmp_path / "base")
+    shutil.copytree(patched / "base", tmp_path / "base")
     (tmp_path / "base" / "model.onnx").rename(tmp_path / "base" / "decoder.onnx")
     (tmp_path / "base" / "parity.json").unlink()
     merge(tmp_path / "base" / "decoder.onnx", tiny_adapter("llama"), tmp_path / "merged", method="rtn")
@@ -183,16 +171,16 @@ def test_a_graph_of_another_name(made: Path, tmp_path: Path, tiny_adapter: Get) 
     assert after["decoder.onnx"] == merged["model.onnx"] and after[DATA] == merged[DATA] and "model.onnx" not in after
 
 
-def test_differences_of_gigabytes(made: Path, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_differences_of_gigabytes(patched: Path, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """zipfile must be told beforehand of members over 2 GiB; here that limit is 1 kB."""
     monkeypatch.setattr(zipfile, "ZIP64_LIMIT", 1000)
-    patch.create(base, made / "merged", tmp_path / "update.patch")
+    patch.create(base, patched / "merged", tmp_path / "update.patch")
     patch.apply(base, tmp_path / "update.patch")
-    assert (base / DATA).read_bytes() == (made / "merged" / DATA).read_bytes()
+    assert (base / DATA).read_bytes() == (patched / "merged" / DATA).read_bytes()
 
 
 def test_in_the_folder_itself(
-    made: Path, base: Path, update: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    patched: Path, base: Path, update: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     shutil.copyfile(update, base / "update.patch")
     monkeypatch.chdir(base)
@@ -201,7 +189,7 @@ def test_in_the_folder_itself(
     with pytest.raises(FileNotFoundError):
         os.getcwd()
     patch.revert(base, update)
-    assert (base / DATA).read_bytes() == (made / "base" / DATA).read_bytes()
+    assert (base / DATA).read_bytes() == (patched / "base" / DATA).read_bytes()
 
 
 def test_hugging_face_folders(tiny_model: Get, tiny_adapter: Get, tmp_path: Path) -> None:
@@ -240,26 +228,26 @@ def test_the_wrong_model(base: Path, update: Path) -> None:
     refused(base, update, r"is not the model that .*update.patch gives:", patch.revert)
 
 
-def test_another_merge_is_not_the_base(made: Path, base: Path, other_adapter: Get, tmp_path: Path) -> None:
-    merge(made / "base", other_adapter("llama"), tmp_path / "other", method="rtn")
-    patch.create(made / "base", tmp_path / "other", tmp_path / "other.patch")
+def test_another_merge_is_not_the_base(patched: Path, base: Path, other_adapter: Get, tmp_path: Path) -> None:
+    merge(patched / "base", other_adapter("llama"), tmp_path / "other", method="rtn")
+    patch.create(patched / "base", tmp_path / "other", tmp_path / "other.patch")
     patch.apply(base, tmp_path / "other.patch")
-    refused(base, made / "update.patch", "if another patch was applied to it, revert that one first")
+    refused(base, patched / "update.patch", "if another patch was applied to it, revert that one first")
     patch.revert(base, tmp_path / "other.patch")
-    patch.apply(base, made / "update.patch")
+    patch.apply(base, patched / "update.patch")
 
 
 @pytest.mark.parametrize("side", ["base", "merged"])
 def test_a_folder_that_is_half_one_and_half_the_other(
-    side: str, made: Path, base: Path, update: Path, caplog: pytest.LogCaptureFixture
+    side: str, patched: Path, base: Path, update: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Not what apply leaves behind, but what a copy of the merged folder that was broken off does."""
-    shutil.copyfile(made / "merged" / DATA, base / DATA)
+    shutil.copyfile(patched / "merged" / DATA, base / DATA)
     verb = patch.apply if side == "merged" else patch.revert
     with caplog.at_level("INFO", "diablo_export"):
         verb(base, update)
     assert "files are done already: finishing" in caplog.text
-    assert {name: contents(base).get(name) for name in contents(made / side)} == contents(made / side)
+    assert {name: contents(base).get(name) for name in contents(patched / side)} == contents(patched / side)
 
 
 def cut(update: Path, to: Path, size: int) -> Path:
@@ -354,7 +342,7 @@ def test_a_folder_that_cannot_be_written(base: Path, update: Path, monkeypatch: 
 
 
 @pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
-def test_killed_in_between(share: float, made: Path, base: Path, update: Path) -> None:
+def test_killed_in_between(share: float, patched: Path, base: Path, update: Path) -> None:
     """Killed while writing: the base is whole; again, and it is done, and nothing is left lying about."""
     before = contents(base)
     code = (
@@ -375,12 +363,12 @@ def test_killed_in_between(share: float, made: Path, base: Path, update: Path) -
     assert contents(base) == before
     assert len(os.listdir(base.parent)) == 2  # and a hidden folder
     patch.apply(base, update)
-    assert (base / DATA).read_bytes() == (made / "merged" / DATA).read_bytes()
+    assert (base / DATA).read_bytes() == (patched / "merged" / DATA).read_bytes()
     assert os.listdir(base.parent) == ["base"]
 
 
-def test_what_cannot_be_created(made: Path, tmp_path: Path) -> None:
-    base, merged = made / "base", made / "merged"
+def test_what_cannot_be_created(patched: Path, tmp_path: Path) -> None:
+    base, merged = patched / "base", patched / "merged"
     with pytest.raises(InputError, match="byte for byte; there is nothing to write a patch of"):
         patch.create(base, base, tmp_path / "p")
     with pytest.raises(InputError, match="nowhere: no such folder; give the folder that merge wrote"):
@@ -396,52 +384,3 @@ def test_what_cannot_be_created(made: Path, tmp_path: Path) -> None:
     assert (tmp_path / "p").read_text() == "old" and sorted(os.listdir(tmp_path)) == ["empty", "p"]
     with pytest.raises(OutputError, match="empty: is a folder; choose a file"):
         patch.create(base, merged, tmp_path / "empty")
-
-
-def test_the_commands(made: Path, base: Path, tmp_path: Path, run: Run) -> None:
-    update = tmp_path / "update.patch"
-    result = run("patch", "create", made / "base", made / "merged", "-o", update)
-    assert result.exit_code == 0 and "% of the model's" in result.stdout and "touched groups" in result.stdout
-    assert json.loads(run("patch", "info", update, "--json").stdout)["adapters"] == ["adapter"]
-    result = run("patch", "apply", base, update)
-    assert result.exit_code == 0 and f"in {base}" in result.stdout
-    result = run("patch", "revert", base, update, "--json")
-    assert DATA in json.loads(result.stdout)["written"]
-    (base / DATA).write_bytes(b"")
-    result = run("patch", "apply", base, update)
-    assert result.exit_code == 2 and f"{DATA}: 0 bytes, " in result.stderr
-    result = run("patch", "apply", update, base)
-    assert result.exit_code == 2 and "is a patch; the model comes first, then the patch" in result.stderr
-
-
-def test_numpy_is_enough(made: Path, base: Path, update: Path, tmp_path: Path) -> None:
-    """In an environment that holds nothing else: a folder of links to numpy and this package."""
-    packages = Path(sysconfig.get_path("purelib"))
-    bare = tmp_path / "bare"
-    bare.mkdir()
-    for name in (name for name in ("numpy", "numpy.libs") if (packages / name).exists()):
-        (bare / name).symlink_to(packages / name)
-    shutil.copytree(
-        Path(difference.__file__).parent, bare / "diablo_export", ignore=shutil.ignore_patterns("__pycache__")
-    )
-
-    def device(*arguments: object) -> subprocess.CompletedProcess[str]:
-        code = (
-            f"import sys; sys.path[:0] = [{str(bare)!r}]\n"
-            "from diablo_export.patch import main\n"
-            f"code = main({[str(each) for each in arguments]!r})\n"
-            "print(*sorted({name.partition('.')[0] for name in sys.modules} - set(sys.stdlib_module_names)))\n"
-            "raise SystemExit(code)\n"
-        )
-        return subprocess.run([sys.executable, "-I", "-S", "-c", code], capture_output=True, text=True, check=False)
-
-    done = device("apply", base, update)
-    assert done.returncode == 0, done.stderr
-    assert set(done.stdout.splitlines()[-1].split()) <= {"__main__", "diablo_export", "numpy"}
-    assert (base / DATA).read_bytes() == (made / "merged" / DATA).read_bytes()
-    assert device("revert", base, update).returncode == 0
-    assert (base / DATA).read_bytes() == (made / "base" / DATA).read_bytes()
-    assert "touched groups" in device("info", update).stdout
-    (base / DATA).unlink()
-    refused = device("apply", base, update)
-    assert refused.returncode == 2 and refused.stderr.startswith("error: ") and "no file, " in refused.stderr

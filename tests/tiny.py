@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -209,3 +210,21 @@ def build_with_genai(model: Path, folder: Path, precision: str, *options: str) -
         builder.create_model(*arguments, **builder.parse_extra_options(*arguments, list(options)))
     logging.getLogger().setLevel(logging.WARNING)
     return folder / "model.onnx"
+
+
+def rewrite(model: Path, folder: Path, change: Callable[[str, Any], tuple[str, Any]], **config: Any) -> Path:
+    """A copy of a model whose tensors went through `change`."""
+    import json
+    import shutil
+
+    from safetensors.numpy import load_file
+
+    from diablo_export.checkpoint import DTYPE_NAMES, SINGLE, write_safetensors
+
+    shutil.copytree(model, folder)
+    tensors = dict(change(name, value) for name, value in load_file(folder / SINGLE).items())
+    layout = {name: (DTYPE_NAMES[value.dtype], value.shape) for name, value in tensors.items()}
+    write_safetensors(folder / SINGLE, layout, tensors.items(), {"format": "pt"})
+    stored = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**stored, **config}))
+    return folder
