@@ -32,6 +32,14 @@ precision_option = click.option(
     "--precision", type=click.Choice(["fp32", "fp16"]), default="fp32", show_default=True,
     help="Of what an ONNX model holds unquantized.",
 )  # fmt: skip
+data_option = click.option(
+    "--data", "-d", required=True, type=click.Path(path_type=Path), metavar="D", help="Training data: .jsonl or .txt."
+)
+task_option = click.option("--task", type=click.Choice(["causal-lm", "text-classification"]), default="causal-lm")
+eval_data_option = click.option("--eval-data", type=click.Path(path_type=Path), metavar="D", help="Held-out data.")
+eval_fraction_option = click.option("--eval-fraction", type=float, default=0.0, help="Hold out this share of --data.")
+device_option = click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto")
+recompute_option = click.option("--gradient-checkpointing", is_flag=True, help="Less memory, a third more time.")
 overwrite_option = click.option("--overwrite", is_flag=True, help="Replace the output if it exists.")
 json_option = click.option("--json", "as_json", is_flag=True, help="Print the report as JSON on standard output.")
 

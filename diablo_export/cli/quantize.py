@@ -17,6 +17,7 @@ from diablo_export.cli.options import (
     model_option,
     output_option,
     overwrite_option,
+    task_option,
     verbosity_options,
 )
 from diablo_export.cli.summary import print_next
@@ -39,7 +40,7 @@ from diablo_export.errors import require_all
     help="Text that the layers' inputs are taken of, as for train; labels are not looked at.  [default: text that the "
     "model writes]",
 )  # fmt: skip
-@click.option("--task", type=click.Choice(["causal-lm", "text-classification"]), default="causal-lm")
+@task_option
 @click.option("--seed", type=int, default=0, help="Of text that is drawn.")
 @overwrite_option
 @json_option

@@ -4,22 +4,26 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import click
 
 from diablo_export.cli.options import (
+    data_option,
+    device_option,
+    eval_data_option,
+    eval_fraction_option,
     json_option,
     model_option,
     output_option,
     overwrite_option,
+    recompute_option,
     step_options,
+    task_option,
     verbosity_options,
 )
 from diablo_export.errors import require_all
 
-_FILE = click.Path(path_type=Path)
 _Callback = Callable[[click.Context, click.Parameter, str], list[Any]]
 
 
@@ -37,7 +41,7 @@ def _several(kind: Callable[[str], Any], what: str) -> _Callback:
 
 @click.command("sweep", context_settings={"show_default": True})
 @model_option
-@click.option("--data", "-d", required=True, type=_FILE, metavar="D", help="Training data: .jsonl or .txt.")
+@data_option
 @output_option
 @click.option("--methods", default="diablo,lora,full", callback=_several(str, "names"), metavar="NAMES",
               help="Of diablo, lora, dora, full, permuted, random-block, smt, s2ft, with commas between.")  # fmt: skip
@@ -49,14 +53,14 @@ def _several(kind: Callable[[str], Any], what: str) -> _Callback:
               callback=lambda ctx, option, value: [[name.strip() for name in names.split(",")] for names in value],
               help="A set of targets, as for train; give it again for each further set.")  # fmt: skip
 @click.option("--seeds", default="0", callback=_several(int, "whole numbers"), metavar="SEEDS", help="A run each.")
-@click.option("--task", type=click.Choice(["causal-lm", "text-classification"]), default="causal-lm")
+@task_option
 @step_options
 @click.option("--dtype", type=click.Choice(["auto", "float32", "bfloat16"]), default="auto",
               help="Of matrix products; what is trained and the optimizer are float32.")  # fmt: skip
-@click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto")
-@click.option("--gradient-checkpointing", is_flag=True, help="Less memory, a third more time.")
-@click.option("--eval-data", type=_FILE, metavar="D", help="Held-out data.")
-@click.option("--eval-fraction", type=float, default=0.0, help="Hold out this share of --data.")
+@device_option
+@recompute_option
+@eval_data_option
+@eval_fraction_option
 @click.option("--jobs", type=int, help="Runs at a time, a process each.  [default: one for each GPU]")
 @click.option("--resume", is_flag=True, help="Go on with an unfinished sweep, or widen a finished one.")
 @overwrite_option

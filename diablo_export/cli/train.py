@@ -10,12 +10,18 @@ from typing import Any
 import click
 
 from diablo_export.cli.options import (
+    data_option,
+    device_option,
+    eval_data_option,
+    eval_fraction_option,
     grid_options,
     json_option,
     model_option,
     output_option,
     overwrite_option,
+    recompute_option,
     step_options,
+    task_option,
     verbosity_options,
 )
 from diablo_export.errors import require_all
@@ -25,9 +31,9 @@ _FILE = click.Path(path_type=Path)
 
 @click.command("train", context_settings={"show_default": True})
 @model_option
-@click.option("--data", "-d", required=True, type=_FILE, metavar="D", help="Training data: .jsonl or .txt.")
+@data_option
 @output_option
-@click.option("--task", type=click.Choice(["causal-lm", "text-classification"]), default="causal-lm")
+@task_option
 @click.option(
     "--num-blocks", type=int,
     help="Blocks per module: weights / N are trained.  [default: 64, or as many as --init-adapter has]",
@@ -47,8 +53,8 @@ _FILE = click.Path(path_type=Path)
     default="auto",
     help="Of matrix products; blocks and optimizer are float32.",
 )
-@click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto")
-@click.option("--gradient-checkpointing", is_flag=True, help="Less memory, a third more time.")
+@device_option
+@recompute_option
 @click.option(
     "--base-quantize", type=click.Choice(["none", "int8", "int4", "int2"]), default="none",
     help="Train beside the very weights that export and merge --quantize ship.",
@@ -66,8 +72,8 @@ _FILE = click.Path(path_type=Path)
     "--repair-base", is_flag=True,
     help="Begin at the blocks that take back most of what quantizing did to each layer's output, instead of zeros.",
 )  # fmt: skip
-@click.option("--eval-data", type=_FILE, metavar="D", help="Held-out data.")
-@click.option("--eval-fraction", type=float, default=0.0, help="Hold out this share of --data.")
+@eval_data_option
+@eval_fraction_option
 @click.option("--eval-every", type=int, metavar="STEPS", help="[default: a tenth of the run]")
 @click.option("--checkpoint-every", type=int, metavar="STEPS", help="[default: a tenth of the run, at least 25]")
 @click.option("--seed", type=int, default=0)
