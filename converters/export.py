@@ -24,11 +24,11 @@ from diablo_export.converters.onnx_adapters import (
     write_onnx_adapter,
 )
 from diablo_export.converters.onnx_branch import BLOCK_DTYPES, add_branches
+from diablo_export.converters.onnx_file import MODEL
 from diablo_export.converters.onnx_graph import Graph, build_graph, load_exporters
 from diablo_export.converters.onnx_head import feed_parameters
 from diablo_export.converters.onnx_linears import kind, linears
 from diablo_export.converters.onnx_match import Match, match
-from diablo_export.converters.onnx_nodes import MODEL
 from diablo_export.converters.sizes import check_options, onnx_bytes
 from diablo_export.converters.trained_grid import grids, numbers, output_grid, warn_of, warn_of_another
 from diablo_export.errors import AdapterError, InputError, MatchError

@@ -20,8 +20,8 @@ from onnx_ir.passes.common import ShapeInferencePass
 from diablo_export import opschema
 from diablo_export.converters.onnx_linears import Linear, attribute
 from diablo_export.converters.onnx_match import Match
-from diablo_export.converters.onnx_nodes import MODULE
 from diablo_export.errors import ExportError
+from diablo_export.opschema import MODULE
 
 BLOCK_DTYPES = {"fp32": ir.DataType.FLOAT, "fp16": ir.DataType.FLOAT16, "int8": ir.DataType.INT8}
 _TAKE_A_BIAS = ("Gelu", "FastGelu", "Div", "Erf")  # the last two begin a Gelu written out

@@ -20,7 +20,8 @@ from diablo_export.base_grid import BITS
 from diablo_export.checkpoint import HEAD, Checkpoint
 from diablo_export.console import log
 from diablo_export.converters.hf_folder import padding
-from diablo_export.converters.onnx_nodes import MODEL, Weights, finish
+from diablo_export.converters.onnx_file import MODEL
+from diablo_export.converters.onnx_nodes import Weights, finish
 from diablo_export.converters.onnx_trial import try_graph
 from diablo_export.converters.onnx_weights import DATA
 from diablo_export.converters.packed_view import float_view

@@ -13,8 +13,9 @@ import onnx_ir as ir
 
 from diablo_export.blockdiag import Array
 from diablo_export.converters.onnx_linears import Linear, linears
-from diablo_export.converters.onnx_names import named, parts_of, paths
+from diablo_export.converters.onnx_names import named, paths
 from diablo_export.errors import ExportError, indented
+from diablo_export.measure.names import parts_of
 
 
 def feed_parameters(model: ir.Model, saved: Mapping[str, Array]) -> dict[str, ir.DataType]:

@@ -19,10 +19,11 @@ import onnx_ir as ir
 from diablo_export.adapter import AdaptedModule
 from diablo_export.converters.onnx_aside import in_branches, same_values, unread
 from diablo_export.converters.onnx_linears import Linear, attentions, linears
-from diablo_export.converters.onnx_names import may_be_one, of_path, parts_of, paths, same, scope
-from diablo_export.converters.onnx_nodes import MODULE, ROWS
+from diablo_export.converters.onnx_names import may_be_one, of_path, paths, same, scope
 from diablo_export.errors import MatchError, indented
 from diablo_export.fingerprint import SAME_WEIGHT, positions
+from diablo_export.measure.names import parts_of
+from diablo_export.opschema import MODULE, ROWS
 
 # leaf of a fused layer → the layers it fuses, in output order
 _FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}

@@ -10,10 +10,10 @@ from collections.abc import Iterable, Iterator, Sequence
 import onnx_ir as ir
 
 from diablo_export.converters.onnx_linears import Linear
-from diablo_export.converters.onnx_nodes import MODULE
+from diablo_export.measure.names import parts_of, said
+from diablo_export.opschema import MODULE
 
 SCOPES = "pkg.torch.onnx.name_scopes"  # node metadata: the modules around a node; the last but one is the layer
-_SAME_PART = {"self_attn": "attn"}  # what onnxruntime-genai's builder calls it
 
 
 def scope(node: ir.Node) -> str | None:
@@ -45,19 +45,7 @@ def of_path(layers: Iterable[Linear], path: list[str]) -> Iterator[Linear]:
 
 def paths(layer: Linear) -> list[list[str]]:
     """What a node's name and its weight's name say about the module: the words before the operator's."""
-    return _said(layer.name, layer.weight.name or "")
-
-
-@functools.lru_cache(1 << 12)  # each module asks every layer
-def _said(node: str, weight: str) -> list[list[str]]:
-    node = re.sub(r"/(MatMul|Gemm)\w*$", "", node)
-    weight = re.sub(r"(\.MatMul)?\.weight\w*$", "", weight)
-    return [parts_of(node), parts_of(weight)]
-
-
-def parts_of(name: str) -> list[str]:
-    """The path that a dotted or slashed name gives, with one word for what exporters call otherwise."""
-    return [_SAME_PART.get(part, part) for part in re.split(r"[./]", name) if part]
+    return said(layer.name, layer.weight.name or "")
 
 
 def same(first: list[str], second: list[str]) -> bool:

@@ -20,14 +20,13 @@ from diablo_export.algorithms import Algorithm
 from diablo_export.base_grid import BITS
 from diablo_export.checkpoint import Checkpoint
 from diablo_export.console import log, progress
-from diablo_export.converters.onnx_file import MODEL as MODEL
+from diablo_export.converters.onnx_file import MODEL
 from diablo_export.converters.onnx_weights import Job, Source, float_job, quantized_job, write
 from diablo_export.converters.packed_view import stored_codes
 from diablo_export.errors import CheckpointError, MatchError, indented
+from diablo_export.opschema import MODULE, ROWS
 from diablo_export.quantization import Float32, Quantized
 
-MODULE = "diablo.module"  # node metadata: the Hugging Face module path(s) that the node computes
-ROWS = "diablo.rows"  # node metadata: which output rows of that module, where several nodes share it
 _INLINE = 1024  # bytes; smaller constants stay in model.onnx, where every tool can see them
 
 

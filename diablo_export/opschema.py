@@ -108,6 +108,10 @@ _BODY = """
 """
 
 
+# metadata of nodes that this program's exporters made
+MODULE = "diablo.module"  # the Hugging Face module path(s) that the node computes
+ROWS = "diablo.rows"  # which output rows of that module, where several nodes share it
+
 _BLOCKS = {
     NAME: "blocks = CastLike (D, X)",
     NAME_INT8: "wide = DequantizeLinear <axis: int = 0> (D, S)\n      blocks = CastLike (wide, X)",

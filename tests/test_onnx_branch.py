@@ -16,8 +16,8 @@ from diablo_export.blockdiag import Array, apply
 from diablo_export.converters.onnx_branch import add_branches
 from diablo_export.converters.onnx_match import match
 from diablo_export.converters.onnx_merge import refuse
-from diablo_export.converters.onnx_nodes import MODULE
 from diablo_export.errors import ExportError
+from diablo_export.opschema import MODULE
 from tests.onnx_runs import in_torch, runner, session
 from tests.test_onnx_match import graph, module, weight
 

@@ -13,9 +13,9 @@ from diablo_export.blockdiag import Array, BlockShape
 from diablo_export.checkpoint import Checkpoint
 from diablo_export.converters.onnx_linears import linears
 from diablo_export.converters.onnx_match import Match, match
-from diablo_export.converters.onnx_nodes import MODULE, ROWS
 from diablo_export.errors import ExportError, MatchError
 from diablo_export.fingerprint import fingerprint
+from diablo_export.opschema import MODULE, ROWS
 from diablo_export.quantization import quantize
 
 Get = Callable[..., Path]

@@ -8,7 +8,6 @@ torch's own output for the same input: then no sound export is accused, and what
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -19,6 +18,7 @@ import onnx
 from diablo_export.blockdiag import Array
 from diablo_export.fingerprint import SAME_WEIGHT, positions
 from diablo_export.measure.coded import coded
+from diablo_export.measure.names import parts_of, said
 from diablo_export.measure.places import FLOATS, LINEAR, PASSED, STEPS, Graph
 
 # what LoRA, DoRA and their like are made of; anything else, and the operand is another part of the network
@@ -27,7 +27,6 @@ _OF_ADAPTERS = (*_MOVED, *STEPS, *LINEAR, "DequantizeLinear")
 _PRODUCTS = ("none", "float", "coded")
 _MOST = 12  # values that may be one module's output
 _FAR = 40  # nodes to look back over for what an operand is made of
-_SAME_PART = {"self_attn": "attn"}  # what onnxruntime-genai's builder calls it
 
 
 @dataclass(frozen=True)
@@ -164,13 +163,8 @@ def _cosines(rows: Array, samples: Array) -> Array:
 
 def _named(node: onnx.NodeProto, module: str) -> bool:
     """Whether the node, or its weight, is called like the module, but for what stands before it."""
-    own = _path(module)
-    called = (re.sub(r"/(MatMul|Gemm)\w*$", "", node.name), re.sub(r"(\.MatMul)?\.weight\w*$", "", node.input[1]))
-    return any(len(own) >= 3 and _path(name)[-len(own) :] == own for name in called)
-
-
-def _path(name: str) -> list[str]:
-    return [_SAME_PART.get(part, part) for part in re.split(r"[./]", name) if part]
+    own = parts_of(module)
+    return any(len(own) >= 3 and path[-len(own) :] == own for path in said(node.name, node.input[1]))
 
 
 def ends(graph: Graph, found: Found) -> list[End]:

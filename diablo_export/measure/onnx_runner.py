@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     import onnxruntime
 
 # past_key_values.3.key, present.3.key, past.0.conv
-_CACHE = re.compile(r"^(past|present)\D*(\d+)\.(key|value|conv|recurrent)$")
+CACHE = re.compile(r"^(past|present)\D*(\d+)\.(key|value|conv|recurrent)$")
 _DTYPES: dict[str, Any] = {
     "tensor(float)": np.float32,
     "tensor(float16)": np.float16,
@@ -63,7 +63,7 @@ class OnnxRunner:
         """Read from the graph what nobody said."""
         if self.session is None:  # one that was closed
             return
-        outputs = [value.name for value in self.session.get_outputs() if not _CACHE.match(value.name)]
+        outputs = [value.name for value in self.session.get_outputs() if not CACHE.match(value.name)]
         if self.output not in outputs and len(outputs) == 1:
             object.__setattr__(self, "output", outputs[0])
         ids = next((value for value in self.session.get_inputs() if value.name == "input_ids"), None)
@@ -107,7 +107,7 @@ class OnnxRunner:
     @property
     def has_cache(self) -> bool:
         """Whether the graph takes and gives a KV cache."""
-        return any(_CACHE.match(value.name) for value in self.session.get_inputs())
+        return any(CACHE.match(value.name) for value in self.session.get_inputs())
 
     @property
     def decodes(self) -> bool:
@@ -117,12 +117,12 @@ class OnnxRunner:
     def _call(
         self, ids: Ids, cache: Mapping[str, Array], past: int = 0, keep: bool = False
     ) -> tuple[Array, dict[str, Array]]:
-        present = [v.name for v in self.session.get_outputs() if keep and _CACHE.match(v.name)]
+        present = [v.name for v in self.session.get_outputs() if keep and CACHE.match(v.name)]
         feeds = {**self.feeds(ids, past), **cache, **self.fixed}
         logits, *values = runtime.run(self.session, feeds, self.adapter, [self.output, *present])
         flat = logits.astype(np.float32).reshape(-1, logits.shape[-1])  # (1, T, V) → (T, V); (1, labels) stays
-        past_names = {_key(v.name): v.name for v in self.session.get_inputs() if _CACHE.match(v.name)}
-        return flat, {past_names[_key(name)]: value for name, value in zip(present, values, strict=True)}
+        past_names = {cache_key(v.name): v.name for v in self.session.get_inputs() if CACHE.match(v.name)}
+        return flat, {past_names[cache_key(name)]: value for name, value in zip(present, values, strict=True)}
 
     def feeds(self, ids: Ids, past: int) -> dict[str, Array]:
         """Inputs for the tokens `ids` behind `past` others, without the KV cache, the adapter's and `fixed` ones."""
@@ -164,7 +164,7 @@ class OnnxRunner:
                 feeds[value.name] = np.zeros((0, 0, 0), _DTYPES[value.type])
             elif value.name.endswith(SCALES_SUFFIX):
                 feeds[value.name] = np.zeros(0, np.float32)
-            elif not _CACHE.match(value.name):
+            elif not CACHE.match(value.name):
                 unknown.append(value.name)
         if unknown:
             raise ExportError(
@@ -177,7 +177,7 @@ class OnnxRunner:
         """A KV cache of no tokens, by input name: (rows, heads, 0, head size) each; {} where the graph takes none."""
         cache: dict[str, Array] = {}
         for value in self.session.get_inputs():
-            if not _CACHE.match(value.name):
+            if not CACHE.match(value.name):
                 continue
             if value.type not in _DTYPES:
                 raise ExportError(f"{value.name} is a {value.type}; caches of {', '.join(_DTYPES)} can be run here")
@@ -210,8 +210,8 @@ def cache_shape(folder: Path) -> tuple[int, int] | None:
     return None
 
 
-def _key(name: str) -> str:
+def cache_key(name: str) -> str:
     """`3.key` of past_key_values.3.key and of present.3.key."""
-    match = _CACHE.match(name)
+    match = CACHE.match(name)
     assert match
     return f"{match[2]}.{match[3]}"

@@ -16,8 +16,8 @@ import onnx
 
 from diablo_export import opschema
 from diablo_export.measure.exported_base import read_tensor
+from diablo_export.opschema import MODULE, ROWS
 
-_MODULE, _ROWS = "diablo.module", "diablo.rows"  # node metadata that this program's exporters leave
 LINEAR = ("MatMul", "Gemm", "MatMulNBits")
 PASSED = ("Cast", "Identity", "Dropout", "Reshape")  # nodes that leave the numbers of a module alone
 STEPS = ("Add", "Sub", "Mul", "Div")  # nodes by which biases, scales and adapters come in
@@ -134,9 +134,9 @@ class Graph:
         found: dict[str, list[tuple[int, onnx.NodeProto]]] = {}
         for node in self.proto.graph.node:
             marks = {entry.key: entry.value for entry in node.metadata_props}
-            if node.op_type in LINEAR and "," not in marks.get(_MODULE, ","):
-                first = marks.get(_ROWS, "0").partition(":")[0]
-                found.setdefault(marks[_MODULE], []).append((int(first), node))
+            if node.op_type in LINEAR and "," not in marks.get(MODULE, ","):
+                first = marks.get(ROWS, "0").partition(":")[0]
+                found.setdefault(marks[MODULE], []).append((int(first), node))
         return {name: [node for _, node in sorted(nodes, key=lambda n: n[0])] for name, nodes in found.items()}
 
     def _part(self, module: str, node: onnx.NodeProto, rows: tuple[int, int] | None, bias: bool) -> Part:
@@ -150,7 +150,7 @@ class Graph:
         """Where a module's columns of a value go next while they are still the module's; None at its end."""
         for node in self.readers.get(value, []):
             if node.domain == opschema.DOMAIN and node.input[-1] == value:
-                if module in {entry.value for entry in node.metadata_props if entry.key == _MODULE}:
+                if module in {entry.value for entry in node.metadata_props if entry.key == MODULE}:
                     return node.output[0], start, stop, bias
             elif node.op_type == "Add" and bias and self._vector(node) == self.widths.get(value):
                 return node.output[0], start, stop, False

@@ -14,7 +14,7 @@ from torch import nn
 from diablo_export import runtime
 from diablo_export.blockdiag import Array
 from diablo_export.errors import ExportError
-from diablo_export.measure.onnx_runner import _CACHE, OnnxRunner, _key
+from diablo_export.measure.onnx_runner import CACHE, OnnxRunner, cache_key
 from diablo_export.measure.places import Graph, Place
 from diablo_export.measure.prompts import Ids
 from diablo_export.trainer.hooks import removed_after
@@ -45,13 +45,13 @@ class OnnxTaps:
         """As `see`: these values of the graph, a row for each token."""
         session, length = self.runner.session, self.runner.length
         cache, past = {} if length else self.runner.empty_cache(), 0
-        present = {_key(v.name): v.name for v in session.get_outputs() if _CACHE.match(v.name)} if cache else {}
+        present = {cache_key(v.name): v.name for v in session.get_outputs() if CACHE.match(v.name)} if cache else {}
         for piece in pieces:
             own = self.runner.padded(piece) if length else self.runner.feeds(piece, past)
             feeds = {**own, **cache, **self.runner.fixed}
             found = runtime.run(session, feeds, self.runner.adapter, [*names, *present.values()])
             values = dict(zip([*names, *present.values()], found, strict=True))
-            cache, past = {name: values[present[_key(name)]] for name in cache}, past + len(piece)
+            cache, past = {name: values[present[cache_key(name)]] for name in cache}, past + len(piece)
             # of a fixed length, what was filled up comes last
             yield {name: _rows(values[name])[: len(piece) if length else None] for name in names}
 
