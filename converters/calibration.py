@@ -112,6 +112,22 @@ def written_text(
     return Text(list(items[:judged]), list(items[judged:]), origin)
 
 
+def text_for(
+    calibration: str | Path | None,
+    network: nn.Module,
+    tokenizer: Any,
+    *,
+    labels: Sequence[str | int] = (),
+    seed: int = 0,
+    writer: str = "the tuned model",
+    **how: Any,
+) -> Text:
+    """`given_text` of a data file; `written_text` where there is none."""
+    if calibration is not None:
+        return given_text(calibration, tokenizer, labels=labels, **how)
+    return written_text(network, tokenizer, seed=seed, writer=writer, **how)
+
+
 def random_text(tokenizer: Any, *, length: int, judged: int, fitted: int, seed: int = 0, whole: bool = False) -> Text:
     """Sequences of random tokens, for a model that cannot write.
 

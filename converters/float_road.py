@@ -24,7 +24,7 @@ from diablo_export.blockdiag import Array, add_to_weight
 from diablo_export.checkpoint import Checkpoint
 from diablo_export.console import log
 from diablo_export.converters import budget
-from diablo_export.converters.calibration import Text, given_text, written_text
+from diablo_export.converters.calibration import Text, text_for
 from diablo_export.converters.grid_network import GridNetwork, grid_network, target
 from diablo_export.converters.grid_report import against_runtime, reported
 from diablo_export.converters.learned_road import TRAINED_COPIES, learned_road
@@ -174,9 +174,7 @@ class _Tuned:
         judged = many * int(max(2, min(_JUDGED, sequences / 4, _LOGITS / (vocabulary * length))))
         how: dict[str, Any] = {"length": length, "classifier": classifier, "judged": judged}
         how["fitted"] = many * int(min(_FITTED, max(4, sequences - _JUDGED)))
-        if calibration is not None:
-            return given_text(calibration, self.tokenizer, labels=self.adapter.labels, **how)
-        return written_text(self.network, self.tokenizer, seed=seed, **how)
+        return text_for(calibration, self.network, self.tokenizer, labels=self.adapter.labels, seed=seed, **how)
 
 
 class _Kept:

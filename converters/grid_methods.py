@@ -16,7 +16,7 @@ from diablo_export.blockdiag import add_to_weight
 from diablo_export.checkpoint import Checkpoint
 from diablo_export.console import log, progress
 from diablo_export.converters import budget
-from diablo_export.converters.calibration import Text, given_text, written_text
+from diablo_export.converters.calibration import Text, text_for, written_text
 from diablo_export.converters.grid_network import GridNetwork, target
 from diablo_export.converters.grid_report import against_runtime, changed_codes, reported
 from diablo_export.converters.grid_write import write_grid
@@ -48,6 +48,7 @@ METHODS = ("auto", "rtn", "refit", "calibrated", "distilled")
 _LENGTH = 128  # tokens of a sequence
 _JUDGED, _MOMENTS, _FITTED = 16, 64, 512  # sequences: to measure on, to calibrate on, to distil on (those among them)
 _WRITTEN = 384  # sequences to distil on where the model must write them
+_LOGITS = 1 << 26  # that are kept of the judged text
 _SWEEP_SPEED = 5e8  # multiply-adds of a sweep in a second, in numpy on one core
 _QUICK = 0.1  # of the seconds: what `auto` spends on a better method though another holds
 _ENOUGH = 0.25  # of rounding's KL: a merge that holds and loses no more is good enough
@@ -277,13 +278,13 @@ class Bench:
         sequences = self._sequences()
         moments = int(min(_MOMENTS, max(4, sequences - _JUDGED)))
         vocabulary = vocabulary_size(self.made.network)
-        judged = int(max(2, min(_JUDGED, sequences / 4, (1 << 26) / (vocabulary * self._length))))
+        judged = int(max(2, min(_JUDGED, sequences / 4, _LOGITS / (vocabulary * self._length))))
         many = 16 if self._classifier else 1  # its sequences are short, and give one answer each
         how: dict[str, Any] = {"length": self._length, "classifier": self._classifier, "judged": judged * many}
+        how |= {"labels": self.adapter.labels, "seed": self._seed, "fitted": moments * many}
         if self._calibration is not None:
-            fitted = 4 * (_FITTED if sequences > _FITTED else moments) * many
-            return given_text(self._calibration, self.made.tokenizer, fitted=fitted, labels=self.adapter.labels, **how)
-        return written_text(self.made.network, self.made.tokenizer, fitted=moments * many, seed=self._seed, **how)
+            how["fitted"] = 4 * (_FITTED if sequences > _FITTED else moments) * many
+        return text_for(self._calibration, self.made.network, self.made.tokenizer, **how)
 
     def _more_text(self) -> list[Encoded]:
         """What distillation wants beyond the first text."""

@@ -53,18 +53,15 @@ def layer_merge(
     adapter: Adapter,
     *,
     reference: str | Path,
-    method: str = LAYERWISE,
     calibration: str | Path | None = None,
     min_survival: float = 0.97,
     max_seconds: float = 900,
-    float_base: Checkpoint | None = None,
     has_head: bool = False,
     seed: int = 0,
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """Merge an adapter into folder/model.onnx, an int4 model without adapter, in place; as `grid_merge`.
 
     Args:
-        method, float_base: not looked at.
         calibration: a data file; None: sentences of random tokens, as a model that is never whole cannot write.
         max_seconds: about what it may take; steps are cut to it, to 40 for each layer at the least.
 

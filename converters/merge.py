@@ -158,15 +158,10 @@ def _room(source: Checkpoint, chosen: str, quantize: str, group_size: int, preci
     """Bytes that the output will take."""
     if chosen == "hf":
         return checkpoint_bytes(source)
-    _refuse_packed(source)
-    return onnx_bytes(source, quantize, group_size, precision)
-
-
-def _refuse_packed(source: Checkpoint) -> None:
-    """No road leads from a quantized checkpoint to ONNX."""
     from diablo_export.converters.onnx_graph import check_float
 
-    check_float(source)
+    check_float(source)  # no road leads from quantized weights to a merge in ONNX
+    return onnx_bytes(source, quantize, group_size, precision)
 
 
 def _format(format: str | None, quantize: str, precision: str) -> str:
@@ -216,21 +211,29 @@ def _into_onnx(
 
 
 def _measured(
-    folder: Path, adapter: Adapter, options: dict[str, Any], rebuild: Rebuild | None = None, **how: Any
+    folder: Path,
+    adapter: Adapter,
+    options: dict[str, Any],
+    *,
+    float_base: Checkpoint | None = None,
+    has_head: bool = False,
+    rebuild: Rebuild | None = None,
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """Merge into the model in `folder` by a method that measures, or by a plan; the entries, and the survival."""
-    rest = {name: value for name, value in options.items() if name not in ("plan", "max_bytes")}
+    by_plan = {name: options[name] for name in ("plan", "max_bytes")}
+    rest = {name: value for name, value in options.items() if name not in (*by_plan, "method")} | {"has_head": has_head}
     if options["method"] == merge_method.LAYERWISE:
         from diablo_export.converters.layer_merge import layer_merge
 
-        return layer_merge(folder, adapter, **rest, **how)
+        return layer_merge(folder, adapter, **rest)
+    rest |= {"method": options["method"], "float_base": float_base}
     if options["plan"] is None:
         from diablo_export.converters.grid_merge import grid_merge
 
-        return grid_merge(folder, adapter, **rest, **how)
+        return grid_merge(folder, adapter, **rest)
     from diablo_export.converters.planned_merge import planned_merge
 
-    return planned_merge(folder, adapter, rebuild=rebuild, **options, **how)
+    return planned_merge(folder, adapter, rebuild=rebuild, **by_plan, **rest)
 
 
 def _to_hf(

@@ -19,7 +19,7 @@ from diablo_export.blockdiag import Array
 from diablo_export.checkpoint import DTYPE_NAMES, Checkpoint, TensorInfo, write_safetensors
 from diablo_export.console import log, progress
 from diablo_export.converters.base import hashing
-from diablo_export.converters.calibration import Text, given_text, written_text
+from diablo_export.converters.calibration import Text, text_for
 from diablo_export.converters.hf_folder import copy_others, write_index
 from diablo_export.converters.merge_method import seed_faults
 from diablo_export.converters.sizes import checkpoint_bytes
@@ -127,9 +127,7 @@ def _text(
     classifier = task == "text-classification"
     how: dict[str, Any] = {"length": _LENGTH, "classifier": classifier, "judged": _JUDGED}
     how["fitted"] = fitted * (_SHORT if classifier else 1)
-    if calibration is not None:
-        return given_text(calibration, tokenizer, **how)
-    return written_text(network, tokenizer, seed=seed, writer="the model", **how)
+    return text_for(calibration, network, tokenizer, seed=seed, writer="the model", **how)
 
 
 def _loss(objective: Objective, text: Text, task: str) -> float | None:

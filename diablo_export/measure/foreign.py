@@ -47,7 +47,7 @@ def measure(
     modules: bool = False,
     **bounds: Any,
 ) -> Measured:
-    """Compare another program's export with base + adapter in torch; `bounds` are those of `one_adapter.measure`.
+    """Compare another program's export with base + adapter in torch; `bounds` are those of `examine`.
 
     Raises:
         InputError: the base, the adapter, the data or the exported base cannot be used.

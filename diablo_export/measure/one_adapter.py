@@ -76,16 +76,11 @@ def measure(
     name: str,
     folder: Path,
     *,
-    data: str | Path | None,
-    samples: int | None,
-    max_tokens: int,
-    seed: int,
-    steps: int,
     threads: int | None,
-    certify: bool = False,
     modules: bool = False,
+    **bounds: Any,
 ) -> Measured:
-    """Compare an output folder with base + adapter in torch; see `parity` for the arguments.
+    """Compare an output folder with base + adapter in torch; see `parity` for the arguments, `bounds` are `examine`'s.
 
     A model that onnxruntime refuses to load or run is a finding (figure `runs` is 0), not an error.
 
@@ -98,8 +93,7 @@ def measure(
     tuned, off = TorchRunner(model), TorchRunner(model, adapted=False)
     found = Measured(name, adapter.classifies, environment(manifest, base, name))
     found.environment["precision"] = sources.precision(out, manifest)
-    bounds: dict[str, Any] = {"data": data, "samples": samples, "max_tokens": max_tokens, "seed": seed, "steps": steps}
-    bounds |= {"threads": threads, "certify": certify, "labels": adapter.labels}
+    bounds |= {"threads": threads, "labels": adapter.labels}
     if manifest.get("exporter") == "given":  # whoever exported it may have fixed the length of its sequences
         bounds["longest"] = foreign_graph.read(out / "model.onnx").length
 

@@ -18,6 +18,7 @@ from diablo_export.trainer.batches import Batches
 from diablo_export.trainer.data import Encoded
 from diablo_export.trainer.folding import fold_blocks
 from diablo_export.trainer.layer import diablo_layers
+from diablo_export.trainer.learner import owners
 from diablo_export.trainer.loop import Step, learning_rate, train_loop, warm_up
 from diablo_export.trainer.model import checkpoint_activations, head_parameters, load_with_fresh, text_config
 from diablo_export.trainer.objective import Objective
@@ -128,8 +129,7 @@ def trial(
         for part in (part for step in range(max(1, warmup)) for part in batches(step)):
             (objective.loss(part) / objective.targets(part)).backward()  # type: ignore[no-untyped-call]
 
-    owners = {name.rpartition(".")[0] for name in head}
-    targets = [] if method == "full" else choose_targets(network, target_modules, exclude=owners)
+    targets = [] if method == "full" else choose_targets(network, target_modules, exclude=owners(head))
     rank = {"rank": equal_rank(network, targets, num_blocks or 1)} if method in ("lora", "dora") else {}
     trained = adapt(network, method, targets, num_blocks or 1, seed=seed, backward=backward)
     if how["gradient_checkpointing"]:
