@@ -129,29 +129,67 @@ def test_single_values_and_arrays_are_lists_too(tiny_model: Folder, data: Path, 
 # going on
 
 
-def test_killed_sweep_goes_on(
-    swept: Path, tiny_model: Folder, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
-) -> None:  # fmt: skip
-    model, file, output = tiny_model("llama"), data / "text.jsonl", tmp_path / "sweep"
-    run_all, ran = sweep_module.run_all, list[Any]()
-
-    def stop_after_three(*arguments: Any) -> Any:
-        for number, found in enumerate(run_all(*arguments)):
-            if number == 3:
-                raise KeyboardInterrupt
-            yield found
-
-    with monkeypatch.context() as patch:
-        patch.setattr(sweep_module, "run_all", stop_after_three)
-        with pytest.raises(KeyboardInterrupt):
-            sweep(model, file, output, **GRID)
+def unfinished(swept: Path, output: Path, trials: int) -> Path:
+    """The folder of a sweep for `output` that was killed after so many trials, in the middle of a line."""
     work = Path(f"{output}.sweep")
-    assert not output.exists() and len(read_results(work / RESULTS)) == 3
+    work.mkdir()
+    shutil.copyfile(swept / SETTINGS, work / SETTINGS)
+    whole = (swept / RESULTS).read_bytes().splitlines(keepends=True)
+    (work / RESULTS).write_bytes(b"".join(whole[:trials]) + b'{"method": "lora", "lr"')
+    return work
+
+
+@pytest.fixture
+def ran(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, float]]:
+    """The method and learning rate of each trial that a sweep runs."""
+    found: list[tuple[str, float]] = []
+    run_all = sweep_module.run_all
+
+    def remember(left: Any, *arguments: Any) -> Any:
+        found.extend((cell["method"], cell["lr"]) for cell in left)
+        return run_all(left, *arguments)
+
+    monkeypatch.setattr(sweep_module, "run_all", remember)
+    return found
+
+
+def test_a_sweep_that_is_stopped_keeps_what_is_finished(
+    tiny_model: Folder, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_all = sweep_module.run_all
+
+    def stop_after_one(*arguments: Any) -> Any:
+        yield next(iter(run_all(*arguments)))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sweep_module, "run_all", stop_after_one)
+    with pytest.raises(KeyboardInterrupt):
+        sweep(tiny_model("llama"), data / "text.jsonl", tmp_path / "sweep", **GRID)
+    assert [path.name for path in tmp_path.iterdir()] == ["sweep.sweep"]
+    assert len(read_results(tmp_path / "sweep.sweep" / RESULTS)) == 1
+
+
+def test_killed_sweep_goes_on(
+    swept: Path, ran: list[Any], tiny_model: Folder, data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model, file, output = tiny_model("llama"), data / "text.jsonl", tmp_path / "sweep"
+    work = unfinished(swept, output, 3)
     with pytest.raises(
         OutputError, match=r"sweep.sweep: holds an unfinished sweep; go on with --resume, or start anew"
     ):
         sweep(model, file, output, **GRID)
+    with caplog.at_level("INFO", "diablo_export"):
+        results = sweep(model, file, output, resume=True, **GRID)
+    assert ran == [("lora", 0.01), ("lora", 0.03)] and "3 of 5 trials are done already" in caplog.text
+    assert outcomes(results) == outcomes(read_results(swept / RESULTS)) == outcomes(read_results(output / RESULTS))
+    assert not work.exists()
+
+
+def test_a_sweep_goes_on_with_its_own_settings_and_base_only(
+    swept: Path, tiny_model: Folder, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, file, output = tiny_model("llama"), data / "text.jsonl", tmp_path / "sweep"
+    work = unfinished(swept, output, 3)
     with pytest.raises(InputError, match=r"(?s)started with other settings.*max_steps was 4, now it is 5"):
         sweep(model, file, output, resume=True, **{**GRID, "max_steps": 5})
     with monkeypatch.context() as patch, pytest.raises(InputError, match=r"(?s)with other settings.*base was"):
@@ -163,33 +201,23 @@ def test_killed_sweep_goes_on(
     (work / SETTINGS).write_text(json.dumps({**settings, "model": str(other)}))
     with pytest.raises(InputError, match=r"(?s)with other settings.*base was"):  # the same weights, other tokens
         sweep(other, file, output, resume=True, **GRID)
-    (work / SETTINGS).write_text(json.dumps(settings))
-    with (work / RESULTS).open("a") as stream:
-        stream.write('{"method": "lora", "lr"')  # a kill in the middle of a line
 
-    def remember(left: Any, *arguments: Any) -> Any:
-        ran.extend((cell["method"], cell["lr"]) for cell in left)
-        return run_all(left, *arguments)
 
-    monkeypatch.setattr(sweep_module, "run_all", remember)
-    with caplog.at_level("INFO", "diablo_export"):
-        results = sweep(model, file, output, resume=True, **GRID)
-    assert ran == [("lora", 0.01), ("lora", 0.03)] and "3 of 5 trials are done already" in caplog.text
-    assert outcomes(results) == outcomes(read_results(swept / RESULTS)) == outcomes(read_results(output / RESULTS))
-    assert not work.exists()
-
-    ran.clear()  # a finished sweep is widened by what it lacks
+def test_a_finished_sweep_is_widened_by_what_it_lacks(
+    swept: Path, ran: list[Any], tiny_model: Folder, data: Path, tmp_path: Path
+) -> None:
+    model, file = tiny_model("llama"), data / "text.jsonl"
+    output, work = Path(shutil.copytree(swept, tmp_path / "sweep")), tmp_path / "sweep.sweep"
     with pytest.raises(OutputError, match="exists already"):
         sweep(model, file, output, **GRID)
     results = sweep(model, file, output, resume=True, **{**GRID, "methods": ["diablo"], "seeds": [0, 1]})
     assert ran == [("diablo", 0.01), ("diablo", 0.03)] and len(results) == 7
     assert read_results(output / RESULTS) == results
 
-    work.mkdir()  # killed after the output was in place, before this was removed
-    for name in (RESULTS, SETTINGS):
-        (work / name).write_bytes((output / name).read_bytes())
+    shutil.copytree(output, work)  # killed after the output was in place, before this was removed
     ran.clear()
     assert sweep(model, file, output, resume=True, **GRID) == results and not ran
+    assert not work.exists()
     results = sweep(model, file, output, overwrite=True, **{**GRID, "lr": [0.01], "max_steps": 2})
     assert len(ran) == len(results) == 3 and {result.get("steps", 2) for result in results} == {2}
 

@@ -41,7 +41,8 @@ PARTS = ("numbers", "speed", "training", "sessions", "memcheck", "racecheck", "s
 LIBRARIES = ("libdiablo_kernels_c.so", "libdiablo_kernels_ort.so")
 
 
-def main() -> None:
+def asked_for() -> argparse.Namespace:
+    """What the command line says."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=ROOT / "build" / "gpu")
     parser.add_argument("--kit", type=Path, help=f"what --prepare made; unless named, {KIT.relative_to(ROOT)} if there")
@@ -51,8 +52,11 @@ def main() -> None:
     parser.add_argument("--small", action="store_true", help="a few small calls, to try the scripts")
     parser.add_argument("--only", metavar="PART,PART", help=f"some of {', '.join(PARTS)}")
     parser.add_argument("--seconds", type=float, default=TOGETHER, help="that all parts may take (default %(default)s)")
-    asked = parser.parse_args()
-    began = time.monotonic()
+    return parser.parse_args()
+
+
+def main() -> None:
+    asked, began = asked_for(), time.monotonic()
     if asked.prepare:
         return prepare(asked.prepare, asked.architectures)
     only = asked.only.split(",") if asked.only else list(PARTS)

@@ -30,13 +30,18 @@ JOINED = {"q+k+v": ("q", "k", "v"), "gate+up": ("gate", "up")}  # layers that re
 Call = Callable[[], None]
 
 
-def main() -> None:
+def asked_for() -> argparse.Namespace:
+    """What the command line says."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--library", type=Path, required=True)
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     parser.add_argument("--small", action="store_true", help="to try the script itself")
     parser.add_argument("--num-blocks", type=int, default=64)
-    asked = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> None:
+    asked = asked_for()
     kernels, device = Kernels(asked.library), asked.device
     shapes = SMALL if asked.small else LLAMA
     rows = [1, 8] if asked.small else [1, 4, 16, 512, 2048]
