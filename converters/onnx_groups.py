@@ -202,11 +202,8 @@ def _each(groups: Index) -> tuple[Index, Index]:
 
 def read(one: Match, folder: Path) -> Grid:
     """The module's grid, (out, groups, size)."""
-    parts = [opened(piece.linear, folder).part(slice(piece.start, piece.stop), slice(0, None)) for piece in one.pieces]
-    codes, scales, zeros = (
-        np.concatenate([getattr(part, name) for part in parts]) for name in ("codes", "scales", "zeros")
-    )
-    return Grid(codes, scales, zeros, parts[0].bits, parts[0].symmetric)
+    every = slice(0, None)
+    return Grid.joined([opened(at.linear, folder).part(slice(at.start, at.stop), every) for at in one.pieces])
 
 
 def write(one: Match, grid: Grid, folder: Path) -> int:

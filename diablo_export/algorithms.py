@@ -62,11 +62,7 @@ class Algorithm:
             return gptq(weight, bits, group_size, symmetric, self.moments(module))
         rows = max(1, _AT_ONCE // weight.shape[1])
         choose = {"k_quant": _k_quant, "hqq": _hqq}[self.name]
-        parts = [choose(weight[at : at + rows], bits, group_size) for at in range(0, len(weight), rows)]
-        codes, scales, zeros = (
-            np.concatenate([getattr(part, name) for part in parts]) for name in ("codes", "scales", "zeros")
-        )
-        return Grid(codes, scales, zeros, bits, False)
+        return Grid.joined([choose(weight[at : at + rows], bits, group_size) for at in range(0, len(weight), rows)])
 
 
 def gptq(weight: Float32, bits: int, group_size: int, symmetric: bool, moments: Float32) -> Grid:

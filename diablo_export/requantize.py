@@ -13,7 +13,7 @@ All work on some rows of a weight, cut into groups: target (rows, groups, size),
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -38,6 +38,14 @@ class Grid:
     zeros: Array  # (rows, groups): uint8, or float32 anywhere between the codes, as HQQ has them
     bits: int
     symmetric: bool  # zeros stay 2^(bits − 1)
+
+    @classmethod
+    def joined(cls, parts: Sequence[Grid]) -> Grid:
+        """The grid whose rows are those of the parts, in order."""
+        codes, scales, zeros = (
+            np.concatenate([getattr(part, name) for part in parts]) for name in ("codes", "scales", "zeros")
+        )
+        return cls(codes, scales, zeros, parts[0].bits, parts[0].symmetric)
 
     def values(self) -> Float32:
         """The weights, (rows, groups, size)."""
@@ -105,7 +113,7 @@ def grouped(values: Float32, size: int) -> Float32:
     return padded.reshape(len(values), -1, size)
 
 
-def ungrouped(values: Float32, in_features: int) -> Float32:
+def ungrouped(values: Array, in_features: int) -> Array:
     """What `grouped` was given: (out, groups, size) → (out, in_features)."""
     return values.reshape(len(values), -1)[:, :in_features]
 

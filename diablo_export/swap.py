@@ -23,6 +23,7 @@ from diablo_export.block_storage import BASE_KEY, MARKED, base_mark
 from diablo_export.blockdiag import Array
 from diablo_export.console import log
 from diablo_export.errors import ExportError, InputError, require
+from diablo_export.output import MANIFEST
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -152,7 +153,7 @@ def check_folder(folder: str | Path, adapter: SwapAdapter) -> None:
     Raises:
         InputError: it was made for another base; the folder has no manifest.
     """
-    file = Path(folder) / "diablo_export.json"
+    file = Path(folder) / MANIFEST
     try:
         manifest = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

@@ -45,6 +45,15 @@ def workplace(tiny_model: Folder, tmp_path_factory: pytest.TempPathFactory) -> P
     return folder
 
 
+@pytest.fixture
+def beside(workplace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder of its own, the working one, with the model and the data."""
+    for name in ("model", "train.jsonl"):
+        (tmp_path / name).symlink_to(workplace / name)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
 def blocks(page: Path) -> Iterator[tuple[str, str]]:
     """(language, text) of the fenced blocks that are marked to be run, in order."""
     pattern = r"<!-- runs -->\n```(\w+)\n(.*?)```"
@@ -57,6 +66,12 @@ def run_console(text: str) -> None:
         assert line.startswith("$ ") and program == "diablo-export", line
         result = CliRunner().invoke(main, [*arguments, *SMALLER.get(arguments[0], [])])
         assert result.exit_code == 0, f"{line}\n{result.output}"
+
+
+def run_page(name: str) -> None:
+    for language, text in blocks(ROOT / "docs" / name):
+        assert language == "console"
+        run_console(text)
 
 
 def test_readme_runs_from_top_to_bottom(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -92,28 +107,17 @@ def test_runtime_page_runs_from_top_to_bottom(
 
 
 @pytest.mark.slow
-def test_low_bit_page_runs_from_top_to_bottom(workplace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("model", "train.jsonl"):
-        (tmp_path / name).symlink_to(workplace / name)
-    monkeypatch.chdir(tmp_path)
-    for language, text in blocks(ROOT / "docs" / "low_bit.md"):
-        assert language == "console"
-        run_console(text)
+@pytest.mark.usefixtures("beside")
+def test_low_bit_page_runs_from_top_to_bottom() -> None:
+    run_page("low_bit.md")
     survival = json.loads(Path("merged/diablo_export.json").read_text())["survival"]
     assert (survival["method"], survival["passed"]) == ("on_grid", True)
     assert json.loads(Path("moved/adapter_config.json").read_text())["base_quantization"]["on_grid"]
 
 
-def test_training_page_runs_and_leaves_nothing(
-    workplace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for name in ("model", "train.jsonl"):
-        (tmp_path / name).symlink_to(workplace / name)
-    monkeypatch.chdir(tmp_path)
-    for language, text in blocks(ROOT / "docs" / "training.md"):
-        assert language == "console"
-        run_console(text)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "train.jsonl"]
+def test_training_page_runs_and_leaves_nothing(beside: Path) -> None:
+    run_page("training.md")
+    assert sorted(path.name for path in beside.iterdir()) == ["model", "train.jsonl"]
 
 
 def test_patch_commands_run(

@@ -19,7 +19,7 @@ from diablo_export.blockdiag import Array
 from diablo_export.packed import gptq as codec
 from diablo_export.packed.grid import PackedGrid
 from diablo_export.quantization import Float32
-from diablo_export.requantize import Grid, calibrated, grouped, nearest, refitted, rounded
+from diablo_export.requantize import Grid, calibrated, grouped, nearest, refitted, rounded, ungrouped
 
 METHODS = ("calibrated", "gptq", "refit", "rtn")
 FITTED = ("calibrated", "gptq")  # to the second moments of a layer's inputs
@@ -56,16 +56,13 @@ def quantized(
     """
     # GPTQ inverts the moments each time that it is called, and takes little memory beside them
     rows = len(weight) if method == "gptq" else max(1, _AT_ONCE // weight.shape[1])
-    parts = [
+    grid = Grid.joined([
         _chosen(weight[at : at + rows], bits, group_size, symmetric, method, moments)
         for at in range(0, len(weight), rows)
-    ]
-    codes, scales, zeros = (
-        np.concatenate([getattr(part, name) for part in parts]) for name in ("codes", "scales", "zeros")
-    )
+    ])
     inputs = weight.shape[1]
-    codes = codes.reshape(len(weight), -1)[:, :inputs]
-    return PackedGrid(codes, scales, zeros.astype(np.uint8), np.arange(inputs) // group_size, bits, np.float16)
+    codes, zeros = ungrouped(grid.codes, inputs), grid.zeros.astype(np.uint8)
+    return PackedGrid(codes, grid.scales, zeros, np.arange(inputs) // group_size, bits, np.float16)
 
 
 def tensors(grid: PackedGrid, config: dict[str, Any]) -> dict[str, Array]:
