@@ -218,3 +218,10 @@ FORMATS: dict[str, tuple[dict[str, Any], Callable[[Array], Tensors], dict[str, A
     "nf4": (_BNB, bnb, {}, 64),
     "nf4-double": (_BNB | {"bnb_4bit_use_double_quant": True}, lambda w: bnb(w, nested=True), {}, 64),
 }  # fmt: skip
+
+
+def stored(folder: Path, name: str, module: str) -> Array:
+    """The weight (out, in) that a checkpoint of this format holds for a module."""
+    config, _, how, size = FORMATS[name]
+    tensors = parts(load_file(folder / "model.safetensors"), module)
+    return dense(tensors, config["quant_method"], **{**how, "size": size})
