@@ -18,7 +18,7 @@ import onnx_ir as ir
 from diablo_export.adapter import Adapter
 from diablo_export.algorithms import Algorithm
 from diablo_export.base_grid import BITS
-from diablo_export.checkpoint import Checkpoint
+from diablo_export.checkpoint import HEAD, Checkpoint
 from diablo_export.console import log, progress
 from diablo_export.converters.onnx_file import MODEL
 from diablo_export.converters.onnx_weights import Job, Source, float_job, quantized_job, write
@@ -75,7 +75,8 @@ class Weights:
         first = self.tied.get(name, name)  # any of the names that share values may be stored, or each for itself
         names = [name, first, *(other for other, target in self.tied.items() if target == first)]
         for each in names:
-            value = self.saved.get(each)
+            # a new head is the head's alone, also where the base stores the embeddings under its name
+            value = None if each != name and each.endswith(HEAD) else self.saved.get(each)
             stored = self.checkpoint.find(each) if value is None else value
             if stored is not None:
                 return Source(stored, origin.conv1d, blocks, origin.rows)

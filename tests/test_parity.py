@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import shutil
@@ -10,8 +11,10 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from diablo_export import runtime
+from diablo_export.adapter import Adapter
 from diablo_export.converters.onnx_adapters import write_onnx_adapter
 from diablo_export.errors import CheckFailed, DataError, InputError
 from diablo_export.manifest import MANIFEST, read_manifest
@@ -374,3 +377,27 @@ def test_folders_that_are_no_export(tmp_path: Path, float_merge: Path) -> None:
     (out / MANIFEST).write_text(json.dumps(manifest))
     with pytest.raises(InputError, match="names no adapter"):
         parity(out, **SMALL)
+
+
+@pytest.mark.parametrize("stored", ["model.embed_tokens.weight", "lm_head.weight"])
+def test_an_adapter_with_a_head_of_its_own_for_a_base_that_ties_it(
+    stored: str, tiny_model: Get, tiny_adapter: Get, tmp_path: Path
+) -> None:
+    """The embeddings stay, in torch and in the graph, whichever of the two names the base stores them under."""
+    base, adapter = (
+        shutil.copytree(tiny_model("llama-tied"), tmp_path / "base"),
+        Adapter.load(tiny_adapter("llama-tied")),
+    )
+    tensors = load_file(base / "model.safetensors")
+    table = tensors.pop("model.embed_tokens.weight")
+    save_file({**tensors, stored: table}, base / "model.safetensors", {"format": "pt"})
+    (tmp_path / "a").mkdir()
+    dataclasses.replace(adapter, saved={"lm_head.weight": table * np.float32(1.5)}).save(tmp_path / "a")
+    for out in (
+        exports.merged(base, tmp_path / "a", tmp_path / "hf", format="hf"),
+        exports.branched(base, {"a": tmp_path / "a"}, tmp_path / "branch"),
+        exports.merged(base, tmp_path / "a", tmp_path / "int4", quantize="int4", method="rtn", group_size=16),
+    ):
+        report = parity(out, model=base, adapter=[str(tmp_path / "a")], **{**SMALL, "modules": True})
+        assert report["first_divergent_module"] is None
+        assert report["verdict"] == "pass" or out.name == "int4"  # rounded to the nearest, and never trained

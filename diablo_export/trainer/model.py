@@ -192,7 +192,7 @@ def attach(model: nn.Module, adapter: Adapter) -> None:
     Raises:
         AdapterError: lists every module or parameter that the model lacks or has in another size.
     """
-    modules, parameters = dict(model.named_modules()), dict(model.named_parameters())
+    modules, parameters = dict(model.named_modules()), dict(model.named_parameters(remove_duplicate=False))
     faults = [
         f"{name}: {fault}"
         for name, module in adapter.modules.items()
@@ -206,8 +206,13 @@ def attach(model: nn.Module, adapter: Adapter) -> None:
     refuse_base(adapter, str(getattr(model, "name_or_path", "")) or type(model).__name__, faults)
     for name, module in adapter.modules.items():
         wrap(model, name, blocks=torch.from_numpy(module.blocks.astype(np.float32)))
+    first = dict(model.named_parameters())
     with torch.no_grad():
         for name, value in adapter.saved.items():
+            if name not in first:  # a head tied to the embeddings, which stay as they are
+                owner, _, leaf = name.rpartition(".")
+                parameters[name] = nn.Parameter(parameters[name].clone(), requires_grad=False)
+                setattr(model.get_submodule(owner), leaf, parameters[name])
             parameters[name].copy_(torch.from_numpy(value.astype(np.float32)))
 
 
