@@ -20,10 +20,13 @@ from diablo_export.blockdiag import Array, add_to_weight
 from diablo_export.checkpoint import Checkpoint
 from diablo_export.console import log
 from diablo_export.converters.budget import place
+from diablo_export.converters.onnx_file import MODEL
 from diablo_export.converters.onnx_groups import quantized, read
 from diablo_export.converters.onnx_match import Match, match
 from diablo_export.errors import MatchError
 from diablo_export.fingerprint import fingerprint
+from diablo_export.measure.experts import lay_experts
+from diablo_export.measure.places import Graph as Places
 from diablo_export.quantization import Float32
 from diablo_export.requantize import Grid, grouped
 from diablo_export.trainer.grid import GridLinear
@@ -95,6 +98,7 @@ def lay(
     """
     grids: dict[str, Grid] = {}
     bare: list[str] = []
+    lay_experts(Places(folder / MODEL), part, path)
     for name, module in list(part.named_modules(prefix=path)):
         if not is_linear(module):
             continue

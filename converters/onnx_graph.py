@@ -25,6 +25,7 @@ from diablo_export.converters.onnx_nodes import Weights, finish
 from diablo_export.converters.onnx_trial import try_graph
 from diablo_export.converters.onnx_weights import DATA
 from diablo_export.converters.packed_view import float_view
+from diablo_export.converters.stacked_view import stacked_view
 from diablo_export.errors import DependencyError, ExportError, InputError, require, require_all
 from diablo_export.packed.modules import refuse_unreadable
 from diablo_export.quantization import check_layout
@@ -105,7 +106,7 @@ def build_graph(
     checkpoint = Checkpoint.open(model)
     if quantize != "none" or merged is not None:
         check_float(checkpoint)
-    checkpoint = float_view(checkpoint)
+    checkpoint = stacked_view(float_view(checkpoint))
     saved = {**(head.saved if head else {}), **(merged.saved if merged else {})}
     weights = Weights(checkpoint, merged, saved)
     # a head of its own, or a quantized one, cannot share the embedding's table

@@ -20,8 +20,9 @@ from diablo_export.algorithms import Algorithm
 from diablo_export.base_grid import BITS
 from diablo_export.checkpoint import HEAD, Checkpoint
 from diablo_export.console import log, progress
+from diablo_export.converters.onnx_experts import quantize_experts
 from diablo_export.converters.onnx_file import MODEL
-from diablo_export.converters.onnx_weights import Job, Source, float_job, quantized_job, write
+from diablo_export.converters.onnx_weights import Job, Source, float_job, placeholder, quantized_job, write
 from diablo_export.converters.packed_view import stored_codes
 from diablo_export.errors import CheckpointError, MatchError, indented
 from diablo_export.opschema import MODULE, ROWS
@@ -38,6 +39,8 @@ class Origin:
     transposed: bool = False  # a matrix stored (in_features, out_features)
     rows: tuple[int, int] | None = None  # these output rows only
     conv1d: bool = False  # the parameter itself is (in_features, out_features)
+    swapped: bool = False  # experts that the parameter has as (experts, in_features, out_features)
+    by_turns: bool = False  # experts whose gate and up lie row by row in turns, in the parameter above each other
 
     @property
     def module(self) -> str:
@@ -79,7 +82,7 @@ class Weights:
             value = None if each != name and each.endswith(HEAD) else self.saved.get(each)
             stored = self.checkpoint.find(each) if value is None else value
             if stored is not None:
-                return Source(stored, origin.conv1d, blocks, origin.rows)
+                return Source(stored, origin.conv1d, blocks, origin.rows, origin.swapped, origin.by_turns)
         folder = next(iter(self.checkpoint)).file.parent  # where the weights lie: a quantized model's view has another
         raise CheckpointError(
             f"{folder}: has no tensor for the parameter {name}, nor does the adapter bring it; its "
@@ -120,12 +123,22 @@ def finish(
     jobs: dict[str, Job] = {}
     shared: dict[str, None] = {}
     gains: dict[str, dict[str, float]] = defaultdict(dict)  # of modules that float16 takes blocks from
+    routed: set[str] = set()  # modules that have experts
+    for node in [node for node in graph.all_nodes() if node.op_type == "MoE"]:
+        experts = {value: named[value] for value in node.inputs if value in named}
+        module = node.metadata_props[MODULE] = next(iter(experts.values())).module
+        routed.add(_outer(module))
+        if quantize != "none":
+            sources = {value: weights.source(origin) for value, origin in experts.items()}
+            how: Any = {"bits": BITS[quantize], "group_size": group_size, "symmetric": symmetric}
+            made = quantize_experts(graph, node, module, sources, **how, accuracy_level=accuracy_level)
+            jobs |= {job.initializers[0].name or "": job for job in made}
 
     def grid_of(source: Source, module: str) -> _Grid | None:
         if (packed := stored_codes(source)) is not None:
             stored = packed.bits, packed.group_size, packed.zero_points is None
             return _Grid(*stored, by=partial(_stored_codes, source))
-        if quantize == "none":
+        if quantize == "none" or _outer(module) in routed:  # which expert it is to be is no matter of 4 bits
             return None
         bits = 8 if module in wide else BITS[quantize]
         if algorithm is None:
@@ -142,7 +155,7 @@ def finish(
             entry, job = _quantize(graph, node, weight, source, grid)
             node.attributes.add(ir.AttrInt64("accuracy_level", accuracy_level))
         else:
-            shared |= {} if quantize == "none" or alone else {module: None}
+            shared |= {} if quantize == "none" or alone or _outer(module) in routed else {module: None}
             entry, job = _plain(node, weight, origin, replace(source, kept=gains[module]))
         modules[module].append(entry | {"rows": list(origin.rows) if origin.rows else None})
         jobs[weight.name or ""] = job
@@ -194,6 +207,11 @@ def _mark(node: ir.Node, origin: Origin) -> None:
         node.metadata_props[ROWS] = f"{origin.rows[0]}:{origin.rows[1]}"
 
 
+def _outer(module: str) -> str:
+    """The module that has this one."""
+    return module.rpartition(".")[0]
+
+
 def _stored_codes(source: Source, weight: Float32) -> Quantized:
     """The codes that the source has; read again, so that those of all weights are not held."""
     found = stored_codes(source)
@@ -243,11 +261,11 @@ def _quantize(
     out_features, in_features = source.shape
     groups = -(-in_features // group_size)
     name, dtype = weight.name, weight.dtype
-    codes = _new(graph, f"{name}_Q{bits}", ir.DataType.UINT8, (out_features, groups, group_size * bits // 8))
-    scales = _new(graph, f"{name}_scales", dtype, (out_features, groups))
+    codes = placeholder(graph, f"{name}_Q{bits}", ir.DataType.UINT8, (out_features, groups, group_size * bits // 8))
+    scales = placeholder(graph, f"{name}_scales", dtype, (out_features, groups))
     shape = (out_features, groups if grid.between else -(-groups * bits // 8))
     stored = dtype if grid.between else ir.DataType.UINT8
-    zeros = None if grid.symmetric else _new(graph, f"{name}_zero_points", stored, shape)
+    zeros = None if grid.symmetric else placeholder(graph, f"{name}_zero_points", stored, shape)
     node.op_type, node.domain, node.name = "MatMulNBits", "com.microsoft", f"{node.name}_Q{bits}"
     node.resize_inputs(3 if zeros is None else 4)
     for index, value in enumerate((codes, scales, zeros)[: 2 if zeros is None else 3], start=1):
@@ -290,15 +308,6 @@ def _keep_16_bits(graph: ir.Graph, table: ir.Value, source: Source) -> None:
         for user, index in found.uses():
             if user is not cast:
                 user.replace_input_with(index, cast.outputs[0])
-
-
-def _new(graph: ir.Graph, name: str, dtype: ir.DataType | None, shape: tuple[int, ...]) -> ir.Value:
-    """An initializer whose values come later."""
-    assert dtype is not None
-    value = ir.Value(name=name, type=ir.TensorType(dtype), shape=ir.Shape(shape))
-    value.const_value = ir.ExternalTensor("", 0, 0, dtype, shape=ir.Shape(shape), name=name)
-    graph.register_initializer(value)
-    return value
 
 
 def _constants(layout: Layout, done: Mapping[str, Job]) -> Iterator[Job]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
+import math
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -43,12 +44,15 @@ class Source:
     conv1d: bool = False  # the checkpoint stores it (in_features, out_features), as GPT-2 does
     blocks: Array | None = None  # (num_blocks, block_size_in, block_size_out), added on the way
     rows: tuple[int, int] | None = None  # only these output rows; None: all
+    swapped: bool = False  # experts that are stored (experts, in_features, out_features)
+    by_turns: bool = False  # of experts the rows of the first half (gate) and the second (up) by turns
     kept: dict[str, float] | None = None  # reading puts in it what float16 leaves of the blocks, as a manifest says it
 
     @property
     def shape(self) -> tuple[int, ...]:
         """(out_features, in_features) of a matrix, of the rows asked for; any shape of another tensor."""
         shape = self.stored.shape[::-1] if self.conv1d else self.stored.shape
+        shape = (shape[0], shape[2], shape[1]) if self.swapped else shape
         return shape if self.rows is None else (self.rows[1] - self.rows[0], *shape[1:])
 
     @property
@@ -58,6 +62,11 @@ class Source:
 
     def read(self, start: int | None = None, stop: int | None = None) -> Array:
         """Rows start to stop, or everything, in the stored dtype; float32 where blocks were added."""
+        values = self._read(start, stop)
+        values = values.swapaxes(1, 2) if self.swapped else values
+        return by_turns(values) if self.by_turns else values
+
+    def _read(self, start: int | None, stop: int | None) -> Array:
         first = self.rows[0] if self.rows else 0
         last = self.rows[1] if self.rows else (self.shape[0] if self.shape else 0)
         wanted = slice(first + (start or 0), last if stop is None else first + stop)
@@ -102,8 +111,8 @@ def float_job(initializer: ir.Value, source: Source, transposed: bool) -> Job:
             step = _step(weight.shape[0])
             for start in range(0, weight.shape[1], step):
                 yield lambda strip=weight[:, start : start + step]: (cast(strip.T),)  # type: ignore[misc]
-        elif source.in_pieces and len(source.shape) == 2:
-            step = _step(source.shape[1])
+        elif source.in_pieces and len(source.shape) in (2, 3):
+            step = _step(math.prod(source.shape[1:]))
             for start in range(0, source.shape[0], step):
                 stop = min(start + step, source.shape[0])
                 yield lambda start=start, stop=stop: (cast(source.read(start, stop)),)  # type: ignore[misc]
@@ -219,6 +228,21 @@ def _cast(values: Array, initializer: ir.Value, source: Source) -> Array:
             raise AdapterError(f"{initializer.name}: base plus blocks overflows float16; take --precision fp32")
         raise CheckpointError(f"{initializer.name}: its values overflow float16; take --precision fp32")
     return made
+
+
+def by_turns(values: Array) -> Array:
+    """(experts, rows, …) with the rows of the first and of the second half by turns."""
+    first, second = np.split(values, 2, axis=1)
+    return np.stack([first, second], axis=2).reshape(values.shape)
+
+
+def placeholder(graph: ir.Graph, name: str, dtype: ir.DataType | None, shape: tuple[int, ...]) -> ir.Value:
+    """An initializer whose values come later."""
+    assert dtype is not None
+    value = ir.Value(name=name, type=ir.TensorType(dtype), shape=ir.Shape(shape))
+    value.const_value = ir.ExternalTensor("", 0, 0, dtype, shape=ir.Shape(shape), name=name)
+    graph.register_initializer(value)
+    return value
 
 
 def _rows(info: TensorInfo, rows: slice) -> TensorInfo:

@@ -102,11 +102,14 @@ def _empty_model(config: Any, task: str, precision: str, share: bool) -> tuple[A
     import transformers
     from accelerate import init_empty_weights
 
+    from diablo_export.converters.torch_experts import use_operator
+
     auto: Any = getattr(transformers, decoder_class(config.to_dict()))
     if task == "text-classification":
         auto = transformers.AutoModelForSequenceClassification
     with init_empty_weights(include_buffers=False):
         model = auto.from_config(config, dtype=getattr(torch, _DTYPES[precision])).eval()
+    use_operator(model)
     buffers = {name: buffer.numpy() for name, buffer in model.named_buffers()}
     model.to("meta")
     model.tie_weights()  # initialising parameter by parameter has cut the ties
@@ -285,6 +288,9 @@ def _drop_transposes(graph: ir.Graph) -> None:
 def _origins(graph: ir.Graph, model: Any, stored: set[str]) -> dict[str, Origin]:
     from transformers.pytorch_utils import Conv1D
 
+    from diablo_export.trainer.experts import is_experts
+
+    experts = {name: module for name, module in model.named_modules() if is_experts(module)}
     conv1d = {name for name, module in model.named_modules() if isinstance(module, Conv1D)}
     origins = {}
     for name in stored:
@@ -292,11 +298,23 @@ def _origins(graph: ir.Graph, model: Any, stored: set[str]) -> dict[str, Origin]
         if value is None:
             continue
         module, _, leaf = name.rpartition(".")
+        if module in experts:
+            origins[name] = _expert_origin(name, value, experts[module])
+            continue
         flipped = bool(value.meta.get("transposed"))
         # Conv1D keeps (in, out): what is stored there as it is, is transposed to nn.Linear's (out, in)
         is_conv1d = module in conv1d and leaf == "weight"
         origins[name] = Origin(name, transposed=flipped != is_conv1d, conv1d=is_conv1d)
     return origins
+
+
+def _expert_origin(name: str, value: ir.Value, experts: Any) -> Origin:
+    """As the MoE operator has it: (experts, out_features, in_features), gate and up by turns."""
+    swapped = experts.is_transposed and value.shape is not None and len(value.shape) == 3
+    if swapped:
+        count, inputs, outputs = value.shape  # type: ignore[misc]
+        value.shape = ir.Shape((count, outputs, inputs))
+    return Origin(name, swapped=swapped, by_turns=experts.is_concatenated and "gate_up_proj" in name)
 
 
 def _save_tokenizer(source: Path, folder: Path) -> None:

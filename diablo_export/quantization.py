@@ -8,6 +8,7 @@ input dimension); a test holds that on every run.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -54,6 +55,14 @@ def check_layout(bits: int, group_size: int) -> None:
         raise InputError(
             f"{bits} bits in groups of {group_size}: bits must be one of {BITS}, the group size one of {GROUP_SIZES}"
         )
+
+
+def fitting_group(group_size: int, widths: Iterable[int]) -> int | None:
+    """The largest group of at most this size that divides all the widths, as experts in few bits want it."""
+    wanted = (
+        size for size in reversed(GROUP_SIZES) if size <= group_size and not any(width % size for width in widths)
+    )
+    return next(wanted, None)
 
 
 def quantize(weight: Float32, bits: int = 4, group_size: int = 32, symmetric: bool = True) -> Quantized:

@@ -88,3 +88,14 @@ def test_uncovered_outputs_are_warned_about(
         assert not caplog.text
         wrap_targets(network, choose_targets(network, "up_proj"), 60)  # 64 → 96: blocks of 2 × 2, 48 of them
     assert "model.layers.0.mlp.up_proj: 64 of 96 outputs" in caplog.text
+
+
+def test_what_chooses_among_experts_is_left_out() -> None:
+    """Phi-MoE's router is a linear layer."""
+    from transformers import PhimoeConfig, PhimoeForCausalLM
+
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    network = PhimoeForCausalLM(PhimoeConfig(**sizes, vocab_size=64, num_key_value_heads=2, num_local_experts=4))
+    targets = choose_targets(network, "all-linear")
+    assert {name.rpartition(".")[2] for name in targets} == {"q_proj", "k_proj", "v_proj", "o_proj"}
+    assert choose_targets(network, "router") == ["model.layers.0.mlp.router"]

@@ -88,6 +88,17 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "bert": ("BertConfig", {}),
 }
 
+# mixtures of experts; `make_adapter` wants its targets named, as stored experts look like linear layers
+MIXTURES: dict[str, tuple[str, dict[str, Any]]] = {
+    "mixtral": ("MixtralConfig", {"num_local_experts": 4}),  # stored one by one, gate and up apart
+    "gpt-oss": ("GptOssConfig", {"num_local_experts": 4, "sliding_window": 5}),  # whole, turned, with biases
+    "granitemoe": ("GraniteMoeConfig", {"num_local_experts": 4}),  # whole, by other names
+    "qwen3-moe": (
+        "Qwen3MoeConfig",
+        {"num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 32, "norm_topk_prob": False},
+    ),
+}
+
 
 BY_TORCH = ("bert", "gemma4", "gpt2", "gpt-neo", "gpt-neox")  # onnxruntime-genai's builder takes all the others
 
@@ -97,7 +108,7 @@ def make_model(architecture: str, folder: Path, seed: int = 0, **changes: Any) -
     import torch
     import transformers
 
-    kind, differences = ARCHITECTURES[architecture]
+    kind, differences = {**ARCHITECTURES, **MIXTURES}[architecture]
     computed = kind in ("GPT2Config", "GPTNeoConfig", "GPTNeoXConfig", "BertConfig")  # from the other sizes
     sizes = {key: value for key, value in SIZES.items() if not (computed and key == "head_dim")}
     config = getattr(transformers, kind)(**{**sizes, **differences, **changes})

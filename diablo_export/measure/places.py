@@ -50,6 +50,11 @@ class Place:
         return {self.x, *(part.y for part in self.parts)}
 
 
+def marks(node: onnx.NodeProto) -> list[str]:
+    """The modules that a node is marked with."""
+    return [module for entry in node.metadata_props if entry.key == MODULE for module in entry.value.split(",")]
+
+
 class Graph:
     """A model file without its large weights, and who makes and reads each value.
 
@@ -117,6 +122,16 @@ class Graph:
         nodes = (node for node in self.proto.graph.node if node.op_type == "GatherBlockQuantized")
         return next((node.output[0] for node in nodes if "input_ids" in node.input), None)
 
+    @property
+    def experts(self) -> dict[str, onnx.NodeProto]:
+        """The modules whose experts are quantized, and their nodes."""
+        return {module: node for node in self.proto.graph.node if node.op_type == "QMoE" for module in marks(node)}
+
+    @property
+    def mixed(self) -> dict[str, str]:
+        """What quantized experts give, by module: behind the sum of their weights, which the operator makes one."""
+        return {module: self.readers[node.output[0]][0].output[0] for module, node in self.experts.items()}
+
     def read(self, name: str) -> np.ndarray[Any, Any]:
         """The values of an initializer."""
         return read_tensor(self.stored[name], self.path)
@@ -133,10 +148,9 @@ class Graph:
         """Nodes by the one module that they are marked with, in the order of their rows."""
         found: dict[str, list[tuple[int, onnx.NodeProto]]] = {}
         for node in self.proto.graph.node:
-            marks = {entry.key: entry.value for entry in node.metadata_props}
-            if node.op_type in LINEAR and "," not in marks.get(MODULE, ","):
-                first = marks.get(ROWS, "0").partition(":")[0]
-                found.setdefault(marks[MODULE], []).append((int(first), node))
+            if node.op_type in LINEAR and len(modules := marks(node)) == 1:
+                rows = next((entry.value for entry in node.metadata_props if entry.key == ROWS), "0")
+                found.setdefault(modules[0], []).append((int(rows.partition(":")[0]), node))
         return {name: [node for _, node in sorted(nodes, key=lambda n: n[0])] for name, nodes in found.items()}
 
     def _part(self, module: str, node: onnx.NodeProto, rows: tuple[int, int] | None, bias: bool) -> Part:

@@ -126,8 +126,8 @@ class _Sums:
             error = stored - target
             self.error[:, at] = self.x @ error.T
             self.noise[at] = (stored * stored) @ variance
-            steps[own] = _steps(target, grid)
-            rms[own] = _rms(error if met is None else np.where(met[at], 0, error), grid.size)
+            steps[own] = steps_of(target, grid)
+            rms[own] = rms_of(error if met is None else np.where(met[at], 0, error), grid.size)
             if met is not None:
                 self._add_fitted(error, _rounded(target, grid) - target, met[at])
             if self.delta is not None:
@@ -173,7 +173,7 @@ def _rounded(target: Float32, grid: Coded) -> Float32:
     return np.asarray(values.reshape(len(target), -1)[:, : target.shape[1]], np.float32)
 
 
-def _steps(target: Float32, grid: Coded) -> Float32:
+def steps_of(target: Float32, grid: Coded) -> Float32:
     """The steps of the grid that suits each group of the target: (rows, groups)."""
     grouped = _grouped(target, grid.size)
     if grid.has_zeros:
@@ -183,7 +183,7 @@ def _steps(target: Float32, grid: Coded) -> Float32:
     return np.asarray(spans / (2**grid.bits - 1), np.float32)
 
 
-def _rms(error: Float32, size: int) -> Float32:
+def rms_of(error: Float32, size: int) -> Float32:
     """The root mean square of each group: (rows, groups)."""
     grouped = _grouped(error, size)
     lengths = np.full(grouped.shape[1], size, np.float32)

@@ -28,7 +28,7 @@ EMBEDDINGS = ""  # the module under which embeddings of a rounded table are seen
 
 @dataclass(frozen=True)
 class OnnxTaps:
-    """An exported model whose session gives the values at `places` too, and the embeddings where those are rounded."""
+    """An exported model whose session gives the values at `places` too, and those of rounded embeddings and experts."""
 
     graph: Graph
     runner: OnnxRunner
@@ -36,10 +36,10 @@ class OnnxTaps:
 
     def see(self, pieces: Sequence[Ids]) -> Iterator[Seen]:
         """Run one sequence cut into pieces, each behind the cache of those before it; what each piece showed."""
-        table = self.graph.rounded_table
+        rounded = _rounded(self.graph)
         for values in self.values(pieces, sorted(_wanted(self.graph, self.places))):
             seen = {name: _of(place, values) for name, place in self.places.items()}
-            yield seen if table is None else seen | {EMBEDDINGS: (values[table], values[table])}
+            yield seen | {name: (values[value], values[value]) for name, value in rounded.items()}
 
     def values(self, pieces: Sequence[Ids], names: Sequence[str]) -> Iterator[dict[str, Array]]:
         """As `see`: these values of the graph, a row for each token."""
@@ -58,7 +58,7 @@ class OnnxTaps:
     def outputs(self, pieces: Sequence[Ids]) -> Iterator[Outputs]:
         """As `see`, the outputs alone."""
         for seen in self.see(pieces):
-            yield {name: y for name, (_, y) in seen.items() if name != EMBEDDINGS}
+            yield {name: seen[name][1] for name in self.places}
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,7 @@ class TorchTaps:
 
         Args:
             pieces: as for `see`.
-            seen: what the other model showed, a piece each; rounded embeddings among it are taken, too.
+            seen: what the other model showed, a piece each; rounded embeddings and experts among it are taken, too.
             compare: called with the module's name, the input that torch has for it and the other's, the output that
                 torch has for the other's input and the other's, (rows, features) each.
         """
@@ -118,13 +118,18 @@ class TorchTaps:
             compare(name, own.pop(name), x, _numpy(y), found)
             return torch.from_numpy(found).to(y.dtype).reshape(y.shape)
 
-        def table(_: nn.Module, __: Any, y: torch.Tensor) -> torch.Tensor:
-            return torch.from_numpy(current[EMBEDDINGS][1]).to(y.dtype).reshape(y.shape)
+        def taken(name: str, y: torch.Tensor) -> torch.Tensor:
+            found = current[name][1]
+            if name != EMBEDDINGS:
+                compare(name, found, found, _numpy(y), found)
+            return torch.from_numpy(found).to(y.dtype).reshape(y.shape)
 
         others = iter(seen)
-        embeddings: Any = self.model.get_input_embeddings()  # type: ignore[operator]
-        more = [embeddings.register_forward_hook(table)] if EMBEDDINGS in seen[0] else []
-        with removed_after(more), self._hooked(before, after):
+        handles = []
+        for name in seen[0].keys() - set(self.modules):
+            module: Any = self.model.get_submodule(name) if name else self.model.get_input_embeddings()  # type: ignore[operator]
+            handles.append(module.register_forward_hook(lambda _, __, y, n=name: taken(n, y)))
+        with removed_after(handles), self._hooked(before, after):
             for _ in self._run(pieces, lambda: current.update(next(others))):
                 pass
 
@@ -177,7 +182,7 @@ def check(seen: Seen, wanted: Outputs, sizes: Mapping[str, int]) -> None:
         ExportError: names the module and both shapes.
     """
     for name, (x, y) in seen.items():
-        if name == EMBEDDINGS:
+        if name not in wanted:  # rounded embeddings or experts
             continue
         shapes = (x.shape, y.shape), ((len(wanted[name]), sizes[name]), wanted[name].shape)
         if shapes[0] != shapes[1]:
@@ -186,7 +191,12 @@ def check(seen: Seen, wanted: Outputs, sizes: Mapping[str, int]) -> None:
 
 def _wanted(graph: Graph, places: Mapping[str, Place]) -> set[str]:
     taps = {name for place in places.values() for name in place.taps}
-    return taps | ({graph.rounded_table} if graph.rounded_table else set())
+    return taps | set(_rounded(graph).values())
+
+
+def _rounded(graph: Graph) -> dict[str, str]:
+    """By module the values of what is rounded and no linear layer."""
+    return {**({EMBEDDINGS: graph.rounded_table} if graph.rounded_table else {}), **graph.mixed}
 
 
 def _of(place: Place, values: Mapping[str, Array]) -> tuple[Array, Array]:

@@ -20,10 +20,12 @@ from torch import nn
 from diablo_export.adapter import AdaptedModule
 from diablo_export.blockdiag import Array
 from diablo_export.console import log, progress
+from diablo_export.measure.experts import audit_experts
 from diablo_export.measure.metrics import decibels
 from diablo_export.measure.prompts import Ids, Sample
 from diablo_export.measure.stored import Audit, Fitted, audit
-from diablo_export.measure.taps import OnnxTaps, Outputs, Seen, TorchTaps, check
+from diablo_export.measure.taps import EMBEDDINGS, OnnxTaps, Outputs, Seen, TorchTaps, check
+from diablo_export.trainer.experts import is_experts
 from diablo_export.trainer.layer import features
 
 TOKENS, _FEWEST = 256, 64  # looked at: at most so many, and a sixteenth of what was compared, but not fewer than these
@@ -136,13 +138,15 @@ def compare(
     watched = {name: linear[name] for name in tuned.modules}
     runs = _pieces(samples, _tokens(tuned.model, watched), decodes)
     hashed = {name for name, digest in digests.items() if digest}
-    beside = _Beside(sums, linear, on, merged, limits[1], fitted, hashed, rounded)
+    experts = {name: module for name, module in tuned.model.named_modules() if is_experts(module)}
+    beside = _Beside(sums, linear, experts, on, merged, limits[1], fitted, hashed, rounded)
     with progress("Looking into modules", 5 * len(runs)) as advance:
         for pieces in runs:
             seen, wanted = list(on.see(pieces)), list(tuned.outputs(pieces))
             check(seen[0], wanted[0], {name: features(layer)[0] for name, layer in watched.items()})
-            for name in wanted[0]:  # in the network's order
-                sums.setdefault(name, _Sums())
+            for name in [*wanted[0], *seen[0]]:  # in the network's order, then experts
+                if name != EMBEDDINGS:
+                    sums.setdefault(name, _Sums())
             advance(2)
             _add_effects(sums, seen, wanted, _without(off, base, pieces))
             del wanted
@@ -162,6 +166,7 @@ class _Beside:
 
     sums: Mapping[str, _Sums]
     linear: Mapping[str, nn.Module]
+    experts: Mapping[str, nn.Module]
     taps: OnnxTaps | TorchTaps
     merged: Callable[[str], AdaptedModule | Array | None]
     output_db: float
@@ -187,6 +192,9 @@ class _Beside:
     def _weigh(self, name: str, x: Array, error: Array, own_y: Array) -> None:
         """Look at the stored weights, and at what of the output's error they do not explain."""
         if not isinstance(self.taps, OnnxTaps):
+            return
+        if (node := self.taps.graph.experts.get(name)) is not None:
+            self.sums[name].audit = audit_experts(self.taps.graph, node, self.experts[name])
             return
         place = self.taps.places[name]
         more: dict[str, Any] = {"fitted": self.fitted, "hashed": name in self.hashed}
@@ -244,6 +252,8 @@ def _add_effects(
     """Add what both runs say of the adapter, piece by piece."""
     for exported_on, torch_on, (exported_off, torch_off) in zip(on, tuned, without, strict=True):
         for name, one in sums.items():
+            if name not in torch_on:  # experts, whose output is taken over
+                continue
             found, wanted = exported_on[name][1], torch_on[name]
             one.signal += float(_squares(wanted, 0).sum())
             one.inherited += float(_squares(found - wanted, 0).sum())

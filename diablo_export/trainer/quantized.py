@@ -15,6 +15,7 @@ from transformers.pytorch_utils import Conv1D
 from diablo_export.base_grid import BaseGrid
 from diablo_export.console import progress
 from diablo_export.quantization import dequantize
+from diablo_export.trainer.experts import round_experts
 from diablo_export.trainer.layer import is_linear
 from diablo_export.trainer.packed_layer import QuantizedLinear, oriented
 
@@ -30,6 +31,7 @@ def pack_base(network: nn.Module, grid: BaseGrid, leave: Collection[str] = ()) -
     Returns:
         What the packed weights take, in bytes.
     """
+    round_experts(network, grid)
     total = 0
     for parent, leaf, linear in _linears(network, leave):
         packed = QuantizedLinear.from_linear(linear, grid)
@@ -41,6 +43,7 @@ def pack_base(network: nn.Module, grid: BaseGrid, leave: Collection[str] = ()) -
 @torch.no_grad()
 def round_base(network: nn.Module, grid: BaseGrid, leave: Collection[str] = ()) -> None:
     """Round every linear layer's weight to the grid and keep it as floats: the same numbers, for whoever reads them."""
+    round_experts(network, grid)
     for _, _, linear in _linears(network, leave):
         old = linear.get_parameter("weight")
         values = dequantize(grid.quantize(oriented(linear)))

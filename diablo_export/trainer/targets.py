@@ -11,6 +11,7 @@ from torch import nn
 from diablo_export.blockdiag import BlockShape
 from diablo_export.console import log
 from diablo_export.errors import InputError, indented
+from diablo_export.trainer.experts import is_experts
 from diablo_export.trainer.layer import features, takes_blocks
 from diablo_export.trainer.model import wrap
 
@@ -27,16 +28,19 @@ def choose_targets(
 
     Args:
         model: the base.
-        wanted: `all-linear` (every linear layer of the transformer's blocks), or names: the end of a module's
-            path, such as `q_proj` or `attention.output.dense`, or a regular expression for the whole path. None:
-            the paper's q, k, v, up and down projections where the model has all of them, else `all-linear`.
+        wanted: `all-linear` (every linear layer of the transformer's blocks but those that choose among experts), or
+            names: the end of a module's path, such as `q_proj` or `attention.output.dense`, or a regular expression
+            for the whole path. None: the paper's q, k, v, up and down projections where the model has all of them,
+            else `all-linear`.
         exclude: paths that cannot be adapted, such as a head that is trained whole.
 
     Raises:
         InputError: a name that matches nothing, with what exists, or a layer whose weight is tied to another module.
     """
     linear = [name for name in _read_by_text(model) if name not in exclude]
-    inside = [name for name in linear if re.search(r"\.\d+\.", name)]  # the blocks are numbered
+    routed = {name.rpartition(".")[0] for name, module in model.named_modules() if is_experts(module)}
+    # the blocks are numbered; what stands beside experts chooses among them
+    inside = [name for name in linear if re.search(r"\.\d+\.", name) and name.rpartition(".")[0] not in routed]
     if not wanted:
         leaves = {name.rpartition(".")[2] for name in inside}
         wanted = PAPER if leaves.issuperset(PAPER) else ALL

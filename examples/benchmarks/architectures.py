@@ -44,11 +44,14 @@ SHARED = {  # the last two layers read the keys of the first two
     **FOUR, "layer_types": ["sliding_attention", "full_attention"] * 2, "num_kv_shared_layers": 2,
     "hidden_size_per_layer_input": 16, "vocab_size_per_layer_input": 1024,
 }  # fmt: skip
+MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
 GPT = {"n_embd": 64, "n_layer": 2, "n_head": 4}
 DECODERS: dict[str, dict[str, Any]] = {
     "apertus": {}, "arcee": {}, "biogpt": {}, "bitnet": {}, "bloom": {"n_layer": 2},
     "codegen": {**GPT, "rotary_dim": 8},
     "cohere": {}, "cohere2": PATTERN, "ctrl": {**GPT, "dff": 96}, "diffllama": {}, "doge": {}, "ernie4_5": {},
+    "ernie4_5_moe": {**MOE, "moe_num_experts": 4}, "exaone_moe": MOE, "flex_olmo": MOE, "cohere2_moe": MOE,
+    "glm4_moe": {**MOE, "n_routed_experts": 4, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1},
     "exaone4": PATTERN, "falcon": {}, "falcon_h1": {}, "gemma": {}, "gemma2": {"query_pre_attn_scalar": 16},
     "gemma3_text": {**PATTERN, "query_pre_attn_scalar": 16}, "glm": {}, "glm4": {}, "gpt2": GPT,
     "gemma3n_text": {
@@ -58,15 +61,19 @@ DECODERS: dict[str, dict[str, Any]] = {
     "gpt_bigcode": {**GPT, "n_inner": 96},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]], "num_layers": 2, "window_size": 8}, "gpt_neox": {},
     "gptj": {**GPT, "rotary_dim": 8}, "gpt_oss": {"num_local_experts": 4}, "granite": {},
-    "granitemoe": {"num_local_experts": 4}, "helium": {}, "hunyuan_v1_dense": {},
+    "granitemoe": {"num_local_experts": 4},
+    "granitemoeshared": {"num_local_experts": 4, "shared_intermediate_size": 32}, "helium": {},
+    "hunyuan_v1_dense": {}, "hunyuan_v1_moe": MOE,
     "lfm2": {"layer_types": ["conv", "full_attention"]}, "llama": {}, "mamba": {"state_size": 8}, "ministral": {},
     "mistral": {}, "mixtral": {"num_local_experts": 4},
     "mpt": {"d_model": 64, "n_heads": 4, "n_layers": 2, "expansion_ratio": 2, "max_seq_len": 256}, "nemotron": {},
-    "olmo": {}, "olmo2": {}, "olmo3": FOUR, "openai-gpt": GPT, "opt": {"ffn_dim": 96, "word_embed_proj_dim": 64},
+    "olmo": {}, "olmo2": {}, "olmo3": FOUR, "olmoe": MOE, "openai-gpt": GPT,
+    "opt": {"ffn_dim": 96, "word_embed_proj_dim": 64},
     "persimmon": {}, "phi": {}, "phi3": {"tie_word_embeddings": False},
+    "phimoe": {"num_local_experts": 4},
     "qwen2": {"use_sliding_window": True, "max_window_layers": 1},
     "qwen2_moe": {"num_experts": 4, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 32},
-    "qwen3": {"use_sliding_window": True, "max_window_layers": 1},
+    "qwen3": {"use_sliding_window": True, "max_window_layers": 1}, "qwen3_moe": MOE,
     "qwen3_5_text": {
         "layer_types": ["linear_attention", "full_attention"], "linear_num_key_heads": 2, "linear_num_value_heads": 4,
         "linear_key_head_dim": 16, "linear_value_head_dim": 16, "head_dim": 64,
@@ -110,7 +117,7 @@ def make(kind: str, changes: dict[str, Any], auto: Any, folder: Path) -> None:
         raise ValueError(f"{kind}: its sizes are called otherwise: {model.num_parameters():,} parameters")
     with torch.no_grad():
         for parameter in model.parameters():
-            if parameter.ndim == 2:
+            if parameter.ndim in (2, 3):  # 3: experts
                 parameter.normal_(0, 0.15)
     model.save_pretrained(folder)
     make_tokenizer([*TEXTS] * 4).save_pretrained(folder)
