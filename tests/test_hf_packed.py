@@ -339,3 +339,17 @@ def test_the_command(run: Callable[..., Result], quantized: Get, tiny_adapter: G
     # four blocks of 16 inputs each meet half a group, in 16 rows each
     assert entry["why"] == "64 of 128 groups, all that a block meets" and entry["bits"] == 4
     assert entry["weight_gain"] == pytest.approx(1, abs=0.1) and entry["disturbed_weights"] > 0
+
+
+def test_rounded_activations_are_said_once(
+    run: Callable[..., Result], tiny_model: Get, tiny_adapter: Get, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """W4A8: the weights are read as those of W4A16, and what runs the checkpoint computes with other numbers."""
+    config, quantize, *_ = packed.FORMATS["compressed-tensors"]
+    group = config["config_groups"]["group_0"] | {"input_activations": {"num_bits": 8, "type": "int"}}
+    config = config | {"config_groups": {"group_0": group}, "kv_cache_scheme": {"num_bits": 8}}
+    model = packed.make(tiny_model("llama"), tmp_path / "model", config, quantize)
+    result = run("merge", "-m", model, "-a", tiny_adapter("llama"), "-o", tmp_path / "out")
+    assert result.exit_code == 0, result.output
+    said = "its runtime rounds activations too (input_activations of 8 bits, kv_cache_scheme of 8 bits)"
+    assert caplog.text.count(said) == 1

@@ -25,6 +25,7 @@ from diablo_export.quantization import BITS, Codes, pack, unpack
 MARK = "weight_packed"
 CHANGED = ("weight_packed", "weight_scale", "weight_zero_point")
 KEPT = ("weight_shape", "weight_g_idx")
+_ROUNDED = ("input_activations", "output_activations")
 
 
 def fault(config: Mapping[str, Any]) -> str | None:
@@ -43,6 +44,15 @@ def fault(config: Mapping[str, Any]) -> str | None:
             f"quantized with compressed-tensors with transforms that are computed at run time ({online}), which are not"
         )
     return None
+
+
+def activations(config: Mapping[str, Any]) -> str | None:
+    """Which activations a runtime of the checkpoint rounds as well, and to how many bits; None where it rounds none."""
+    groups = (config.get("config_groups") or {}).values()
+    said = {f"{key} of {group[key].get('num_bits')} bits" for group in groups for key in _ROUNDED if group.get(key)}
+    if cache := config.get("kv_cache_scheme"):
+        said.add(f"kv_cache_scheme of {cache.get('num_bits')} bits")
+    return ", ".join(sorted(said)) or None
 
 
 def _computed(transforms: Mapping[str, Any]) -> str:

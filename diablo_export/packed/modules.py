@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -155,6 +157,17 @@ def refuse_unreadable(checkpoint: Checkpoint) -> None:
             f"{checkpoint.folder / 'config.json'}: {fault}; give the float model it was made from "
             "(merge --quantize int4 then quantizes base and blocks together)"
         )
+    if codec is compressed and (rounded := compressed.activations(config)):
+        _warn_of_activations(checkpoint.folder / "config.json", rounded)
+
+
+@functools.cache
+def _warn_of_activations(path: Path, rounded: str) -> None:
+    """Once a model: a command may open it several times."""
+    log.warning(
+        "%s: its runtime rounds activations too (%s); here only the weights are quantized: training, ONNX graphs and "
+        "parity keep activations in float, so none of them shows what that rounding takes", path, rounded,
+    )  # fmt: skip
 
 
 def refuse_transposed(checkpoint: Checkpoint) -> None:
