@@ -148,3 +148,13 @@ def test_existing_output(run: Run, tiny_model: Get, tiny_adapter: Get, tmp_path:
     assert "exists already" in result.stderr
     assert run(*arguments, "--overwrite").exit_code == 0
     assert not (tmp_path / "out/old.txt").exists()
+
+
+def test_of_several_adapters_none_is_lost_in_silence(
+    run: Run, tiny_model: Get, tiny_adapter: Get, tmp_path: Path
+) -> None:
+    adapters = ("-a", tiny_adapter("llama"), "-a", tmp_path / "other")
+    result = run("merge", "-m", tiny_model("llama"), *adapters, "-o", tmp_path / "out")
+    assert result.exit_code == 2
+    assert "2 were given (" in result.stderr and "diablo-export export takes several" in result.stderr
+    assert not any(tmp_path.iterdir())

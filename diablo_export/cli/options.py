@@ -14,13 +14,26 @@ from diablo_export.console import set_verbosity
 
 F = Callable[..., Any]
 
+
+def _only(ctx: click.Context, param: click.Parameter, given: tuple[Path, ...]) -> Path:
+    """Callback of an option that is given once: click would take the last and say nothing of the others."""
+    if len(given) > 1:
+        names = ", ".join(map(str, given))
+        raise click.BadParameter(
+            f"{len(given)} were given ({names}), and one is merged; diablo-export export takes several, "
+            "diablo_export.runtime.combine adds them up"
+        )
+    return given[0]
+
+
 model_option = click.option("--model", "-m", required=True, metavar="M", help="Hugging Face model folder or id.")
 base_option = click.option(
     "--model", "-m", required=True, metavar="M", help="Hugging Face model folder or id, or an ONNX file or folder."
 )
 adapter_option = click.option(
-    "--adapter", "-a", required=True, metavar="A", type=click.Path(path_type=Path), help="DiaBlo adapter folder."
-)
+    "--adapter", "-a", required=True, multiple=True, callback=_only, metavar="A", type=click.Path(path_type=Path),
+    help="DiaBlo adapter folder.",
+)  # fmt: skip
 output_option = click.option(
     "--output", "-o", required=True, metavar="DIR", type=click.Path(path_type=Path), help="Folder to write."
 )
