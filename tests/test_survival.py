@@ -80,8 +80,9 @@ def test_telling_text_is_where_the_fine_tune_says_much(network: Network) -> None
     assert told > said  # by little: a model of random weights says about as much anywhere
 
 
-def test_both_models_read_the_rows_that_are_kept(network: Network) -> None:
-    model, _, _ = network
+@pytest.mark.parametrize("name", ["llama", "lfm2"])  # keys and values; the last inputs of convolutions, too
+def test_both_models_read_the_rows_that_are_kept(name: str, network: Network, tiny_model: Get) -> None:
+    model = network[0] if name == "llama" else load_base(tiny_model(name), "causal-lm")[0]
     ids = torch.randint(3, 270, (2, 5), generator=torch.Generator().manual_seed(0))
     both = sampling._Both(model)
     with torch.no_grad():

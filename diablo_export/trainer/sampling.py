@@ -131,13 +131,14 @@ class _Both:
 
     def repeat(self, times: int) -> None:
         """Have each row `times` times."""
+        rows = torch.arange(len(self.base), device=self.base.device).repeat_interleave(times)
         for past in self._past.values():
-            past.batch_repeat_interleave(times)
+            past.reorder_cache(rows)  # of those that take rows from a cache, the one that states of other kinds have
 
     def keep(self, rows: Tensor) -> None:
         """Go on with some rows."""
         for past in self._past.values():
-            past.batch_select_indices(rows)
+            past.reorder_cache(rows)
         self.base, self.branch = self.base[rows], self.branch[rows]
 
     def divergence(self) -> Tensor:
