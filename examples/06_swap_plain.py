@@ -21,7 +21,10 @@ settings.log_severity_level = 3  # or a warning for each input that blocks can b
 session = onnxruntime.InferenceSession(folder / "model.onnx", settings, providers=["CPUExecutionProvider"])
 inputs = {value.name: value for value in session.get_inputs()}
 outputs = [value.name for value in session.get_outputs()]
-half = any(value.type == "tensor(float16)" for value in inputs.values())
+TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
+# what is kept from token to token: keys and values, which grow, and the states of convolutions and linear attention,
+# which do not; past_key_values.0.key and past.0.conv are given back as present.0.key and present.0.conv
+caches = {name.partition(".")[2]: name for name in inputs if name.startswith("past")}
 
 
 def generate(adapter: Path | None) -> list[int]:
@@ -31,20 +34,23 @@ def generate(adapter: Path | None) -> list[int]:
         loaded = onnxruntime.LoraAdapter()  # to be kept: without it the options run the base, and nothing says so
         loaded.Load(str(adapter))
         options.add_active_adapter(loaded)
-    # (batch, heads, past, head size)
-    cache = {name: [1, value.shape[1], 0, value.shape[3]] for name, value in inputs.items() if name.startswith("past")}
-    fed = {name: np.zeros(shape, np.float16 if half else np.float32) for name, shape in cache.items()}
+    fed = {}
+    for name in caches.values():  # one sequence, and no token yet where the size is open
+        shape = [1, *(size if isinstance(size, int) else 0 for size in inputs[name].shape[1:])]
+        fed[name] = np.zeros(shape, TYPES[inputs[name].type])
     ids, past, tokens = PROMPT, 0, []
     while len(tokens) < STEPS:
         fed["input_ids"] = np.array([ids], np.int64)
         fed["attention_mask"] = np.ones((1, past + len(ids)), np.int64)
         if "position_ids" in inputs:
-            fed["position_ids"] = np.arange(past, past + len(ids), dtype=np.int64)[None]
+            positions = np.arange(past, past + len(ids), dtype=np.int64)
+            # some models have three: time, height and width
+            fed["position_ids"] = np.broadcast_to(positions, (*inputs["position_ids"].shape[:-2], 1, len(ids)))
         results = dict(zip(outputs, session.run(outputs, fed, options), strict=True))
         past += len(ids)
         ids = [int(results["logits"][0, -1].argmax())]
         tokens += ids
-        fed = {name.replace("present", "past_key_values"): results[name] for name in outputs if name != "logits"}
+        fed = {caches[name.partition(".")[2]]: results[name] for name in outputs if name.startswith("present")}
     return tokens
 
 

@@ -120,24 +120,39 @@ int64_t largest(OrtValue* logits) {
   return std::max_element(row, row + shape[2]) - row;
 }
 
-// Greedy decoding with the KV cache: what the model gives as present.* it takes as past_key_values.* next.
+// What follows the first dot: past_key_values.0.key and past.0.conv are given back as present.0.key and present.0.conv.
+std::string place(const std::string& name) { return name.substr(std::min(name.find('.'), name.size())); }
+
+// Greedy decoding with the cache: keys and values, which grow, and states of convolutions and linear attention.
 std::vector<int64_t> generate(const Model& model, const OrtRunOptions* options, std::vector<int64_t> ids, int steps) {
   std::vector<int64_t> tokens;
   std::map<std::string, Value> cache;
-  std::vector<float> empty;
-  empty.reserve(1);  // data() is a pointer then, though it holds no value
-  for (const auto& [name, shape] : model.shapes) {
-    if (name.rfind("past_key_values", 0) == 0) {
-      cache.emplace(name, model.tensor(empty, {1, shape[1], 0, shape[3]}, ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT));
-    }
+  std::map<std::string, std::vector<float>> zeros;
+  std::map<std::string, std::string> taken;  // place → the input that takes it
+  for (auto [name, shape] : model.shapes) {
+    if (name.rfind("past", 0) != 0) continue;
+    shape[0] = 1;  // one sequence, and no token yet where the size is open
+    size_t count = 1;
+    for (int64_t& size : shape) count *= size_t(size = std::max<int64_t>(size, 0));
+    std::vector<float>& values = zeros[name];
+    values.reserve(1);  // data() is a pointer then, though it may hold no value
+    values.resize(count);
+    cache.emplace(name, model.tensor(values, shape, ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT));
+    taken[place(name)] = name;
   }
+  // some models have three positions: time, height and width
+  const auto wanted_positions = model.shapes.find("position_ids");
+  const bool several = wanted_positions != model.shapes.end() && wanted_positions->second.size() == 3;
+  const int64_t planes = several ? wanted_positions->second[0] : 1;
   for (int64_t past = 0; int(tokens.size()) < steps;) {
-    std::vector<int64_t> mask(past + ids.size(), 1), positions(ids.size());
-    for (size_t i = 0; i < positions.size(); ++i) positions[i] = past + int64_t(i);
+    std::vector<int64_t> mask(past + ids.size(), 1), positions(planes * ids.size());
+    for (size_t i = 0; i < positions.size(); ++i) positions[i] = past + int64_t(i % ids.size());
+    std::vector<int64_t> at = {1, int64_t(ids.size())};
+    if (several) at.insert(at.begin(), planes);
     std::map<std::string, Value> fed;
     fed.emplace("input_ids", model.integers(ids));
     fed.emplace("attention_mask", model.integers(mask));
-    fed.emplace("position_ids", model.integers(positions));
+    fed.emplace("position_ids", model.tensor(positions, at, ONNX_TENSOR_ELEMENT_DATA_TYPE_INT64));
     std::vector<const char*> names, wanted;
     std::vector<const OrtValue*> values;
     for (const std::string& name : model.inputs) {
@@ -156,7 +171,7 @@ std::vector<int64_t> generate(const Model& model, const OrtRunOptions* options, 
       Value result = own(results[i], api->ReleaseValue);
       const std::string& name = model.outputs[i];
       if (name == "logits") tokens.push_back(largest(result.get()));
-      if (name.rfind("present", 0) == 0) cache.insert_or_assign("past_key_values" + name.substr(7), std::move(result));
+      if (name.rfind("present", 0) == 0) cache.insert_or_assign(taken.at(place(name)), std::move(result));
     }
     ids = {tokens.back()};
   }

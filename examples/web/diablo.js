@@ -69,6 +69,14 @@ export async function run(ort, model, adapter, ids, cache = emptyCache(ort, mode
     position_ids: () => whole((index) => past + index, ids.length),
     token_type_ids: () => whole(() => 0, ids.length),
   };
+  const positions = model.session.inputMetadata.find(({ name }) => name === "position_ids")?.shape ?? [];
+  if (positions.length === 3) {
+    // the same one for time, height and width
+    known.position_ids = () =>
+      integers(ort, Array.from({ length: positions[0] * ids.length }, (_, at) => past + (at % ids.length)), [
+        positions[0], 1, ids.length,
+      ]);
+  }
   const feeds = { ...cache, ...model.adapters[adapter] };
   for (const name of model.session.inputNames) if (name in known) feeds[name] = known[name]();
   return model.session.run(feeds);
@@ -85,10 +93,8 @@ export async function* generate(ort, model, adapter, prompt, count) {
     yield token;
     past += ids.length;
     ids = [token];
-    cache = {};
-    for (const [name, value] of Object.entries(outputs)) {
-      if (name.startsWith("present")) cache[name.replace("present", "past_key_values")] = value;
-    }
+    // present.0.key goes to past_key_values.0.key, present.0.conv to past.0.conv
+    cache = Object.fromEntries(pasts(model).map(({ name }) => [name, outputs[name.replace(/^[^.]*/, "present")]]));
   }
 }
 
@@ -100,12 +106,18 @@ function largest({ data, dims }) {
   return best;
 }
 
+/** What is kept from token to token: keys and values, and the states of convolutions and linear attention. */
+function pasts(model) {
+  return model.session.inputMetadata.filter(({ name }) => name.startsWith("past"));
+}
+
 function emptyCache(ort, model) {
   const cache = {};
-  for (const { name, type, shape } of model.session.inputMetadata) {
-    if (!name.startsWith("past_key_values")) continue;
-    const [, heads, , size] = shape; // (batch, heads, past, head size)
-    cache[name] = new ort.Tensor(type, new (array(type))(0), [1, heads, 0, size]);
+  for (const { name, type, shape } of pasts(model)) {
+    // one sequence, and no token yet where the size is open
+    const sizes = [1, ...shape.slice(1).map((size) => (size > 0 ? size : 0))];
+    const count = sizes.reduce((product, size) => product * size);
+    cache[name] = new ort.Tensor(type, new (array(type))(count), sizes);
   }
   return cache;
 }
@@ -115,8 +127,8 @@ function array(type) {
   return ARRAYS[type];
 }
 
-function integers(ort, values) {
-  return new ort.Tensor("int64", BigInt64Array.from(values, BigInt), [1, values.length]);
+function integers(ort, values, sizes = [1, values.length]) {
+  return new ort.Tensor("int64", BigInt64Array.from(values, BigInt), sizes);
 }
 
 async function json(read, path) {

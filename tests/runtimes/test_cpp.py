@@ -35,9 +35,11 @@ def swap(tmp_path_factory: pytest.TempPathFactory) -> Run:
     return run
 
 
-@pytest.mark.parametrize("quantize", ["none", "int4"])
-def test_base_and_two_adapters(quantize: str, swap: Run, exported: Get) -> None:
-    folder = exported("llama", quantize)
+@pytest.mark.parametrize(
+    ("architecture", "quantize"), [("llama", "none"), ("llama", "int4"), ("lfm2", "none"), ("qwen3_5", "none")]
+)
+def test_base_and_two_adapters(architecture: str, quantize: str, swap: Run, exported: Get) -> None:
+    folder = exported(architecture, quantize)
     done = swap(folder, "a", "b")
     assert done.returncode == 0, done.stderr
     lines = {name: [int(token) for token in tokens] for name, *tokens in map(str.split, done.stdout.splitlines())}

@@ -49,6 +49,7 @@ def in_float(folder: Path, to: Path) -> Path:
         *[(runtime, "llama", "none") for runtime in ("onnxruntime-node", *WEB)],
         *[(runtime, "llama", "int4") for runtime in ("onnxruntime-node", WEB[1])],
         *[(runtime, "bert", "none") for runtime in ("onnxruntime-node", WEB[1])],
+        *[("onnxruntime-node", architecture, "none") for architecture in ("lfm2", "qwen3_5")],
         pytest.param(WEB[1], "gpt2", "none", marks=pytest.mark.slow),  # with position_ids, from the other exporter
     ],
 )

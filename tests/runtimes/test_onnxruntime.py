@@ -31,17 +31,17 @@ def test_onnxruntime_with_kernels(architecture: str, exported: Get) -> None:
         np.testing.assert_allclose(logits.ravel(), wanted(folder, name, 0).logits, rtol=0, atol=LOGITS)
 
 
-def test_the_plain_example_runs_it(exported: Get, tmp_path: Path) -> None:
+@pytest.mark.parametrize("architecture", ["llama", "lfm2", "qwen3_5"])
+def test_the_plain_example_runs_it(architecture: str, exported: Get) -> None:
     import subprocess
     import sys
 
     example = tools.ROOT / "examples/06_swap_plain.py"
-    done = subprocess.run(
-        [sys.executable, str(example), str(exported("llama"))], capture_output=True, text=True, check=True
-    )
+    folder = exported(architecture)
+    done = subprocess.run([sys.executable, str(example), str(folder)], capture_output=True, text=True, check=True)
     lines = {name: [int(token) for token in tokens] for name, *tokens in map(str.split, done.stdout.splitlines())}
     prompt = [5, 17, 254, 3, 90]  # the example's
-    assert lines == {name: wanted(exported("llama"), name, 6, prompt).tokens for name in ("base", "a", "b")}
+    assert lines == {name: wanted(folder, name, 6, prompt).tokens for name in ("base", "a", "b")}
 
 
 @pytest.mark.parametrize("kernels", [False, True], ids=["function", "kernels"])
