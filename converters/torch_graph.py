@@ -153,46 +153,44 @@ def _export_classifier(model: Any) -> Any:
 
 def _export_decoder(model: Any) -> Any:
     import torch
-    from transformers import DynamicCache
 
     from diablo_export.converters.torch_scalars import ScalarsKept
+    from diablo_export.converters.torch_states import cache_of, is_state, kept, scans
 
     original = model.forward
     one = _integers(1, 1)
     output = original(input_ids=one, attention_mask=one, position_ids=one, use_cache=True)
-    layers = getattr(getattr(output, "past_key_values", None), "layers", [])
-    if not layers or not all(hasattr(layer, "keys") for layer in layers):
+    # keys (1, key-value heads, 1, head size); the last layers of Gemma 3n and 4 read those of others and keep none
+    first = kept(getattr(output, "past_key_values", None))
+    if not first:
         raise NotImplementedError("what it keeps from token to token is no cache of keys and values")
-    # (1, key-value heads, 1, head size); the last layers of Gemma 3n and 4 read the keys of others and keep none
-    shapes = [layer.keys.shape for layer in layers if layer.keys is not None]
-    count = len(shapes)
 
     def forward(input_ids: Any, attention_mask: Any, position_ids: Any, past: Any) -> Any:
-        cache = DynamicCache([(past[2 * i], past[2 * i + 1]) for i in range(count)])
         with ScalarsKept():
             output = original(
                 input_ids=input_ids,
                 attention_mask=attention_mask,
                 position_ids=position_ids,
-                past_key_values=cache,
+                past_key_values=cache_of(dict(zip(first, past, strict=True))),
                 use_cache=True,
             )
-        return output.logits, [x for layer in output.past_key_values.layers[:count] for x in (layer.keys, layer.values)]
+        present = kept(output.past_key_values)
+        return output.logits, [present[name] for name in first]
 
     model.forward = forward
-    past = [
-        torch.empty(_BATCH, shape[1], _PAST, shape[3], dtype=model.dtype, device="meta")
-        for shape in shapes
-        for _ in range(2)
-    ]
+    past = []
+    for name, tensor in first.items():
+        shape = tensor.shape[1:] if is_state(name) else (tensor.shape[1], _PAST, tensor.shape[3])
+        past.append(torch.empty(_BATCH, *shape, dtype=tensor.dtype, device="meta"))
     total = _integers(_BATCH, _PAST + _SEQUENCE)
     examples = (_integers(_BATCH, _SEQUENCE), total, _integers(_BATCH, _SEQUENCE), past)
     tokens = {0: "batch_size", 1: "sequence_length"}
-    cached = {0: "batch_size", 2: "past_sequence_length"}
-    dims = (tokens, {0: "batch_size", 1: "total_sequence_length"}, tokens, [cached] * len(past))
-    kinds = [f"{layer}.{kind}" for layer in range(count) for kind in ("key", "value")]
-    inputs = ["input_ids", "attention_mask", "position_ids", *(f"past_key_values.{kind}" for kind in kinds)]
-    return _export(model, examples, dims, inputs, ["logits", *(f"present.{kind}" for kind in kinds)])
+    cached = [{0: "batch_size"} | ({} if is_state(name) else {2: "past_sequence_length"}) for name in first]
+    dims = (tokens, {0: "batch_size", 1: "total_sequence_length"}, tokens, cached)
+    pasts = [f"past.{name}" if is_state(name) else f"past_key_values.{name}" for name in first]
+    inputs = ["input_ids", "attention_mask", "position_ids", *pasts]
+    with scans(model, any(name.endswith(".recurrent") for name in first)):
+        return _export(model, examples, dims, inputs, ["logits", *(f"present.{name}" for name in first)])
 
 
 def _export(model: Any, examples: Any, dims: Any, inputs: list[str], outputs: list[str]) -> Any:

@@ -88,11 +88,34 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "bert": ("BertConfig", {}),
 }
 
+_MAMBA: dict[str, Any] = {"mamba_n_heads": 8, "mamba_d_state": 16, "mamba_n_groups": 2, "mamba_chunk_size": 4}
 # mixtures of experts; `make_adapter` wants its targets named, as stored experts look like linear layers
 MIXTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "mixtral": ("MixtralConfig", {"num_local_experts": 4}),  # stored one by one, gate and up apart
     "gpt-oss": ("GptOssConfig", {"num_local_experts": 4, "sliding_window": 5}),  # whole, turned, with biases
     "granitemoe": ("GraniteMoeConfig", {"num_local_experts": 4}),  # whole, by other names
+    # and with other states than keys and values: of convolutions, of state spaces, of both in a layer with attention
+    "lfm2-moe": (
+        "Lfm2MoeConfig",
+        {
+            "layer_types": ["conv", "full_attention"],
+            "num_dense_layers": 1,
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 32,
+        },
+    ),
+    "granite-states": (
+        "GraniteMoeHybridConfig",
+        {
+            **_MAMBA,
+            "layer_types": ["mamba", "attention"],
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+            "shared_intermediate_size": 32,
+        },
+    ),
+    "falcon-h1": ("FalconH1Config", {**_MAMBA, "mamba_d_ssm": 128, "mamba_d_head": 16}),
     "qwen3-moe": (
         "Qwen3MoeConfig",
         {"num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 32, "norm_topk_prob": False},

@@ -44,6 +44,7 @@ SHARED = {  # the last two layers read the keys of the first two
     **FOUR, "layer_types": ["sliding_attention", "full_attention"] * 2, "num_kv_shared_layers": 2,
     "hidden_size_per_layer_input": 16, "vocab_size_per_layer_input": 1024,
 }  # fmt: skip
+MAMBA = {"mamba_n_heads": 8, "mamba_d_state": 16, "mamba_n_groups": 2, "mamba_chunk_size": 8}
 MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
 GPT = {"n_embd": 64, "n_layer": 2, "n_head": 4}
 DECODERS: dict[str, dict[str, Any]] = {
@@ -52,7 +53,8 @@ DECODERS: dict[str, dict[str, Any]] = {
     "cohere": {}, "cohere2": PATTERN, "ctrl": {**GPT, "dff": 96}, "diffllama": {}, "doge": {}, "ernie4_5": {},
     "ernie4_5_moe": {**MOE, "moe_num_experts": 4}, "exaone_moe": MOE, "flex_olmo": MOE, "cohere2_moe": MOE,
     "glm4_moe": {**MOE, "n_routed_experts": 4, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1},
-    "exaone4": PATTERN, "falcon": {}, "falcon_h1": {}, "gemma": {}, "gemma2": {"query_pre_attn_scalar": 16},
+    "exaone4": PATTERN, "falcon": {}, "falcon_h1": {**MAMBA, "mamba_d_ssm": 128, "mamba_d_head": 16},
+    "gemma": {}, "gemma2": {"query_pre_attn_scalar": 16},
     "gemma3_text": {**PATTERN, "query_pre_attn_scalar": 16}, "glm": {}, "glm4": {}, "gpt2": GPT,
     "gemma3n_text": {
         **SHARED, "laurel_rank": 8, "activation_sparsity_pattern": [0.0] * 4, "intermediate_size": [96] * 4,
@@ -61,7 +63,12 @@ DECODERS: dict[str, dict[str, Any]] = {
     "gpt_bigcode": {**GPT, "n_inner": 96},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]], "num_layers": 2, "window_size": 8}, "gpt_neox": {},
     "gptj": {**GPT, "rotary_dim": 8}, "gpt_oss": {"num_local_experts": 4}, "granite": {},
-    "granitemoe": {"num_local_experts": 4},
+    "bamba": {**MAMBA, "attn_layer_indices": [1]}, "granitemoe": {"num_local_experts": 4},
+    "granitemoehybrid": {
+        **MAMBA, "layer_types": ["mamba", "attention"], "num_local_experts": 4, "num_experts_per_tok": 2,
+        "shared_intermediate_size": 32,
+    },
+    "lfm2_moe": {**MOE, "layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
     "granitemoeshared": {"num_local_experts": 4, "shared_intermediate_size": 32}, "helium": {},
     "hunyuan_v1_dense": {}, "hunyuan_v1_moe": MOE,
     "lfm2": {"layer_types": ["conv", "full_attention"]}, "llama": {}, "mamba": {"state_size": 8}, "ministral": {},
