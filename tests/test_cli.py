@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 from click.testing import Result
 
+from diablo_export import __version__
+
 Monkey = pytest.MonkeyPatch
 PROGRAM = (sys.executable, "-c", "from diablo_export.cli import main; main()")
 
@@ -49,3 +51,9 @@ def test_a_file_that_cannot_be_read_is_no_failed_check(run: Callable[..., Result
     monkeypatch.setattr("diablo_export.converters.inspection.inspect", closed)
     result = run("inspect", "out")
     assert (result.exit_code, result.stderr) == (2, "error: out/model.onnx.data: Permission denied\n")
+
+
+def test_python_runs_the_package() -> None:
+    command = [sys.executable, "-m", "diablo_export", "--version"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, f"diablo-export, version {__version__}\n"), done.stderr
