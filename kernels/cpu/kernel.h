@@ -19,9 +19,9 @@ constexpr int64_t kColumns = 128, kDepth = 128;
 constexpr int64_t kBehindCopy = 64;  // narrow strips are read up to a vector beyond their end
 // Up to so many rows, reading a wide block is what takes time, and copying it never pays. So few that each element of
 // it is used by one tile alone read it in long runs that the prefetcher follows; their sums wait in the first-level
-// cache.
+// cache. Short rows of float32 are runs enough at twice the depth.
 constexpr int64_t kFewRows = 48, kFewDepth = 32, kFewestDeep = 17, kDeepDepth = 64;
-constexpr int64_t kOnceColumns = 4096, kOnceDepth = 8;
+constexpr int64_t kOnceColumns = 4096, kOnceDepth = 8, kShortColumns = 256, kShortDepth = 16;
 constexpr int64_t kCrowded = 2048;  // rows at such a stride, in bytes, share a few sets of a cache
 constexpr int64_t kRowsForDots = 4;  // that make up for transposing the block
 // Blocks that together stay in the second-level cache are read by so few rows at a time that whole rows pass through
@@ -111,7 +111,8 @@ DIABLO_INLINE void multiply_in_place(Matrix<const float> x, Block<B> block, Matr
   const bool wide = columns > kColumns, once = rows <= kMostStoredRows, few = wide && !once;
   const int64_t panel_columns = few ? kTile : wide ? kOnceColumns : columns;
   const int64_t few_depth = rows < kFewestDeep ? kFewDepth : kDeepDepth;  // more rows give more time to fetch the next
-  const int64_t panel_depth = few ? few_depth : wide ? kOnceDepth : once ? depth : kDepth;
+  const int64_t once_depth = std::is_same<B, float>::value && columns <= kShortColumns ? kShortDepth : kOnceDepth;
+  const int64_t panel_depth = few ? few_depth : wide ? once_depth : once ? depth : kDepth;
   for (int64_t k = 0; k < depth; k += panel_depth) {
     const int64_t height = smaller(panel_depth, depth - k);
     for (int64_t c = 0, width; c < columns; c += width) {
