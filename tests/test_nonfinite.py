@@ -83,6 +83,7 @@ def test_last_good_checkpoint_stays(
     def rates(lr: float, steps: int, warmup: int, schedule: str) -> Callable[[int], float]:
         return lambda step: 1e30 if step == 2 else lr
 
+    caplog.set_level("INFO", "diablo_export")  # whatever a test before has asked to see
     with monkeypatch.context() as patch, pytest.raises(InputError, match=r"at step 4 .*model\.layers\.0\.self_attn"):
         patch.setattr("diablo_export.trainer.run.learning_rate", rates)
         train(tiny_model("llama"), data, tmp_path / "a", **run)
