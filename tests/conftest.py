@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import functools
+import logging
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a test that reaches for the network is a broken test
@@ -15,6 +16,15 @@ import pytest
 from click.testing import CliRunner, Result
 
 from tests import packed, tiny
+
+
+@pytest.fixture(autouse=True)
+def quiet_for_one_test() -> Iterator[None]:
+    """What a test silences with `--quiet` is heard again by those that follow."""
+    yield
+    log = logging.getLogger("diablo_export")
+    if log.level > logging.INFO:
+        log.setLevel(logging.INFO)
 
 
 @pytest.fixture(scope="session")
